@@ -1,0 +1,149 @@
+"""Meta-trains a learner, resumes where it stopped, and tests it on classes it has never seen.
+
+    python -m experiments.train --workdir=runs/glyphs
+    python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags \
+        --data_dir=PATH --workdir=runs/prototypical_omniglot
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+
+from experiments import learners, tasks, testing
+from experiments.command_line import UsageError, claim_workdir, define_run_flags, run_main
+from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
+from meta_jax.training import checkpoints, pictures
+from meta_jax.training.evaluation import make_evaluate
+from meta_jax.training.loop import Schedule, fit
+from meta_jax.training.outer_step import (
+    TrainState,
+    init_train_state,
+    make_outer_step,
+    make_run,
+    task_mesh,
+)
+from meta_jax.training.writers import read_metrics
+
+FLAGS = flags.FLAGS
+define_run_flags(FLAGS)
+flags.DEFINE_string("workdir", None, "Where everything is written; an old one is resumed.")
+flags.DEFINE_string("data_dir", None, "Where Omniglot or the prepared TFDS sets lie.")
+flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the final test.", 2)
+
+
+def main() -> None:
+    """Trains, validates, tests; everything it finds out is in the workdir."""
+    if not FLAGS.workdir:
+        raise UsageError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/1")
+    workdir = Path(FLAGS.workdir)
+
+    # ---- Everything that can be refused is refused before anything is written.
+    learner, criterion = learners.build_learner(FLAGS)
+    schedule = Schedule(FLAGS.steps, FLAGS.log_every, FLAGS.eval_every, FLAGS.checkpoint_every)
+    mesh = task_mesh() if FLAGS.task_batch % jax.device_count() == 0 else None
+    optimizer = _optimizer()
+    try:
+        schedule.check()
+        splits = tasks.load(FLAGS, FLAGS.data_dir)
+        training = tasks.tasks(splits, FLAGS.train_split, tasks.training_spec(FLAGS))
+        validation, testing_tasks = (
+            tasks.tasks(splits, split, tasks.test_spec(FLAGS)) for split in ("val", "test")
+        )
+        outer_step = make_outer_step(
+            learner,
+            optimizer,
+            training.sampler,
+            task_batch=FLAGS.task_batch,
+            task_chunk=FLAGS.task_chunk,
+            mesh=mesh,
+        )
+        initial = init_train_state(learner, optimizer, training.sampler, training.data, FLAGS.seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    claim_workdir(workdir, FLAGS)
+
+    # ---- Train.
+    untrained = jax.tree.map(jnp.copy, (initial.params, initial.state))
+    data = training.data
+    if mesh is not None:
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        initial, data = jax.device_put((initial, data), everywhere)
+    evaluate = make_evaluate(learner, validation.sampler, criterion, episodes=FLAGS.val_episodes)
+
+    def validate(train_state: TrainState) -> dict[str, float]:
+        # The same validation episodes every time: fold_in(0) is theirs alone.
+        key = jax.random.fold_in(jax.random.key(0), 0)
+        metrics = evaluate(train_state.params, train_state.state, validation.data, key)
+        return {name: float(values.mean()) for name, values in metrics.items()}
+
+    outcome = fit(
+        initial,
+        make_run(outer_step),
+        data,
+        schedule=schedule,
+        workdir=workdir,
+        tasks_per_step=FLAGS.task_batch,
+        validate=validate if FLAGS.eval_every else None,
+    )
+    pictures.learning_curve(read_metrics(workdir), workdir / "learning_curve.png")
+    if not outcome.finished:
+        return
+
+    # ---- Test the checkpoint that validation chose.
+    learned = {"params": outcome.train_state.params, "state": outcome.train_state.state}
+    if FLAGS.eval_every:
+        learned, _ = checkpoints.restore(workdir / "checkpoints" / "best", learned)
+    test = {"split": "test", "episodes": FLAGS.eval_episodes}
+    name, score = testing.test(
+        learner, criterion, learned["params"], learned["state"], testing_tasks, **test
+    )
+    found = testing.result(
+        FLAGS,
+        name,
+        score,
+        batch_norm=learners.network(FLAGS).batch_norm,
+        seconds=outcome.seconds,
+        **test,
+    )
+    _, before = testing.test(learner, criterion, *untrained, testing_tasks, **test)
+    text = f"{testing.line(found)}; untrained network {testing.score_text(name, before)}"
+    baselines = {"untrained": before._asdict()}
+    if name == "accuracy":
+        _, pixels = testing.test(nearest_neighbour(), criterion, {}, {}, testing_tasks, **test)
+        text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels)}"
+        baselines["nearest_neighbour"] = pixels._asdict()
+    _draw_episode(learner, learned, testing_tasks, workdir / "episode.png")
+    _write_json(workdir / "baselines.json", baselines)
+    _write_json(workdir / "result.json", found)
+    print(text)
+
+
+def _optimizer() -> optax.GradientTransformation:
+    rate = FLAGS.learning_rate
+    if FLAGS.halve_every:
+        rate = optax.exponential_decay(rate, FLAGS.halve_every, 0.5, staircase=True)
+    return optax.adam(rate)
+
+
+def _draw_episode(learner: object, learned: dict, source: tasks.Tasks, path: Path) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    episode = source.sampler(keys[0], source.data)
+    params, state = learned["params"], learned["state"]
+    adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
+    outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
+    pictures.episode_picture(episode, outputs, path)
+
+
+def _write_json(path: Path, contents: dict) -> None:
+    temporary = path.with_suffix(".saving")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,181 @@
+"""Glyphs: few-shot character recognition without any download.
+
+The characters of the DejaVu fonts that come with matplotlib stand in for Omniglot: a character is
+a class, a script is a group (Omniglot's alphabet), and a font face under a random affine map is a
+drawer. Whole scripts are held out for validation and test. The distortion is what makes the task
+one of meta-learning: at 5-way 1-shot on the test split the nearest neighbour in raw pixels is right
+88 % of the time without it and 40 % with it (42 % on Omniglot's).
+"""
+
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meta_jax.data.dataset import DataError, Splits, check_image_size, make_splits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SCRIPTS = {
+    "train": ("LATIN", "GREEK", "CYRILLIC", "CANADIAN SYLLABICS", "ARABIC", "TIFINAGH", "COPTIC"),
+    "val": ("HEBREW", "LAO", "NKO"),
+    "test": ("GEORGIAN", "ARMENIAN"),
+}
+ROTATION = 15.0  # degrees, either way
+SHEAR = 0.3  # either way
+SCALE = (0.75, 1.25)
+SHIFT = 0.08  # of the image's side, either way
+
+_FACES = (
+    *("Sans", "Sans-Oblique", "Sans-Bold", "Sans-BoldOblique"),
+    *("SansMono", "SansMono-Oblique", "SansMono-Bold", "SansMono-BoldOblique"),
+    *("Serif", "Serif-Italic", "Serif-Bold", "Serif-BoldItalic"),
+)
+_FONT_SIZE = 64  # pixels an em, when a glyph is drawn
+_SUPERSAMPLING = 3  # the distorted glyph is drawn so many times larger, then averaged down
+_INK = 0.7  # the longer side of the undistorted glyph, as a share of the image's side
+_SHAPE_SIZE = 20  # side of the bitmaps in which shapes are compared
+# The squared distance, relative to the mean squared norm, under which two shapes are one.
+_SAME_SHAPE = 0.2
+
+
+def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> Splits:
+    """Draws the glyphs, uint8 [classes, examples, image_size, image_size, 1], ink 255 on 0.
+
+    Each glyph is scaled to one size and centred, then rotated by up to 15 degrees, sheared by up
+    to 0.3, scaled by 0.75 to 1.25 and shifted by up to 8 % of the side, all drawn uniformly.
+    Example j shows face j modulo the number of faces that have the character (2 to 12).
+
+    Letters that Unicode composes of others (accents, ligatures, presentation forms) are left out.
+    Of letters that look alike in any face, one is kept: that of the test split before that of the
+    validation split before that of the training split, so that no shape is in two splits.
+
+    Args:
+      image_size: side in pixels.
+      examples: images of each class.
+      seed: of the distortions; the classes and splits are the same under every seed.
+
+    Returns:
+      'train', 'val' and 'test', whose scripts (groups) are those of `SCRIPTS`; class names are
+      Unicode names, like 'GEORGIAN LETTER AN'.
+
+    Raises:
+      DataError: `image_size` or `examples` is not positive, or matplotlib's fonts are not there.
+    """
+    check_image_size(image_size)
+    if examples < 1:
+        raise DataError(f"glyphs need at least 1 example of each class, not {examples}")
+    drawings = _draw_letters()
+    members = _distinct({split: _letters(drawings, split) for split in SCRIPTS}, drawings)
+
+    letters = [letter for split in SCRIPTS for letter in members[split]]
+    index = {letter: i for i, letter in enumerate(letters)}
+    scripts = [script for names in SCRIPTS.values() for script in names]
+    return make_splits(
+        {split: [index[letter] for letter in members[split]] for split in SCRIPTS},
+        [_distort(letter, drawings[letter], image_size, examples, seed) for letter in letters],
+        class_names=[unicodedata.name(letter) for letter in letters],
+        groups=[scripts.index(_script(letter)) for letter in letters],
+        group_names=scripts,
+    )
+
+
+def _script(letter: str) -> str | None:
+    name = unicodedata.name(letter, "")
+    scripts = (script for names in SCRIPTS.values() for script in names)
+    return next((script for script in scripts if name.startswith(f"{script} ")), None)
+
+
+def _is_wanted(letter: str) -> bool:
+    return (
+        unicodedata.category(letter).startswith("L")
+        and not unicodedata.decomposition(letter)
+        and _script(letter) is not None
+    )
+
+
+def _letters(drawings: dict[str, dict[str, "Image"]], split: str) -> list[str]:
+    return [letter for letter in sorted(drawings) if _script(letter) in SCRIPTS[split]]
+
+
+def _draw_letters() -> dict[str, dict[str, "Image"]]:
+    """By letter and face, the letter in white on black, cropped to its ink."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+    from PIL import Image, ImageDraw, ImageFont
+
+    drawings: dict[str, dict[str, Image]] = {}
+    for face in _FACES:
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
+        if not path.is_file():
+            raise DataError(f"the font {path} is missing: install matplotlib from PyPI again")
+        # The basic layout draws the same everywhere; the other needs an optional library.
+        font = ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+        for letter in filter(_is_wanted, map(chr, FT2Font(path).get_charmap())):
+            canvas = Image.new("L", (4 * _FONT_SIZE, 3 * _FONT_SIZE))
+            ImageDraw.Draw(canvas).text((_FONT_SIZE, _FONT_SIZE), letter, fill=255, font=font)
+            if ink := canvas.getbbox():
+                drawings.setdefault(letter, {})[face] = canvas.crop(ink)
+    return drawings
+
+
+def _distinct(
+    candidates: dict[str, list[str]], drawings: dict[str, dict[str, "Image"]]
+) -> dict[str, list[str]]:
+    """Keeps, of letters that look alike in any face, the first: of test, then val, then train."""
+    letters = [letter for split in ("test", "val", "train") for letter in candidates[split]]
+    alike = np.zeros((len(letters), len(letters)), bool)
+    for face in _FACES:
+        rows = [i for i, letter in enumerate(letters) if face in drawings[letter]]
+        shapes = np.stack([_shape(drawings[letters[i]][face]) for i in rows])
+        norms = (shapes**2).sum(1)
+        mean_norms = (norms[:, None] + norms) / 2
+        distances = 2 * (mean_norms - shapes @ shapes.T) / mean_norms
+        alike[np.ix_(rows, rows)] |= distances < _SAME_SHAPE
+    kept: list[int] = []
+    for i in range(len(letters)):
+        if not alike[i, kept].any():
+            kept.append(i)
+    distinct = {letters[i] for i in kept}
+    return {split: [c for c in candidates[split] if c in distinct] for split in candidates}
+
+
+def _shape(drawing: "Image") -> np.ndarray:
+    """What remains of a drawing without its size and position, [_SHAPE_SIZE^2] in 0 to 1."""
+    from PIL import ImageOps
+
+    shape = ImageOps.pad(drawing, (_SHAPE_SIZE, _SHAPE_SIZE))
+    return np.asarray(shape, np.float32).ravel() / 255
+
+
+def _distort(
+    letter: str, faces: dict[str, "Image"], image_size: int, examples: int, seed: int
+) -> np.ndarray:
+    """Draws the examples of one letter, uint8 [examples, image_size, image_size, 1]."""
+    from PIL import Image
+
+    # Its own stream for each letter: its images do not depend on which other letters there are.
+    rng = np.random.default_rng([seed, ord(letter)])
+    side = image_size * _SUPERSAMPLING
+    drawings = list(faces.values())
+    images = []
+    for j in range(examples):
+        drawing = drawings[j % len(drawings)]
+        angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION))
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        shear = np.array([[1.0, rng.uniform(-SHEAR, SHEAR)], [0.0, 1.0]])
+        scale = rng.uniform(*SCALE) * _INK * side / max(drawing.size)
+        shift = rng.uniform(-SHIFT, SHIFT, 2) * side
+        # Pillow wants the map from the image's coordinates back to those of the drawing.
+        back = np.linalg.inv(scale * rotation @ shear)
+        offset = np.array(drawing.size) / 2 - back @ (side / 2 + shift)
+        image = drawing.transform(
+            (side, side),
+            Image.Transform.AFFINE,
+            np.column_stack([back, offset]).ravel().tolist(),
+            resample=Image.Resampling.BILINEAR,
+        )
+        images.append(np.asarray(image.reduce(_SUPERSAMPLING)))
+    return np.stack(images)[..., None]

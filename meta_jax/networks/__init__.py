@@ -1,0 +1,1 @@
+"""What embeds an input."""

@@ -1,0 +1,1 @@
+"""The outer loop, evaluation, checkpoints and what they write."""

@@ -1,0 +1,362 @@
+"""Checkpoints: one folder each, complete or absent, and checked when they are read.
+
+A checkpoint `name` is a folder that holds `tree/`, the arrays as orbax stores them (a flat
+dictionary from leaf path to array, so neither optax nor flax types are part of the format), and
+`header.json`, the caller's metadata and the SHA-256 of every file. `name.saving` is a save under
+way, `name.saved` a complete one about to take its place, `name.replaced` what stood there before:
+
+    write name.saving; rename it to name.saved; rename name to name.replaced, name.saved to name
+
+Renames are atomic, so at every moment `name` or `name.saved` is there and complete. Readers never
+write; the next save tidies what a killed one left behind.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meta_jax.core import PyTree
+
+_SAVING, _SAVED, _REPLACED = ".saving", ".saved", ".replaced"
+_STEP = re.compile(r"step_(\d{8,})(?:\.saved)?")
+_FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; one line names it and says what to do."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint's files are missing, cut short or altered."""
+
+
+def save(directory: Path | str, name: str, tree: PyTree, metadata: dict[str, Any]) -> Path:
+    """Writes the checkpoint `directory/name`, in place of an older one of that name.
+
+    When it returns, the checkpoint is complete on disk. A kill at any point leaves the older or
+    the newer checkpoint readable. One process at a time may save under a name.
+
+    Args:
+      directory: where checkpoints live; made if it is not there.
+      name: the checkpoint's folder name, such as 'best'.
+      tree: arrays of any shape, typed PRNG keys among them; sharded arrays are gathered.
+      metadata: what JSON can hold (step, best accuracy, ...).
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      CheckpointError: the disk is full; earlier checkpoints are as they were.
+      TypeError: a leaf is not an array or has a dtype that JAX would not give back (64 bits,
+        without `jax_enable_x64`), or the metadata is not JSON.
+    """
+    path = Path(directory) / name
+    # Leaves of size zero have nothing to save, and orbax refuses them.
+    leaves = {leaf_path: leaf for leaf_path, leaf in _flatten(tree).items() if np.size(leaf)}
+    arrays = {leaf_path: _to_host(leaf_path, leaf) for leaf_path, leaf in leaves.items()}
+    saving = _beside(path, _SAVING)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path)
+        saving.mkdir()
+        _check_space(saving, sum(array.nbytes for array in arrays.values()))
+        _write_arrays(saving / "tree", arrays)
+        contents = {
+            "metadata": metadata,
+            "leaves": _describe(tree),
+            "key_impls": {p: jax.random.key_impl(x) for p, x in leaves.items() if _is_key(x)},
+            "files": _digest_files(saving),
+        }
+        header = {**contents, "sha256": _digest_json(contents)}
+        (saving / "header.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        _swap_in(path)
+    # tensorstore reports a full disk as ValueError; what is not about space is raised as it was.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = _full_disk(error)
+        if reason is None:
+            raise
+        raise CheckpointError(
+            f"cannot save checkpoint {path}: {reason}; free some space and run the same command "
+            "again"
+        ) from error
+    finally:
+        shutil.rmtree(saving, ignore_errors=True)
+    return path
+
+
+def restore(path: Path | str, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Reads the checkpoint at `path`, bitwise as it was saved, onto the default device.
+
+    Args:
+      path: a checkpoint's folder.
+      like: a tree of arrays, or of `jax.ShapeDtypeStruct`s, with the structure to restore; its
+        shapes and dtypes must be those that were saved, its values are not looked at.
+
+    Returns:
+      The tree, and the metadata.
+
+    Raises:
+      DamagedCheckpointError: a file is missing, cut short or altered.
+      CheckpointError: there is no checkpoint, or it holds other arrays than `like`.
+    """
+    path = Path(path)
+    folder = path if path.exists() else _beside(path, _SAVED)
+    if not folder.exists():
+        raise CheckpointError(f"no checkpoint at {path}; train first, or name another one")
+    header = _read_header(path, folder)
+    _check_fit(path, header["leaves"], _describe(like))
+    arrays = _read_arrays(folder / "tree")
+    leaves = [
+        _from_host(arrays[name], header["key_impls"].get(name))
+        if leaf.size
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for name, leaf in _flatten(like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), header["metadata"]
+
+
+def save_step(
+    directory: Path | str, step: int, tree: PyTree, metadata: dict[str, Any], keep: int = 2
+) -> Path:
+    """Saves `step_<step>` and removes all but the newest `keep` steps up to this one.
+
+    Later steps stay: they were found damaged when the run was resumed, and will be overwritten.
+
+    Args:
+      directory: where checkpoints live.
+      step: outer steps done.
+      tree: as in `save`.
+      metadata: as in `save`.
+      keep: how many step checkpoints stay, at least 1.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      ValueError: `keep` is less than 1.
+      CheckpointError: as in `save`; nothing was removed then.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    directory = Path(directory)
+    path = save(directory, _step_name(step), tree, metadata)
+    # A kill may also have cut short the save of another step.
+    for leftover in directory.glob("step_*.*"):
+        _tidy(leftover.with_suffix(""))
+    done = [s for s in _steps(directory) if s <= step]
+    for stale in done[:-keep]:
+        shutil.rmtree(directory / _step_name(stale))
+    return path
+
+
+def restore_latest(
+    directory: Path | str, like: PyTree
+) -> tuple[PyTree, dict[str, Any], list[str]] | None:
+    """Reads the newest intact step checkpoint.
+
+    Args:
+      directory: where checkpoints live.
+      like: as in `restore`.
+
+    Returns:
+      The tree, its metadata, and one line for each newer checkpoint that was skipped because it
+      is damaged; None if the directory holds no step checkpoint.
+
+    Raises:
+      CheckpointError: every step checkpoint is damaged, or the newest intact one holds other
+        arrays than `like`.
+    """
+    directory = Path(directory)
+    steps = _steps(directory)
+    warnings = []
+    for step in reversed(steps):
+        try:
+            tree, metadata = restore(directory / _step_name(step), like)
+        except DamagedCheckpointError as error:
+            warnings.append(f"skipped: {error}")
+        else:
+            return tree, metadata, warnings
+    if not steps:
+        return None
+    raise CheckpointError(
+        f"every checkpoint in {directory} is damaged ({', '.join(map(_step_name, steps))}); "
+        "restore the folder from a copy, or train anew in another workdir"
+    )
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps saved in `directory`, ascending."""
+    if not directory.is_dir():
+        return []
+    matches = (_STEP.fullmatch(entry.name) for entry in directory.iterdir())
+    return sorted({int(match[1]) for match in matches if match})
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    # Not `with_suffix`: a name may have dots of its own.
+    return path.with_name(path.name + suffix)
+
+
+def _swap_in(path: Path) -> None:
+    """Lets the complete `path.saving` take the place of `path`."""
+    saved, replaced = _beside(path, _SAVED), _beside(path, _REPLACED)
+    os.rename(_beside(path, _SAVING), saved)
+    if path.exists():
+        os.rename(path, replaced)
+    os.rename(saved, path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _tidy(path: Path) -> None:
+    """Ends or undoes a save of `path` that a kill cut short."""
+    if not path.exists() and _beside(path, _SAVED).exists():
+        os.rename(_beside(path, _SAVED), path)
+    for suffix in (_SAVING, _SAVED, _REPLACED):
+        shutil.rmtree(_beside(path, suffix), ignore_errors=True)
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, such as 'params/conv/kernel', in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path; rename one")
+    return flat
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    """Dtype and shape by leaf path, such as 'float32[3, 64]'."""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _flatten(tree).items()}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_host(path: str, leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise TypeError(f"leaf {path} is a {type(leaf).__name__}, not an array")
+    # numpy arrays also give the smallest checkpoints: no sharding files, fewer data files.
+    host = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
+        raise TypeError(f"leaf {path} is {host.dtype}, which JAX would restore in 32 bits")
+    return host
+
+
+def _from_host(host: np.ndarray, key_impl: str | None) -> jax.Array:
+    array = jnp.asarray(host)
+    return array if key_impl is None else jax.random.wrap_key_data(array, impl=key_impl)
+
+
+def _digest_files(folder: Path) -> dict[str, str]:
+    """SHA-256 by path within `folder`, as 'tree/manifest.ocdbt', of the files below it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def _digest_json(contents: dict[str, Any]) -> str:
+    # Read back first: JSON turns integer keys into strings, which sort differently.
+    contents = json.loads(json.dumps(contents))
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _check_space(folder: Path, size: int) -> None:
+    # tensorstore's threads may print tracebacks when they meet a full disk, so it is met first.
+    # Compression might make the arrays fit, but a disk that full fails at the next save.
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    import orbax.checkpoint as ocp  # takes a second to import
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
+    with _quiet_log(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
+    # It only repeats, with this machine's path in it, what our own rename says.
+    with contextlib.suppress(FileNotFoundError):
+        (folder / "commit_success.txt").unlink()
+
+
+@contextlib.contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Keeps orbax's threads from logging tracebacks of the error that it also raises."""
+    logger = logging.getLogger("absl")
+    logger.addFilter(_reject)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_reject)
+
+
+def _reject(record: logging.LogRecord) -> bool:
+    del record
+    return False
+
+
+def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        return checkpointer.restore(folder.absolute())
+
+
+def _read_header(path: Path, folder: Path) -> dict[str, Any]:
+    """Reads the header and checks all files, so that orbax only meets what it wrote itself."""
+    try:
+        header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
+        digest = header.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path, "header.json is missing or unreadable") from error
+    if _digest_json(header) != digest:
+        raise _damaged(path, "header.json was altered")
+    found = _digest_files(folder)
+    for name, sha256 in header["files"].items():
+        if found.get(name) != sha256:
+            raise _damaged(path, f"{name} was altered" if name in found else f"{name} is missing")
+    return header
+
+
+def _check_fit(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name, "nothing"), wanted.get(name, "nothing")
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {path} holds {there} at {name}, where {here} is expected; use the "
+                "flags it was trained with"
+            )
+
+
+def _damaged(path: Path, how: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"checkpoint {path} is damaged: {how}; remove it, or restore it from a copy"
+    )
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Why the disk takes no more, if that is what `error` or a cause of it says."""
+    while error is not None:
+        for code, reason in _FULL.items():
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None

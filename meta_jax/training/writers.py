@@ -1,0 +1,201 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and a progress bar."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends metrics to `workdir/metrics.jsonl`, and mirrors them into TensorBoard.
+
+    A line is `{"step": 100, "accuracy": 0.5, "loss": 1.25, "split": "val"}`: step first, the rest
+    by name. Lines hold nothing that differs between two equal runs (no times), and what lies
+    beyond `resume_step` is dropped when the writer is made, so the file of an interrupted and
+    resumed run is bitwise that of an uninterrupted one, provided that a step's metrics are written
+    before its checkpoint is saved. TensorBoard's event files are written where tensorboardX is
+    installed, under `workdir/tensorboard`.
+    """
+
+    def __init__(self, workdir: Path | str, resume_step: int = 0) -> None:
+        """Opens the file and drops what a resumed run will write again.
+
+        Args:
+          workdir: the run's folder; made if it is not there.
+          resume_step: outer steps done at the checkpoint that the run starts from; lines of later
+            steps, and a last line that a kill cut short, are removed. 0 is a run from the start,
+            which keeps nothing.
+
+        Raises:
+          ValueError: a line before the last is not one that this class writes.
+        """
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / _FILE
+        kept = [line for line in _lines(path) if line["step"] <= resume_step] if resume_step else []
+        _replace(path, "".join(_dump(line) for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(workdir / "tensorboard", resume_step)
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Appends one line and flushes it.
+
+        Args:
+          step: outer steps done.
+          split: 'train', 'val' or 'test'.
+          metrics: real scalars by name; Python, numpy or JAX ones.
+
+        Raises:
+          ValueError: a metric is called 'step' or 'split'.
+        """
+        if clash := {"step", "split"} & metrics.keys():
+            raise ValueError(f"a metric may not be called {min(clash)!r}; rename it")
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_dump({"step": int(step), "split": split, **values}))
+        self._file.flush()
+        self._mirror(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def write_timing(self, step: int, timing: Mapping[str, float]) -> None:
+        """Writes what differs from run to run (steps per second, ...) to TensorBoard alone."""
+        self._mirror(step, {f"timing/{name}": value for name, value in timing.items()})
+
+    def close(self) -> None:
+        """Closes the files; nothing can be written afterwards."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself, to be closed on leaving the `with` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the files."""
+        self.close()
+
+    def _mirror(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, step)
+
+
+def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
+    """Reads `workdir/metrics.jsonl`.
+
+    Returns:
+      One dictionary per line, in the order written; an empty list if there is no file. A last
+      line that a kill cut short is left out.
+
+    Raises:
+      ValueError: a line before the last is not one that `MetricsWriter` writes.
+    """
+    return _lines(Path(workdir) / _FILE)
+
+
+class Progress:
+    """A progress bar on stderr: steps/s, tasks/s, loss, accuracy and time left.
+
+    Where stderr is not a terminal it prints nothing.
+    """
+
+    def __init__(self, total_steps: int, initial: int, tasks_per_step: int) -> None:
+        """Draws the bar.
+
+        Args:
+          total_steps: outer steps of the whole run.
+          initial: outer steps done before, by the run that this one resumes.
+          tasks_per_step: tasks in an outer step's batch.
+        """
+        self._tasks_per_step = tasks_per_step
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.1
+            )
+
+    def update(self, steps: int, metrics: Mapping[str, Any]) -> None:
+        """Moves the bar on.
+
+        Args:
+          steps: outer steps done since the last call.
+          metrics: scalars by name; of these loss, accuracy and mse are shown.
+        """
+        if self._bar is None:
+            return
+        shown = {
+            name: f"{float(metrics[name]):.4g}"
+            for name in ("loss", "accuracy", "mse")
+            if name in metrics
+        }
+        # tqdm's own rate is steps/s; it is None until the first interval has passed.
+        rate = self._bar.format_dict["rate"]
+        if rate is not None:
+            shown = {"tasks/s": f"{rate * self._tasks_per_step:.0f}", **shown}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(steps)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        """Returns itself, to be closed on leaving the `with` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends the bar's line."""
+        self.close()
+
+
+def _dump(line: Mapping[str, Any]) -> str:
+    rest = {name: line[name] for name in sorted(line) if name != "step"}
+    return json.dumps({"step": line["step"], **rest}) + "\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # Only a line that ends was written whole.
+    *whole, _ = path.read_bytes().split(b"\n")
+    lines = []
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+            int(line["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is damaged; remove that line") from error
+        lines.append(line)
+    return lines
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary_writer(folder: Path, resume_step: int) -> Any | None:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    # TensorBoard hides the points of earlier event files from the purge step on.
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)

@@ -1,0 +1,151 @@
+import unicodedata
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from meta_jax.data import glyphs
+from meta_jax.data.dataset import DataError
+from meta_jax.data.glyphs import SCRIPTS, load_glyphs
+from meta_jax.data.registry import load_splits
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_glyphs()
+
+
+def _nearest_neighbour_accuracy(dataset, episodes=1000, ways=5):
+    """5-way 1-shot accuracy of the nearest neighbour in raw pixels, one query for each class."""
+    rng = np.random.default_rng(0)
+    pixels = np.asarray(dataset.images, np.float32).reshape(*dataset.images.shape[:2], -1)
+    right = []
+    for _ in range(episodes):
+        classes = rng.choice(len(pixels), ways, replace=False)
+        shown = np.array([rng.choice(pixels.shape[1], 2, replace=False) for _ in classes])
+        support, query = pixels[classes, shown[:, 0]], pixels[classes, shown[:, 1]]
+        distances = ((query[:, None] - support) ** 2).sum(-1)
+        right.append(distances.argmin(1) == np.arange(ways))
+    return np.mean(right)
+
+
+def test_sizes_and_types(splits):
+    assert len(splits.datasets["train"].images) >= 400
+    assert len(splits.datasets["val"].images) >= 40
+    assert len(splits.datasets["test"].images) >= 60
+    for split, dataset in splits.datasets.items():
+        n = len(splits.class_names[split])
+        assert dataset.images.shape == (n, 20, 28, 28, 1)
+        assert dataset.images.dtype == np.uint8
+        np.testing.assert_array_equal(dataset.counts, [20] * n)
+
+
+def test_ink_is_255_on_0_and_no_image_is_empty(splits):
+    for dataset in splits.datasets.values():
+        images = np.asarray(dataset.images)
+        assert images.max() == 255
+        assert np.median(images) == 0
+        assert images.max(axis=(2, 3, 4)).min() > 100
+
+
+def test_scripts_are_the_groups_and_belong_to_one_split(splits):
+    for split, dataset in splits.datasets.items():
+        for name, group in zip(splits.class_names[split], np.asarray(dataset.groups), strict=True):
+            assert name.startswith(splits.group_names[group] + " ")
+            assert splits.group_names[group] in SCRIPTS[split]
+    used = [set(np.asarray(d.groups).tolist()) for d in splits.datasets.values()]
+    assert sum(map(len, used)) == len(set.union(*used)) == len(splits.group_names)
+
+
+def _undistorted(letters, face):
+    """The letters a face has, and their bitmaps without size and position, of unit length."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
+    font = ImageFont.truetype(path, 48)
+    covered = matplotlib.ft2font.FT2Font(path).get_charmap()
+    rows, bitmaps = [], []
+    for row, letter in enumerate(letters):
+        if ord(letter) in covered:
+            mask = font.getmask(letter, mode="L")
+            drawing = Image.frombytes("L", mask.size, bytes(mask))
+            drawing = drawing.crop(drawing.getbbox())
+            scale = 24 / max(drawing.size)
+            drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size])
+            square = np.zeros((24, 24), np.float32)
+            y, x = ((24 - side) // 2 for side in (drawing.height, drawing.width))
+            square[y : y + drawing.height, x : x + drawing.width] = drawing
+            rows.append(row)
+            bitmaps.append(square.ravel() / np.linalg.norm(square))
+    return np.array(rows), np.array(bitmaps)
+
+
+@pytest.mark.parametrize("face", ["Sans", "Sans-BoldOblique", "SansMono", "Serif", "Serif-Italic"])
+def test_no_shape_is_there_twice(splits, face):
+    names = [name for split in splits.class_names.values() for name in split]
+    assert len(set(names)) == len(names)
+    rows, bitmaps = _undistorted([unicodedata.lookup(name) for name in names], face)
+    similarity = bitmaps @ bitmaps.T
+    np.fill_diagonal(similarity, 0)
+    alike = [(names[rows[i]], names[rows[j]]) for i, j in np.argwhere(similarity > 0.95)]
+    assert not alike
+
+
+@pytest.mark.parametrize(
+    "lookalikes",
+    [
+        ("LATIN CAPITAL LETTER A", "GREEK CAPITAL LETTER ALPHA", "CYRILLIC CAPITAL LETTER A"),
+        ("LATIN CAPITAL LETTER O", "ARMENIAN CAPITAL LETTER OH", "CYRILLIC SMALL LETTER O"),
+        ("LATIN SMALL LETTER S", "LATIN CAPITAL LETTER S", "CYRILLIC SMALL LETTER DZE"),
+        ("LATIN SMALL LETTER N", "ARMENIAN SMALL LETTER VO"),
+    ],
+)
+def test_lookalikes_are_at_most_one_class(splits, lookalikes):
+    names = {name for split in splits.class_names.values() for name in split}
+    assert all(unicodedata.lookup(name) for name in lookalikes)
+    assert len(names & set(lookalikes)) <= 1
+
+
+def test_letters_composed_of_others_are_left_out(splits):
+    for names in splits.class_names.values():
+        for name in names:
+            assert not unicodedata.decomposition(unicodedata.lookup(name))
+
+
+def test_pixels_alone_do_not_solve_the_task(splits):
+    assert 0.3 < _nearest_neighbour_accuracy(splits.datasets["test"]) < 0.8
+
+
+def test_the_distortion_is_what_makes_the_task_hard(splits, monkeypatch):
+    monkeypatch.setattr(glyphs, "ROTATION", 0.0)
+    monkeypatch.setattr(glyphs, "SHEAR", 0.0)
+    monkeypatch.setattr(glyphs, "SCALE", (1.0, 1.0))
+    monkeypatch.setattr(glyphs, "SHIFT", 0.0)
+    plain = load_glyphs().datasets["test"]
+    distorted = _nearest_neighbour_accuracy(splits.datasets["test"])
+    assert _nearest_neighbour_accuracy(plain) > distorted + 0.2
+
+
+def test_seed_gives_the_distortions_and_not_the_classes(splits):
+    first, again = (load_glyphs(image_size=14, examples=2, seed=0) for _ in range(2))
+    other = load_splits("glyphs", image_size=14, seed=1)
+    assert first.class_names == again.class_names == other.class_names == splits.class_names
+    for split, dataset in first.datasets.items():
+        assert dataset.images.shape[1:] == (2, 14, 14, 1)
+        np.testing.assert_array_equal(dataset.images, again.datasets[split].images)
+        differs = np.asarray(dataset.images) != np.asarray(other.datasets[split].images[:, :2])
+        assert differs.any(axis=(2, 3, 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"examples": 0}, "at least 1 example"), ({"image_size": 0}, "pixel")]
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(DataError, match=message):
+        load_glyphs(**settings)
+
+
+def test_missing_font_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    with pytest.raises(DataError, match=r"DejaVuSans\.ttf is missing: install matplotlib"):
+        load_glyphs()

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from meta_jax.data.dataset import DataError
+from meta_jax.data.image_folder import load_image_folder
+from meta_jax.data.registry import load_splits
+
+
+def _save(path, value, size=(6, 6), mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five classes; class ci has i + 1 images, image j of value 20 i + j."""
+    for i in range(5):
+        for j in range(i + 1):
+            _save(tmp_path / f"c{i}" / f"{j}.png", 20 * i + j, size=(3 + i, 5))
+    return tmp_path
+
+
+def _images_by_class(splits):
+    return {
+        name: np.asarray(dataset.images[row, : dataset.counts[row]])
+        for split, dataset in splits.datasets.items()
+        for row, name in enumerate(splits.class_names[split])
+    }
+
+
+def test_every_class_is_in_one_split_with_its_images_padded(folder):
+    splits = load_image_folder(folder, image_size=4)
+    assert sorted(splits.datasets) == ["test", "train", "val"]
+    by_class = _images_by_class(splits)
+    assert sum(len(names) for names in splits.class_names.values()) == 5
+    for i in range(5):
+        images = by_class[f"c{i}"]
+        assert images.shape == (i + 1, 4, 4, 1)
+        np.testing.assert_array_equal(images, np.broadcast_to(images[:, :1, :1], images.shape))
+        np.testing.assert_array_equal(images[:, 0, 0, 0], 20 * i + np.arange(i + 1))
+    for dataset in splits.datasets.values():
+        for row, count in enumerate(dataset.counts):
+            assert not np.asarray(dataset.images[row, count:]).any()
+
+
+def test_split_follows_the_seed(folder):
+    names = [load_image_folder(folder, seed=seed).class_names for seed in range(8)]
+    assert names[3] == load_image_folder(folder, seed=3).class_names
+    assert len({tuple(sorted(n["test"])) for n in names}) > 1
+
+
+def test_registry_passes_the_path_and_settings(folder):
+    splits = load_splits(f"folder:{folder}", image_size=5, seed=3)
+    assert splits.class_names == load_image_folder(folder, seed=3).class_names
+    assert splits.datasets["train"].images.shape[2:] == (5, 5, 1)
+
+
+def test_one_colour_image_makes_the_set_colour(folder):
+    _save(folder / "c0" / "red.PNG", (200, 0, 0), mode="RGB")
+    by_class = _images_by_class(load_image_folder(folder, image_size=4))
+    np.testing.assert_array_equal(by_class["c0"][:, 0, 0], [[0, 0, 0], [200, 0, 0]])
+    np.testing.assert_array_equal(by_class["c1"][:, 0, 0], [[20, 20, 20], [21, 21, 21]])
+    by_class = _images_by_class(load_image_folder(folder, image_size=4, grey=True))
+    np.testing.assert_array_equal(by_class["c0"][:, 0, 0, 0], [0, 60])
+
+
+def test_jpeg_bmp_and_gif_are_read(folder):
+    for extension in ("jpg", "jpeg", "bmp", "gif"):
+        _save(folder / "c0" / f"x.{extension}", 128)
+    images = _images_by_class(load_image_folder(folder))["c0"]
+    assert images.shape[-1] == 1
+    np.testing.assert_allclose(images[1:, 0, 0, 0], 128, atol=1)
+    assert len(images) == 5
+
+
+def test_stray_and_hidden_files_are_left_out_with_one_warning_each(folder, monkeypatch):
+    expected = _images_by_class(load_image_folder(folder))
+    (folder / "README.txt").write_text("stray")
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git").mkdir()
+    (folder / "c1" / "notes.txt").write_text("stray")
+    (folder / "c1" / ".DS_Store").write_text("hidden")
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    found = _images_by_class(load_image_folder(folder))
+    assert found.keys() == expected.keys()
+    for name, images in expected.items():
+        np.testing.assert_array_equal(found[name], images)
+    assert len(warnings) == 2
+    assert "README.txt" in warnings[0]
+    assert "notes.txt" in warnings[1]
+
+
+def test_folders_named_as_splits_are_the_splits(tmp_path):
+    for split, classes in {"train": "abc", "val": "ab", "test": "z"}.items():
+        for name in classes:
+            _save(tmp_path / split / name / "0.png", ord(name))
+    splits = load_image_folder(tmp_path, seed=5)
+    assert splits.class_names == {
+        "train": ("train/a", "train/b", "train/c"),
+        "val": ("val/a", "val/b"),
+        "test": ("test/z",),
+    }
+    np.testing.assert_array_equal(splits.datasets["val"].images[:, 0, 0, 0, 0], [97, 98])
+    (tmp_path / "val" / "a" / "0.png").unlink()
+    (tmp_path / "val" / "a").rmdir()
+    (tmp_path / "val" / "b" / "0.png").unlink()
+    (tmp_path / "val" / "b").rmdir()
+    with pytest.raises(DataError, match="val has no class folders"):
+        load_image_folder(tmp_path)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist: correct folder:PATH"):
+        load_image_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("n_classes", [0, 1, 2])
+def test_too_few_classes_are_refused(tmp_path, n_classes):
+    for i in range(n_classes):
+        _save(tmp_path / f"c{i}" / "0.png", 1)
+    with pytest.raises(DataError, match=f"{n_classes} class folder.*sub-folder"):
+        load_image_folder(tmp_path)
+
+
+def test_empty_class_is_named(folder):
+    (folder / "c9").mkdir()
+    with pytest.raises(DataError, match="c9 has no images"):
+        load_image_folder(folder)
+
+
+@pytest.mark.parametrize("broken", ["truncated", "not an image", "empty"])
+def test_image_that_does_not_decode_is_named(folder, broken):
+    path = folder / "c2" / "1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:300], "not an image": b"x" * 99, "empty": b""}[broken])
+    with pytest.raises(DataError, match=r"c2/1\.png does not decode.*replace it") as error:
+        load_image_folder(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_image_size_must_be_positive(folder):
+    with pytest.raises(DataError, match="image_size"):
+        load_image_folder(folder, image_size=0)

@@ -1,0 +1,132 @@
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from meta_jax.core import Batch, Episode
+from meta_jax.training import pictures
+
+GREEN, RED = (0x2A, 0x9D, 0x3F), (0xD6, 0x27, 0x28)
+
+
+def image_episode(ways=3, shots=2, queries=4, channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def batch(each):
+        x = rng.normal(size=(ways * each, 8, 8, channels)).astype(np.float32)
+        return Batch(jnp.asarray(x), jnp.eye(ways)[np.repeat(np.arange(ways), each)])
+
+    return Episode(batch(shots), batch(queries))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def frames(path, colour):
+    """How many pixels have a frame's colour."""
+    return int((pixels(path) == colour).all(-1).sum())
+
+
+def test_frames_tell_right_from_wrong(tmp_path):
+    episode = image_episode()
+    labels = episode.query.y
+    one_wrong = labels.at[0].set(jnp.roll(labels[0], 1))
+    for name, predictions in (("right", labels), ("one", one_wrong), ("none", None)):
+        pictures.episode_picture(episode, predictions, tmp_path / name)
+    assert frames(tmp_path / "right", RED) == 0
+    assert frames(tmp_path / "one", RED) > 0
+    # Eleven of the twelve green frames are left (their corners' antialiasing blurs the ratio).
+    ratio = frames(tmp_path / "one", GREEN) / frames(tmp_path / "right", GREEN)
+    assert ratio == pytest.approx(11 / 12, abs=0.03)
+    assert frames(tmp_path / "none", GREEN) == frames(tmp_path / "none", RED) == 0
+
+
+def test_padding_is_not_drawn(tmp_path):
+    episode = image_episode()
+    padded = episode._replace(query=Batch(episode.query.x, episode.query.y.at[0].set(0)))
+    wrong_there = episode.query.y.at[0].set(jnp.array([0.0, 1.0, 0.0]))
+    pictures.episode_picture(padded, wrong_there, tmp_path / "picture")
+    assert frames(tmp_path / "picture", RED) == 0
+
+
+def test_images_of_any_range_are_drawn_alike(tmp_path):
+    episode = image_episode(channels=3)
+    scaled = Episode(*(Batch(batch.x * 64 - 128, batch.y) for batch in episode))
+    for name, drawn in (("a", episode), ("b", scaled)):
+        pictures.episode_picture(drawn, None, tmp_path / name)
+    difference = pixels(tmp_path / "a").astype(int) - pixels(tmp_path / "b")
+    assert abs(difference).max() <= 1
+
+
+def test_blank_images_and_a_single_query_are_drawn(tmp_path):
+    episode = image_episode(ways=1, shots=1, queries=1)
+    blank = Episode(*(Batch(jnp.zeros_like(batch.x), batch.y) for batch in episode))
+    pictures.episode_picture(blank, jnp.ones((1, 1)), tmp_path / "picture")
+    assert frames(tmp_path / "picture", GREEN) > 0
+
+
+def test_regression_curve_is_drawn_whatever_the_order_of_its_queries(tmp_path):
+    x = jnp.linspace(-5, 5, 40)[:, None]
+    shuffled = np.random.default_rng(0).permutation(40)
+    support = Batch(x[::8], jnp.sin(x[::8]))
+    for name, order in (("sorted", np.arange(40)), ("shuffled", shuffled)):
+        query = Batch(x[order], jnp.sin(x[order]))
+        prediction = jnp.sin(x[order] + 0.3)
+        pictures.episode_picture(Episode(support, query), prediction, tmp_path / name)
+        pictures.episode_picture(Episode(support, query), None, tmp_path / f"{name} alone")
+    np.testing.assert_array_equal(pixels(tmp_path / "sorted"), pixels(tmp_path / "shuffled"))
+    assert (pixels(tmp_path / "sorted") != pixels(tmp_path / "sorted alone")).any()
+
+
+def test_other_inputs_are_refused(tmp_path):
+    batch = Batch(jnp.zeros((2, 5)), jnp.eye(2))
+    with pytest.raises(ValueError, match=r"shape \(2, 5\) cannot be drawn"):
+        pictures.episode_picture(Episode(batch, batch), None, tmp_path / "picture")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_curve_has_a_panel_for_each_metric(tmp_path):
+    lines = [
+        {"step": step, "split": split, "loss": 1 / step}
+        for step in (1, 2, 3)
+        for split in ("train", "val")
+    ]
+    both = [{**line, "accuracy": 1 - line["loss"]} for line in lines]
+    pictures.learning_curve(lines, tmp_path / "deeper" / "loss.png")
+    pictures.learning_curve([*both, {"step": 3, "split": "test", "mse": 1}], tmp_path / "all.png")
+    assert (
+        pixels(tmp_path / "all.png").shape[1] == 3 * pixels(tmp_path / "deeper/loss.png").shape[1]
+    )
+    with pytest.raises(ValueError, match="no loss, accuracy or mse"):
+        pictures.learning_curve([{"step": 1, "split": "train"}], tmp_path / "none.png")
+
+
+def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "curve.png"
+    path.write_bytes(b"old")
+
+    def refuse(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pictures.os, "replace", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        pictures.learning_curve([{"step": 1, "split": "train", "loss": 1.0}], path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path):
+    code = """
+import sys
+from meta_jax.training import pictures
+assert "matplotlib" not in sys.modules
+pictures.learning_curve([{"step": 1, "split": "train", "loss": 1.0}], sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "curve.png"], check=True)

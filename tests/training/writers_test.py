@@ -1,0 +1,137 @@
+import io
+import json
+import struct
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.training.writers import MetricsWriter, Progress, read_metrics
+
+
+def run(workdir, first, last, resume_step=0):
+    with MetricsWriter(workdir, resume_step) as writer:
+        for step in range(first, last + 1):
+            writer.write(step, "train", {"loss": jnp.float32(1 / step), "accuracy": np.sqrt(step)})
+            if step % 2 == 0:
+                writer.write(step, "val", {"loss": 0.1 * step})
+
+
+def scalars(workdir):
+    """(tag, value, step) of every scalar in the TensorBoard event files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = set()
+    for file in (workdir / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:
+            # A record: length (8 bytes), its checksum (4), the event, its checksum (4).
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(v.tag, v.simple_value, event.step) for v in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
+def test_lines_have_step_first_and_floats_that_round_trip(tmp_path):
+    values = {"zeta": np.float32(0.1), "alpha": jnp.float32(1 / 3), "loss": 1e-17}
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(jnp.int32(5), "val", values)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert list(json.loads(line)) == ["step", "alpha", "loss", "split", "zeta"]
+    (metrics,) = read_metrics(tmp_path)
+    assert metrics.pop("step") == 5
+    assert metrics.pop("split") == "val"
+    assert metrics == {name: float(value) for name, value in values.items()}
+
+
+def test_lines_are_on_disk_as_soon_as_written(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 2})
+    assert read_metrics(tmp_path) == [{"step": 1, "split": "train", "loss": 2.0}]
+    writer.close()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 7, "lo'], ids=["whole", "torn"])
+@pytest.mark.parametrize("resume_step", [0, 4, 6])
+def test_resumed_file_is_bitwise_that_of_an_uninterrupted_run(tmp_path, resume_step, torn):
+    run(tmp_path / "whole", 1, 9)
+    run(tmp_path / "killed", 1, 6)
+    with (tmp_path / "killed" / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    run(tmp_path / "killed", resume_step + 1, 9, resume_step)
+    names = [tmp_path / name / "metrics.jsonl" for name in ("whole", "killed")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_torn_last_line_is_not_read(tmp_path):
+    run(tmp_path, 1, 1)
+    whole = read_metrics(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    assert read_metrics(tmp_path) == whole
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("text", ["{nonsense", '{"loss": 1}', "[1]"])
+def test_damaged_line_is_named_and_the_file_left_alone(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + text + '\n{"step": 3}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
+        MetricsWriter(tmp_path, resume_step=3)
+    assert path.read_bytes() == before
+
+
+def test_metric_may_not_hide_the_step(tmp_path):
+    with (
+        MetricsWriter(tmp_path) as writer,
+        pytest.raises(ValueError, match="may not be called 'step'"),
+    ):
+        writer.write(1, "train", {"step": 3})
+
+
+def test_tensorboard_mirrors_metrics_and_alone_holds_timing(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(3, "val", {"loss": 0.5})
+        writer.write_timing(3, {"steps_per_second": 8.0})
+    assert scalars(tmp_path) == {("val/loss", 0.5, 3), ("timing/steps_per_second", 8.0, 3)}
+    assert read_metrics(tmp_path) == [{"step": 3, "split": "val", "loss": 0.5}]
+
+
+def test_works_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1})
+        writer.write_timing(1, {"seconds": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show_progress():
+    with Progress(total_steps=10, initial=4, tasks_per_step=16) as progress:
+        for step in range(6):
+            progress.update(1, {"loss": jnp.float32(0.5), "accuracy": 0.25, "other": step})
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    show_progress()
+    last = terminal.getvalue().rstrip("\n").split("\r")[-1]
+    assert "10/10" in last
+    assert "step/s" in last
+    assert "loss=0.5" in last
+    assert "accuracy=0.25" in last
+    assert "other" not in last
+
+
+def test_progress_elsewhere_is_silent(capfd):
+    show_progress()
+    assert capfd.readouterr() == ("", "")
