@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from meta_jax.data.dataset import DataError
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import TrainingDivergedError
+from meta_jax.training.writers import write_text
 
 
 class UsageError(ValueError):
@@ -60,18 +61,18 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("seed", 0, "Of initial parameters, training tasks and random class splits.")
 
 
-def run_flag_values(text: str) -> flags.FlagValues:
-    """Parses the contents of a flags.txt.
+def run_flag_values(path: Path) -> flags.FlagValues:
+    """Reads a flagfile, or the flags.txt of a workdir.
 
     Raises:
-      UsageError: a line is not a flag of a run.
+      UsageError: it cannot be read, or a line of it is not a flag of a run.
     """
     values = flags.FlagValues()
     define_run_flags(values)
     try:
-        values(["flags.txt", *text.split("\n")[:-1]])
+        values(["", f"--flagfile={path}"])
     except flags.Error as error:
-        raise UsageError(f"flags.txt does not fit this version: {error}") from error
+        raise UsageError(f"{path} does not fit this version: {error}") from error
     return values
 
 
@@ -107,22 +108,25 @@ def claim_workdir(workdir: Path, values: flags.FlagValues) -> None:
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UsageError(f"{workdir} is not empty and no workdir of ours: name another one")
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "flags.txt.saving"
-    temporary.write_text(wanted, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, wanted)
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Parses the flags and runs a binary; a user's mistake is one line and exit status 2."""
+def run_main(main: Callable[[list[str]], int | None], *, positional: bool = False) -> None:
+    """Parses the flags and runs a binary; a user's mistake is one line and exit status 2.
+
+    Args:
+      main: gets the arguments that are not flags.
+      positional: whether there may be any.
+    """
     # A second start of the same program need not compile again.
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/meta_jax/compiled"))
 
     def parse(arguments: list[str]) -> list[str]:
         try:
             left = flags.FLAGS(arguments)
-            if len(left) > 1:
+            if len(left) > 1 and not positional:
                 raise UsageError(f"unknown argument '{left[1]}': flags start with two dashes")
-        except (flags.Error, UsageError) as error:
+        except (flags.Error, UsageError, OSError) as error:
             _end(error, 2)
         if flags.FLAGS.help or flags.FLAGS.helpfull:
             app.usage(shorthelp=not flags.FLAGS.helpfull, writeto_stdout=True)
@@ -130,10 +134,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         return left
 
     def guarded(arguments: list[str]) -> int | None:
-        del arguments
         logging.set_verbosity(logging.WARNING)
         try:
-            return main()
+            return main(arguments[1:])
         except (UsageError, DataError, CheckpointError) as error:
             _end(error, 2)
         except TrainingDivergedError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import optax
 from absl import flags
 
 from experiments.command_line import UsageError
@@ -85,3 +86,11 @@ def build_learner(values: flags.FlagValues) -> tuple[MetaLearner, Criterion]:
         return build(values, criterion), criterion
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def build_optimizer(values: flags.FlagValues) -> optax.GradientTransformation:
+    """The outer Adam, its learning rate halved at regular intervals if the flags say so."""
+    rate = values.learning_rate
+    if values.halve_every:
+        rate = optax.exponential_decay(rate, values.halve_every, 0.5, staircase=True)
+    return optax.adam(rate)

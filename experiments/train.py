@@ -6,16 +6,15 @@
 """
 
 import json
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from experiments import learners, tasks, testing
 from experiments.command_line import UsageError, claim_workdir, define_run_flags, run_main
+from meta_jax.core import MetaLearner
 from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
 from meta_jax.training import checkpoints, pictures
 from meta_jax.training.evaluation import make_evaluate
@@ -27,7 +26,7 @@ from meta_jax.training.outer_step import (
     make_run,
     task_mesh,
 )
-from meta_jax.training.writers import read_metrics
+from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
 define_run_flags(FLAGS)
@@ -36,8 +35,9 @@ flags.DEFINE_string("data_dir", None, "Where Omniglot or the prepared TFDS sets 
 flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the final test.", 2)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Trains, validates, tests; everything it finds out is in the workdir."""
+    del arguments
     if not FLAGS.workdir:
         raise UsageError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/1")
     workdir = Path(FLAGS.workdir)
@@ -46,7 +46,7 @@ def main() -> None:
     learner, criterion = learners.build_learner(FLAGS)
     schedule = Schedule(FLAGS.steps, FLAGS.log_every, FLAGS.eval_every, FLAGS.checkpoint_every)
     mesh = task_mesh() if FLAGS.task_batch % jax.device_count() == 0 else None
-    optimizer = _optimizer()
+    optimizer = learners.build_optimizer(FLAGS)
     try:
         schedule.check()
         splits = tasks.load(FLAGS, FLAGS.data_dir)
@@ -118,31 +118,18 @@ def main() -> None:
         text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels)}"
         baselines["nearest_neighbour"] = pixels._asdict()
     _draw_episode(learner, learned, testing_tasks, workdir / "episode.png")
-    _write_json(workdir / "baselines.json", baselines)
-    _write_json(workdir / "result.json", found)
+    write_text(workdir / "baselines.json", json.dumps(baselines, indent=1) + "\n")
+    write_text(workdir / "result.json", json.dumps(found, indent=1) + "\n")
     print(text)
 
 
-def _optimizer() -> optax.GradientTransformation:
-    rate = FLAGS.learning_rate
-    if FLAGS.halve_every:
-        rate = optax.exponential_decay(rate, FLAGS.halve_every, 0.5, staircase=True)
-    return optax.adam(rate)
-
-
-def _draw_episode(learner: object, learned: dict, source: tasks.Tasks, path: Path) -> None:
+def _draw_episode(learner: MetaLearner, learned: dict, source: tasks.Tasks, path: Path) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     episode = source.sampler(keys[0], source.data)
     params, state = learned["params"], learned["state"]
     adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
     outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
     pictures.episode_picture(episode, outputs, path)
-
-
-def _write_json(path: Path, contents: dict) -> None:
-    temporary = path.with_suffix(".saving")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

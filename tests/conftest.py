@@ -1,8 +1,10 @@
-"""Where the tests find the real data that does not come with the repository."""
+"""Fixtures that many tests share: double precision, and where the real data lies."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 
@@ -25,3 +27,17 @@ def omniglot_zips() -> Path:
 def omniglot_tfds() -> Path:
     """A TFDS data folder with omniglot prepared in array_record format."""
     return _real_data("tensorflow_datasets")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for one test: two correct float32 forms may differ by a ReLU's flip.
+
+    Compilation is most of such a test's time, and an identity holds however XLA optimises.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.enable_x64(True):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -56,7 +56,7 @@ def check_spec(spec: EpisodeSpec, dataset: ImageDataset, split: str = "the datas
         )
     turns = 4 if spec.rotations == "classes" else 1
     if spec.within_group:
-        available = int(jnp.bincount(dataset.groups, weights=usable).max()) * turns
+        available = int(jnp.bincount(dataset.groups[usable]).max()) * turns
         where = f"the largest group of {split}"
     else:
         available, where = int(usable.sum()) * turns, split

@@ -1,14 +1,17 @@
 """The one door through which flax Linen modules enter."""
 
 import inspect
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 
 from meta_jax.core import Network, PyTree
 
+if TYPE_CHECKING:  # a module needs nothing of flax but itself, so `import meta_jax` stays quick
+    import flax.linen as nn
 
-def from_linen(module: nn.Module, *, batch_norm: str = "none") -> Network:
+
+def from_linen(module: "nn.Module", *, batch_norm: str = "none") -> Network:
     """A Linen module as a `Network`.
 
     Every collection but `params` becomes the network's state. Where the module's `__call__` takes
@@ -23,6 +26,7 @@ def from_linen(module: nn.Module, *, batch_norm: str = "none") -> Network:
       The network.
 
     Examples:
+      >>> import flax.linen as nn
       >>> import jax.numpy as jnp
       >>> network = from_linen(nn.Dense(3))
       >>> params, state = network.init(jax.random.key(0), jnp.ones((2, 5)))

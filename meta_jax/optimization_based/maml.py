@@ -91,6 +91,11 @@ def gradient_learner(
             adjoint=adjoint,
             mask=mask,
         )
+        if network.batch_norm == "support":
+            # The loop's last statistics are those before its last update.
+            _, state = network.apply_to_support(
+                learner["network"], state, support.x, key=key, train=train
+            )
         return GradientAdapted(learner, state)
 
     def predict(

@@ -1,6 +1,7 @@
 """The training loop: runs, logs, validates, saves, and resumes exactly where it stopped."""
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,17 +92,16 @@ def fit(
     schedule.check()
     folder = workdir / "checkpoints"
     seconds = 0.0
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
     restored = checkpoints.restore_latest(folder, train_state)
     if restored is not None:
-        tree, metadata, warnings = restored
-        # Back to where the fresh state lives, so that one compilation serves both.
-        train_state = jax.tree.map(
-            lambda a, like: jax.device_put(a, like.sharding), tree, train_state
-        )
+        train_state, metadata, warnings = restored
         seconds = metadata["seconds"]
         for line in warnings:
             say(line)
         say(f"resuming at step {metadata['step']} of {schedule.steps}")
+    # Fresh and restored states are placed alike, so that one compilation serves both.
+    train_state = jax.device_put(train_state, shardings)
     step = int(train_state.step)
 
     stopped = []
@@ -110,7 +110,9 @@ def fit(
         del frame
         stopped.append(number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    # Python lets the main thread alone handle signals.
+    handles = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if handles else None
     started = time.monotonic()
     try:
         with (
@@ -150,7 +152,8 @@ def fit(
                 if last or stopped or step % schedule.checkpoint_every == 0:
                     checkpoints.save_step(folder, step, train_state, metadata)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if handles:
+            signal.signal(signal.SIGTERM, previous)
     finished = step == schedule.steps
     if not finished:
         say(f"stopped at step {step} of {schedule.steps}: the same command goes on from there")

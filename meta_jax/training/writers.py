@@ -38,7 +38,7 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / _FILE
         kept = [line for line in _lines(path) if line["step"] <= resume_step] if resume_step else []
-        _replace(path, "".join(_dump(line) for line in kept))
+        write_text(path, "".join(_dump(line) for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(workdir / "tensorboard", resume_step)
 
@@ -186,7 +186,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one piece: a kill leaves the older one or the new one."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

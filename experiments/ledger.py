@@ -1,0 +1,54 @@
+"""The reproduction ledger, and README's table, which is generated from it."""
+
+import json
+from pathlib import Path
+
+from meta_jax.training.writers import write_text
+
+ROOT = Path(__file__).parents[1]
+LEDGER = ROOT / "results" / "ledger.json"
+README = ROOT / "README.md"
+_BEGIN = "<!-- table of results: written by experiments.reproduce -->"
+_END = "<!-- end of table -->"
+
+
+def read(path: Path = LEDGER) -> list[dict]:
+    """All rows, in the order of their names; none where there is no ledger yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def record(row: dict, path: Path = LEDGER) -> list[dict]:
+    """Writes one row in place of an older one of its name, and returns all rows."""
+    rows = {old["row"]: old for old in read(path)} | {row["row"]: row}
+    ordered = [rows[name] for name in sorted(rows)]
+    write_text(path, json.dumps(ordered, indent=1) + "\n")
+    return ordered
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| row | ours | paper | batch norm | training | weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mode = row["batch_norm"] + (", transductive" if row["transductive"] else "")
+        lines.append(
+            f"| `{row['row']}` | {row['accuracy']:.2f} ± {row['ci95']:.2f} | "
+            f"{row['paper_accuracy']} | {mode} | {row['train_minutes']:.0f} min | "
+            f"`{row['weights']}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, rows: list[dict]) -> str:
+    """README's text with its table replaced.
+
+    Raises:
+      ValueError: the text has no place marked for the table.
+    """
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"README has no '{_BEGIN}' ... '{_END}': put the two lines back")
+    return f"{before}{begin}\n{table(rows)}{end}{after}"

@@ -1,0 +1,124 @@
+"""Makes rows of the results table: trains from the flagfile, tests, writes ledger and weights.
+
+    python -m experiments.reproduce prototypical/omniglot_5w1s --data_dir=PATH
+
+A model that several rows share is trained once; a training that was stopped is resumed.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import ledger, testing
+from experiments.command_line import UsageError, claim_workdir, run_flag_values, run_main
+from experiments.evaluate import evaluate
+from experiments.rows import ROWS, Row
+from meta_jax.training.writers import write_text
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
+flags.DEFINE_string("data_dir", None, "Where Omniglot lies.")
+_EPISODES = 1000
+_WEIGHTS = Path("results/weights")
+
+
+def main(names: list[str]) -> None:
+    """Makes each row named on the command line, one line of output for each."""
+    if not names:
+        raise UsageError(f"name one row or more: {', '.join(ROWS)}")
+    for name in names:
+        if name not in ROWS:
+            raise UsageError(f"unknown row '{name}': choose from {', '.join(ROWS)}")
+    commit = _commit()  # before ledger and README are written
+    for name in names:
+        _reproduce(name, ROWS[name], commit)
+
+
+def _reproduce(name: str, row: Row, commit: str) -> None:
+    workdir = Path(FLAGS.runs) / row.model
+    flagfile = ledger.ROOT / "experiments" / "flagfiles" / f"{row.model}.flags"
+    train = [
+        f"--flagfile={flagfile}",
+        f"--workdir={workdir}",
+        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []),
+    ]
+    claim_workdir(workdir, run_flag_values(flagfile))
+    if not (workdir / "result.json").exists():
+        # A process of its own: flags are global, and the training's memory is given back.
+        status = subprocess.run([sys.executable, "-m", "experiments.train", *train]).returncode
+        if status:
+            sys.exit(status)
+        if not (workdir / "result.json").exists():
+            sys.exit("the training was stopped; the same command goes on from there")
+    trained = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
+    weights = _ship_weights(workdir, ledger.ROOT / _WEIGHTS / row.model)
+    found = evaluate(
+        weights,
+        checkpoint="best",
+        split="test",
+        episodes=_EPISODES,
+        seed=0,
+        data_dir=FLAGS.data_dir,
+        overrides={"ways": row.ways, "shots": row.shots},
+    )
+    kept = ("learner", "dataset", "split", "ways", "shots", "episodes", "accuracy", "ci95")
+    rows = ledger.record(
+        {
+            "row": name,
+            **{key: found[key] for key in (*kept, "batch_norm", "transductive")},
+            "paper_accuracy": row.paper_accuracy,
+            "paper_source": row.paper_source,
+            "command": f"python -m experiments.reproduce {name}",
+            "train_minutes": round(trained["seconds"] / 60, 1),
+            "machine": _machine(),
+            "versions": {
+                package: importlib.metadata.version(package)
+                for package in ("jax", "jaxlib", "flax", "optax")
+            },
+            "commit": commit,
+            "weights": str(_WEIGHTS / row.model),
+        }
+    )
+    readme = ledger.README.read_text(encoding="utf-8")
+    write_text(ledger.README, ledger.with_table(readme, rows))
+    print(f"{name}: {testing.line(found)}; the paper reports {row.paper_accuracy} %")
+
+
+def _ship_weights(workdir: Path, folder: Path) -> Path:
+    """Copies what a test needs of a workdir, a workdir in small."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
+    shutil.copy(workdir / "flags.txt", folder / "flags.txt")
+    return folder
+
+
+def _machine() -> str:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"{os.cpu_count()}-core {platform.machine()} CPU"
+    return f"{jax.device_count()} x {device.device_kind}"
+
+
+def _commit() -> str:
+    """The commit that the code was at, marked where the tree had changes in the code."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ledger.ROOT), "describe", "--always", "--abbrev=12", "--dirty"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    run_main(main, positional=True)

@@ -1,0 +1,87 @@
+"""Flags to learners and tasks, inside one process."""
+
+import pytest
+from absl import flags
+
+from experiments import command_line, learners, tasks
+from experiments.command_line import UsageError
+
+
+@pytest.fixture
+def values(tmp_path_factory):
+    def parse(text=""):
+        path = tmp_path_factory.mktemp("flags") / "flags.txt"
+        path.write_text(text)
+        return command_line.run_flag_values(path)
+
+    return parse
+
+
+def test_flags_survive_their_file(values):
+    given = values("--ways=7\n--learning_rate=0.125\n--learner=maml\n--batch_norm=support\n")
+    again = values(command_line.run_flag_lines(given))
+    assert again.flag_values_dict() == given.flag_values_dict()
+    assert (again.ways, again.learning_rate, again.train_ways) == (7, 0.125, None)
+
+
+def test_every_run_flag_has_a_description():
+    found = flags.FlagValues()
+    command_line.define_run_flags(found)
+    assert all(found[name].help for name in found)
+
+
+def test_a_flags_file_of_another_version_is_named(values):
+    with pytest.raises(UsageError, match="does not fit this version"):
+        values("--no_such_flag=1\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit"),
+    [
+        ("--learner=x\n", "unknown learner 'x'"),
+        ("--network=x\n", "unknown network 'x'"),
+        ("--batch_norm=x\n", "unknown batch norm 'x'"),
+        ("--distance=x\n", "unknown distance 'x'"),
+        ("--learner=maml\n--adjoint=x\n", "unknown adjoint 'x'"),
+        ("--learner=maml\n--train_ways=20\n", "must equal --train_ways"),
+        ("--dataset=sinusoid\n", "prototypical classifies"),
+    ],
+)
+def test_a_learner_that_cannot_be_built_is_named(text, culprit, values):
+    with pytest.raises(UsageError, match=culprit):
+        learners.build_learner(values(text))
+
+
+@pytest.mark.parametrize("name", learners.LEARNERS)
+def test_every_learner_is_built_by_its_name_alone(name, values):
+    learner, _ = learners.build_learner(values(f"--learner={name}\n"))
+    assert callable(learner.adapt)
+
+
+def test_training_and_test_episodes_differ_where_the_flags_say_so(values):
+    given = values("--ways=5\n--shots=1\n--train_ways=20\n--train_queries=3\n--queries=15\n")
+    assert tasks.training_spec(given)[:3] == (20, 1, 3)
+    assert tasks.test_spec(given)[:3] == (5, 1, 15)
+
+
+class TestClaimWorkdir:
+    def test_a_new_one_is_made(self, tmp_path, values):
+        command_line.claim_workdir(tmp_path / "a" / "b", values())
+        assert (tmp_path / "a" / "b" / "flags.txt").read_text() == command_line.run_flag_lines(
+            values()
+        )
+
+    def test_the_same_flags_may_come_back(self, tmp_path, values):
+        command_line.claim_workdir(tmp_path, values())
+        command_line.claim_workdir(tmp_path, values())
+
+    def test_other_flags_are_refused_by_name(self, tmp_path, values):
+        command_line.claim_workdir(tmp_path, values())
+        with pytest.raises(UsageError, match=r"other flags \(seed, train_ways\)"):
+            command_line.claim_workdir(tmp_path, values("--seed=1\n--train_ways=9\n"))
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path, values):
+        (tmp_path / "thesis.tex").write_text("")
+        with pytest.raises(UsageError, match="not empty"):
+            command_line.claim_workdir(tmp_path, values())
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

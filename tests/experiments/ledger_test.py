@@ -1,0 +1,60 @@
+"""The ledger, the table made from it, and the weights that ship with it."""
+
+import pytest
+
+from experiments import ledger
+from experiments.evaluate import evaluate
+from experiments.rows import ROWS
+
+ROWS_IN_LEDGER = ledger.read()
+KEYS = {
+    *("row", "learner", "dataset", "split", "ways", "shots", "episodes", "accuracy", "ci95"),
+    *("batch_norm", "transductive", "paper_accuracy", "paper_source", "command", "train_minutes"),
+    *("machine", "versions", "commit", "weights"),
+}
+
+
+def test_readme_table_is_the_ledger():
+    readme = ledger.README.read_text(encoding="utf-8")
+    assert ledger.with_table(readme, ROWS_IN_LEDGER) == readme
+
+
+def test_every_row_can_be_made_again():
+    assert {row["row"] for row in ROWS_IN_LEDGER} == set(ROWS)
+    for row in ROWS_IN_LEDGER:
+        assert set(row) == KEYS
+        made = ROWS[row["row"]]
+        assert (row["ways"], row["shots"]) == (made.ways, made.shots)
+        assert row["paper_accuracy"] == made.paper_accuracy
+        assert (ledger.ROOT / "experiments/flagfiles" / f"{made.model}.flags").is_file()
+        size = sum(p.stat().st_size for p in (ledger.ROOT / row["weights"]).rglob("*"))
+        assert 0 < size <= 1 << 20
+
+
+@pytest.mark.parametrize("row", ROWS_IN_LEDGER, ids=lambda row: row["row"])
+def test_weights_give_the_accuracy_again(row, omniglot_zips):
+    episodes = 60
+    found = evaluate(
+        ledger.ROOT / row["weights"],
+        checkpoint="best",
+        split="test",
+        episodes=episodes,
+        seed=1,
+        data_dir=str(omniglot_zips),
+        overrides={"ways": row["ways"], "shots": row["shots"], "queries": 5},
+    )
+    # Fewer queries and fewer episodes, other ones too: three standard errors of the small test.
+    assert abs(found["accuracy"] - row["accuracy"]) < 3 / 1.96 * found["ci95"] + row["ci95"]
+
+
+def test_a_row_takes_the_place_of_its_older_self(tmp_path):
+    path = tmp_path / "ledger.json"
+    ledger.record({"row": "b", "accuracy": 1}, path)
+    ledger.record({"row": "a", "accuracy": 2}, path)
+    rows = ledger.record({"row": "b", "accuracy": 3}, path)
+    assert rows == ledger.read(path) == [{"row": "a", "accuracy": 2}, {"row": "b", "accuracy": 3}]
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused():
+    with pytest.raises(ValueError, match="put the two lines back"):
+        ledger.with_table("# meta_jax\n", [])

@@ -1,0 +1,358 @@
+"""What every learner owes, over one table: a new method is one more row of `LEARNERS`."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.core import (
+    Batch,
+    Criterion,
+    Episode,
+    MetaLearner,
+    Network,
+    cross_entropy,
+    squared_error,
+)
+from meta_jax.data.dataset import ImageDataset
+from meta_jax.data.episodes import EpisodeSpec, sample_episode
+from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.networks.layers import conv_block, init_conv_block
+from meta_jax.networks.mlp import mlp
+from meta_jax.optimization_based.maml import first_order_maml, maml
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+MODES = ("running", "support", "batch")
+
+
+def two_blocks(batch_norm: str) -> Network:
+    """Conv4's two kinds of block, one of each: what it obeys, at a fraction of the compilation."""
+    blocks = {"block1": (2, False), "block2": (1, True)}  # stride, pool
+
+    def init(key, x):
+        params, state = {}, {}
+        for name, inputs in zip(blocks, (x.shape[-1], 4), strict=True):
+            params[name], state[name] = init_conv_block(jax.random.fold_in(key, inputs), inputs, 4)
+        return params, state
+
+    def apply(params, state, x, *, key, train):
+        new_state = {}
+        for name, (stride, pool) in blocks.items():
+            settings = {"stride": stride, "pool": pool, "batch_norm": batch_norm, "train": train}
+            x, new_state[name] = conv_block(params[name], state[name], x, **settings)
+        return x.reshape(x.shape[0], -1), new_state
+
+    return Network(init, apply, batch_norm)
+
+
+def before_batch_norm(path: str) -> bool:
+    """Batch norm cancels the bias of the convolution before it."""
+    return "['conv']['bias']" in path
+
+
+class Row(NamedTuple):
+    """A learner and what it declares."""
+
+    build: Callable[[str], MetaLearner]  # batch-norm mode -> learner
+    batch_norm: str = "running"  # the mode that the method trains with; 'none' has no such layer
+    criterion: Criterion = cross_entropy
+    images: bool = True  # few-shot images, or sinusoids
+    zero_gradient: Callable[[str], bool] = before_batch_norm  # which leaves get none, by path
+    any_ways: bool = True  # ways and shots may differ at test, labels are interchangeable
+    support_order: bool = True  # whether the order of the support does not matter
+    padding: bool = True  # whether all-zero rows of y are ignored
+
+
+LEARNERS = {
+    "prototypical": Row(lambda mode: prototypical(two_blocks(mode))),
+    "prototypical_cosine": Row(lambda mode: prototypical(two_blocks(mode), distance="cosine")),
+    "maml": Row(
+        lambda mode: maml(two_blocks(mode), inner_lr=0.4, steps=2, eval_steps=2),
+        batch_norm="batch",
+        any_ways=False,
+    ),
+    "fomaml": Row(
+        lambda mode: first_order_maml(two_blocks(mode), inner_lr=0.4, steps=2, eval_steps=2),
+        batch_norm="batch",
+        any_ways=False,
+    ),
+    "maml_sinusoid": Row(
+        lambda mode: maml(mlp((8, 8)), inner_lr=0.01, steps=2, criterion=squared_error),
+        batch_norm="none",
+        criterion=squared_error,
+        images=False,
+        zero_gradient=lambda path: False,
+        any_ways=False,
+        padding=False,
+    ),
+}
+
+
+def rows(**declared):
+    """Names of the rows with these declarations."""
+    return [
+        name
+        for name, row in LEARNERS.items()
+        if all(getattr(row, field) == value for field, value in declared.items())
+    ]
+
+
+every_learner = pytest.mark.parametrize("name", LEARNERS)
+every_image_learner = pytest.mark.parametrize("name", rows(images=True))
+every_metric_learner = pytest.mark.parametrize("name", rows(any_ways=True))
+
+
+@functools.cache
+def dataset():
+    images = np.random.default_rng(0).integers(0, 256, (8, 6, 8, 8, 1), np.uint8)
+    return ImageDataset(jnp.asarray(images), jnp.full(8, 6, jnp.int32), jnp.zeros(8, jnp.int32))
+
+
+draw = jax.jit(sample_episode, static_argnums=2)
+
+
+@functools.cache
+def episode(name, seed=0, ways=3, shots=2, queries=2):
+    key = jax.random.key(seed)
+    if LEARNERS[name].images:
+        return draw(key, dataset(), EpisodeSpec(ways, shots, queries))
+    return sample_sinusoid(key, 6, 6)
+
+
+class Built(NamedTuple):
+    """A learner with parameters and statistics away from the symmetric ones that it starts with."""
+
+    learner: MetaLearner
+    params: dict
+    state: dict
+    value_and_grad: Callable  # (params, state, episode, key), jitted
+    adapt: Callable  # (params, state, support, key) at test, jitted
+    predict: Callable  # (params, adapted, x, key) at test, jitted: outputs and state
+
+    def answers(self, support, x):
+        adapted = self.adapt(self.params, self.state, support, jax.random.key(1))
+        return self.predict(self.params, adapted, x, jax.random.key(2))[0]
+
+
+@functools.cache
+def built(name, mode=None):
+    learner = LEARNERS[name].build(mode or LEARNERS[name].batch_norm)
+    params, state = jax.jit(learner.init)(jax.random.key(0), episode(name))
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = treedef.unflatten(
+        [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    )
+    return Built(
+        learner,
+        params,
+        jax.tree.map(lambda s: s + 0.1, state),
+        jax.jit(jax.value_and_grad(learner.loss, has_aux=True)),
+        jax.jit(functools.partial(learner.adapt, train=False)),
+        jax.jit(functools.partial(learner.predict, train=False)),
+    )
+
+
+def assert_trees_close(actual, expected, atol=1e-9):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), actual, expected)
+
+
+def assert_differ(a, b, by=1e-3):
+    assert abs(np.asarray(a) - np.asarray(b)).max() > by
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+@every_learner
+def test_loss_and_metrics_are_finite_scalars(name):
+    b = built(name)
+    (loss, aux), _ = b.value_and_grad(b.params, b.state, episode(name), jax.random.key(3))
+    for value in (loss, *aux.metrics.values()):
+        assert value.shape == ()
+        assert np.isfinite(value)
+    assert loss > 0
+    assert aux.metrics
+
+
+@every_learner
+def test_it_compiles_once(name):
+    learner = built(name).learner
+    traces = []
+
+    def test_task(params, state, episode, key):
+        traces.append(None)
+        adapted = learner.adapt(params, state, episode.support, key, train=False)
+        return learner.predict(params, adapted, episode.query.x, key, train=False)
+
+    run = jax.jit(test_task)
+    params, state = built(name).params, built(name).state
+    for seed in range(2):
+        _, state = run(params, state, episode(name, seed), jax.random.key(seed))
+        params = jax.tree.map(lambda p: p * 0.9, params)
+    assert len(traces) == 1
+
+
+@every_learner
+def test_vmap_over_tasks_equals_a_python_loop(name):
+    b = built(name)
+    episodes = [episode(name, seed) for seed in range(3)]
+    keys = jax.random.split(jax.random.key(4), 3)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
+    together = jax.jit(jax.vmap(b.value_and_grad, (None, None, 0, 0)))(
+        b.params, b.state, stacked, keys
+    )
+    alone = [b.value_and_grad(b.params, b.state, e, k) for e, k in zip(episodes, keys, strict=True)]
+    assert_trees_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone))
+    assert_differ(together[0][0][0], together[0][0][1], by=1e-4)
+
+
+@every_learner
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_state_keeps_its_structure_shapes_and_types(name, mode, dtype):
+    learner = LEARNERS[name].build(mode)
+    key = jax.random.key(0)
+    with jax.enable_x64(dtype == "float64"):
+        example = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), episode(name))
+        params, state = jax.eval_shape(learner.init, key, example)
+        assert {leaf.dtype for leaf in jax.tree.leaves((params, state))} == {jnp.dtype(dtype)}
+        loss, aux = jax.eval_shape(learner.loss, params, state, example, key)
+        assert loss.dtype == dtype
+        assert shapes(aux.state) == shapes(state)
+        for train in (True, False):
+            adapted = jax.eval_shape(
+                functools.partial(learner.adapt, train=train), params, state, example.support, key
+            )
+            outputs, new_state = jax.eval_shape(
+                functools.partial(learner.predict, train=train),
+                params,
+                adapted,
+                example.query.x,
+                key,
+            )
+            assert shapes(new_state) == shapes(state)
+            assert outputs.shape == example.query.y.shape
+            assert outputs.dtype == dtype
+
+
+@every_learner
+def test_every_parameter_gets_a_gradient_unless_declared(name):
+    b = built(name)
+    _, gradient = b.value_and_grad(b.params, b.state, episode(name), jax.random.key(3))
+    assert jax.tree.structure(gradient) == jax.tree.structure(b.params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        path = jax.tree_util.keystr(path)
+        largest = abs(leaf).max()
+        if LEARNERS[name].zero_gradient(path):
+            assert largest < 1e-10, path
+        else:
+            assert largest > 1e-7, path
+
+
+@pytest.mark.parametrize("name", rows(support_order=True))
+def test_the_order_of_the_support_does_not_matter(name):
+    support, query = episode(name)
+    order = jax.random.permutation(jax.random.key(5), support.x.shape[0])
+    shuffled = Batch(support.x[order], support.y[order])
+    answers = built(name).answers(support, query.x)
+    assert_trees_close(built(name).answers(shuffled, query.x), answers)
+    # Mixed-up labels do matter.
+    assert_differ(built(name).answers(Batch(support.x[order], support.y), query.x), answers)
+
+
+@every_metric_learner
+def test_permuted_labels_permute_the_logits(name):
+    support, query = episode(name)
+    order = np.array([2, 0, 1])
+    relabelled = Batch(support.x, support.y[:, order])
+    logits = built(name).answers(support, query.x)
+    assert_trees_close(built(name).answers(relabelled, query.x), logits[:, order])
+    assert_differ(logits, logits[:, order])
+
+
+@every_metric_learner
+def test_ways_and_shots_may_differ_at_test(name):
+    support, query = episode(name, seed=1, ways=4, shots=1, queries=3)
+    b = built(name, "running")
+    logits = b.answers(support, query.x)
+    assert logits.shape == (12, 4)
+    assert np.isfinite(logits).all()
+    # A class's logit is its own: without the last class, the others' are unchanged.
+    few = support.y[:, 3] == 0
+    fewer = b.answers(Batch(support.x[few], support.y[few, :3]), query.x)
+    assert_trees_close(fewer, logits[:, :3])
+
+
+def leak(b, support, x):
+    """The largest difference between a query's answer in company and alone."""
+    together = b.answers(support, x)
+    alone = np.concatenate([b.answers(support, x[i : i + 1]) for i in range(len(x))])
+    return abs(together - alone).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (name, mode)
+        for name, row in LEARNERS.items()
+        for mode in (MODES if row.batch_norm != "none" else ("none",))
+    ],
+)
+def test_queries_do_not_leak_into_each_other_but_in_batch_mode(name, mode):
+    support, query = episode(name)
+    difference = leak(built(name, mode), support, query.x)
+    if mode == "batch":
+        assert difference > 1e-2
+    else:
+        assert difference < 1e-10
+
+
+@every_image_learner
+def test_the_batch_norm_modes_give_different_answers(name):
+    support, query = episode(name)
+    running, of_support, batch = (built(name, m).answers(support, query.x) for m in MODES)
+    assert_differ(running, of_support)
+    assert_differ(running, batch)
+    assert_differ(of_support, batch)
+
+
+@pytest.mark.parametrize("name", rows(padding=True))
+def test_padding_changes_nothing(name):
+    support, query = episode(name)
+    rubbish = 5 * jax.random.normal(jax.random.key(6), (2, *support.x.shape[1:]))
+    padded = Batch(
+        jnp.concatenate([support.x[:2], rubbish, support.x[2:]]),
+        jnp.concatenate([support.y[:2], jnp.zeros((2, 3)), support.y[2:]]),
+    )
+    b = built(name, "running")
+    answers = b.answers(support, query.x)
+    assert_trees_close(b.answers(padded, query.x), answers)
+    labelled = padded._replace(y=padded.y.at[2:4, 0].set(1))
+    assert_differ(b.answers(labelled, query.x), answers)
+
+
+@pytest.mark.parametrize("name", rows(padding=True))
+def test_padded_queries_do_not_count(name):
+    criterion = LEARNERS[name].criterion
+    support, query = episode(name)
+    logits = built(name).answers(support, query.x)
+    padded = (
+        jnp.concatenate([logits, jnp.full((2, 3), 7.0)]),
+        jnp.concatenate([query.y, jnp.zeros((2, 3))]),
+    )
+    assert_trees_close(criterion(*padded), criterion(logits, query.y))
+
+
+def test_every_row_is_an_episode_of_its_own_kind():
+    for name in LEARNERS:
+        assert isinstance(episode(name), Episode)
+        assert isinstance(built(name).learner, MetaLearner)

@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.update_rules import from_optax
+
+
+def test_it_has_no_meta_parameters():
+    rule = from_optax(optax.adam(0.1))
+    assert rule.init_meta(jax.random.key(0), jnp.ones(2)) == {}
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.5), optax.adamw(0.1, weight_decay=0.2)])
+def test_updates_are_optax_s_own(optimizer):
+    rule = from_optax(optimizer)
+    params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.3, 4.0])
+    state, expected_state = rule.init({}, params), optimizer.init(params)
+    for _ in range(2):
+        updates, state = rule.update({}, gradient, state, params, loss=jnp.float32(1))
+        expected, expected_state = optimizer.update(gradient, expected_state, params)
+        np.testing.assert_array_equal(updates, expected)
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+
+
+def scale_by_loss():
+    def update(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda u: -value * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def test_the_loss_reaches_a_transformation_that_asks_for_it():
+    # p <- p - (p^2 / 2) p, from 1: 1/2, then 1/2 - 1/16.
+    p, _, losses = unroll(
+        lambda p, s: (0.5 * p**2, s), from_optax(scale_by_loss()), {}, jnp.array(1.0), {}, steps=2
+    )
+    assert float(p) == 0.4375
+    np.testing.assert_array_equal(losses, [0.5, 0.125])
