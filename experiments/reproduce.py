@@ -19,7 +19,6 @@ from absl import flags
 
 from experiments import ledger, testing
 from experiments.command_line import UsageError, claim_workdir, run_flag_values, run_main
-from experiments.evaluate import evaluate
 from experiments.rows import ROWS, Row
 from meta_jax.training.writers import write_text
 
@@ -60,7 +59,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
             sys.exit("the training was stopped; the same command goes on from there")
     trained = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
     weights = _ship_weights(workdir, ledger.ROOT / _WEIGHTS / row.model)
-    found = evaluate(
+    found = testing.evaluate(
         weights,
         checkpoint="best",
         split="test",

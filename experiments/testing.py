@@ -1,11 +1,17 @@
-"""What a test of a learner reports: the line for people and the keys for programs."""
+"""Testing a trained learner, and what is reported: a line for people, keys for programs."""
+
+import sys
+from pathlib import Path
 
 import jax
 from absl import flags
 
-from experiments.tasks import Tasks
+from experiments import learners, tasks
+from experiments.command_line import UsageError, run_flag_values
 from meta_jax.core import Criterion, MetaLearner, PyTree
+from meta_jax.training import checkpoints
 from meta_jax.training.evaluation import Score, confidence_interval, make_evaluate
+from meta_jax.training.outer_step import init_train_state
 
 _SPLITS = ("train", "val", "test", "trainval")
 
@@ -20,7 +26,7 @@ def test(
     criterion: Criterion,
     params: PyTree,
     state: PyTree,
-    tasks: Tasks,
+    source: tasks.Tasks,
     *,
     split: str,
     episodes: int,
@@ -34,8 +40,8 @@ def test(
       The metric's name and its score.
     """
     key = jax.random.fold_in(jax.random.key(seed), 1 + _SPLITS.index(split))
-    metrics = make_evaluate(learner, tasks.sampler, criterion, episodes=episodes)(
-        params, state, tasks.data, key
+    metrics = make_evaluate(learner, source.sampler, criterion, episodes=episodes)(
+        params, state, source.data, key
     )
     name = metric_of(metrics)
     return name, confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
@@ -87,3 +93,90 @@ def line(found: dict) -> str:
         f"{found['split']} {name} {score} ({task}, {found['episodes']} episodes, "
         f"batch norm {found['batch_norm']})"
     )
+
+
+def evaluate(
+    folder: Path,
+    *,
+    checkpoint: str,
+    split: str,
+    episodes: int,
+    seed: int,
+    data_dir: str | None,
+    overrides: dict,
+) -> dict:
+    """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
+
+    Args:
+      folder: holds flags.txt and checkpoints/.
+      checkpoint: 'best' or 'latest'.
+      split: of the classes to test on.
+      episodes: how many.
+      seed: of the episodes.
+      data_dir: where the data lie.
+      overrides: flags of the run that the test changes.
+
+    Returns:
+      The keys of result.json.
+
+    Raises:
+      UsageError, DataError, CheckpointError: what is asked for cannot be had.
+    """
+    path = folder / "flags.txt"
+    if not path.exists():
+        raise UsageError(f"no flags.txt in {folder}: name the workdir of a training run")
+    values = run_flag_values(path)
+    if values.train_ways is None:
+        values.train_ways = values.ways
+    if values.eval_every == 0 and checkpoint == "best":
+        raise UsageError(
+            "the run had no validation, so no best checkpoint: use --checkpoint=latest"
+        )
+    for name, value in overrides.items():
+        setattr(values, name, value)
+    try:
+        learner, criterion = learners.build_learner(values)
+        splits = tasks.load(values, data_dir)
+        source = tasks.tasks(splits, split, tasks.test_spec(values))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    params, state, seconds = _restore(folder / "checkpoints", checkpoint, learner, source, values)
+    name, score = test(
+        learner, criterion, params, state, source, split=split, episodes=episodes, seed=seed
+    )
+    return result(
+        values,
+        name,
+        score,
+        batch_norm=learners.network(values).batch_norm,
+        split=split,
+        episodes=episodes,
+        seconds=seconds,
+    )
+
+
+def _restore(
+    folder: Path,
+    checkpoint: str,
+    learner: MetaLearner,
+    source: tasks.Tasks,
+    values: flags.FlagValues,
+) -> tuple[PyTree, PyTree, float]:
+    """Parameters, state, and the seconds that training them took."""
+    optimizer = learners.build_optimizer(values)
+    like = jax.eval_shape(
+        lambda data: init_train_state(learner, optimizer, source.sampler, data, 0), source.data
+    )
+    if checkpoint == "best":
+        learned = {"params": like.params, "state": like.state}
+        learned, metadata = checkpoints.restore(folder / "best", learned)
+        return learned["params"], learned["state"], metadata["seconds"]
+    if checkpoint != "latest":
+        raise UsageError(f"unknown checkpoint '{checkpoint}': choose best or latest")
+    found = checkpoints.restore_latest(folder, like)
+    if found is None:
+        raise UsageError(f"no checkpoint in {folder}: train first")
+    train_state, metadata, warnings = found
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    return train_state.params, train_state.state, metadata["seconds"]

@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import ledger
-from experiments.evaluate import evaluate
 from experiments.rows import ROWS
+from experiments.testing import evaluate
 
 ROWS_IN_LEDGER = ledger.read()
 KEYS = {
