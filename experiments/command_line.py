@@ -1,5 +1,6 @@
 """Flags that define a run, and the one way in which user errors end a binary."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,12 +140,16 @@ def run_main(main: Callable[[list[str]], int | None], *, positional: bool = Fals
             return main(arguments[1:])
         except (UsageError, DataError, CheckpointError) as error:
             _end(error, 2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _end(f"{error}: free some space and run the same command again", 2)
         except TrainingDivergedError as error:
             _end(error, 1)
 
     app.run(guarded, flags_parser=parse)
 
 
-def _end(error: Exception, status: int) -> None:
+def _end(error: Exception | str, status: int) -> None:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,6 +1,7 @@
 """Testing a trained learner, and what is reported: a line for people, keys for programs."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,30 +22,32 @@ def metric_of(metrics: dict) -> str:
     return "accuracy" if "accuracy" in metrics else "mse"
 
 
-def test(
+def make_test(
     learner: MetaLearner,
     criterion: Criterion,
-    params: PyTree,
-    state: PyTree,
     source: tasks.Tasks,
     *,
     split: str,
     episodes: int,
     seed: int = 0,
-) -> tuple[str, Score]:
-    """Mean accuracy in per cent, or mean squared error, over episodes drawn from a fixed seed.
+) -> Callable[[PyTree, PyTree], tuple[str, Score]]:
+    """A test that is compiled once, on episodes drawn from a fixed seed.
 
     The same seed gives the same episodes to every learner and every time.
 
     Returns:
-      The metric's name and its score.
+      A function (params, state) -> the metric's name and its score: mean accuracy in per cent, or
+      mean squared error.
     """
+    evaluate = make_evaluate(learner, source.sampler, criterion, episodes=episodes)
     key = jax.random.fold_in(jax.random.key(seed), 1 + _SPLITS.index(split))
-    metrics = make_evaluate(learner, source.sampler, criterion, episodes=episodes)(
-        params, state, source.data, key
-    )
-    name = metric_of(metrics)
-    return name, confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
+
+    def test(params: PyTree, state: PyTree) -> tuple[str, Score]:
+        metrics = evaluate(params, state, source.data, key)
+        name = metric_of(metrics)
+        return name, confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
+
+    return test
 
 
 def result(
@@ -141,9 +144,8 @@ def evaluate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     params, state, seconds = _restore(folder / "checkpoints", checkpoint, learner, source, values)
-    name, score = test(
-        learner, criterion, params, state, source, split=split, episodes=episodes, seed=seed
-    )
+    test = make_test(learner, criterion, source, split=split, episodes=episodes, seed=seed)
+    name, score = test(params, state)
     return result(
         values,
         name,

@@ -98,23 +98,24 @@ def main(arguments: list[str]) -> None:
     learned = {"params": outcome.train_state.params, "state": outcome.train_state.state}
     if FLAGS.eval_every:
         learned, _ = checkpoints.restore(workdir / "checkpoints" / "best", learned)
-    test = {"split": "test", "episodes": FLAGS.eval_episodes}
-    name, score = testing.test(
-        learner, criterion, learned["params"], learned["state"], testing_tasks, **test
-    )
+    asked = {"split": "test", "episodes": FLAGS.eval_episodes}
+    test = testing.make_test(learner, criterion, testing_tasks, **asked)
+    name, score = test(learned["params"], learned["state"])
     found = testing.result(
         FLAGS,
         name,
         score,
         batch_norm=learners.network(FLAGS).batch_norm,
         seconds=outcome.seconds,
-        **test,
+        **asked,
     )
-    _, before = testing.test(learner, criterion, *untrained, testing_tasks, **test)
+    _, before = test(*untrained)
     text = f"{testing.line(found)}; untrained network {testing.score_text(name, before)}"
     baselines = {"untrained": before._asdict()}
     if name == "accuracy":
-        _, pixels = testing.test(nearest_neighbour(), criterion, {}, {}, testing_tasks, **test)
+        _, pixels = testing.make_test(nearest_neighbour(), criterion, testing_tasks, **asked)(
+            {}, {}
+        )
         text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels)}"
         baselines["nearest_neighbour"] = pixels._asdict()
     _draw_episode(learner, learned, testing_tasks, workdir / "episode.png")

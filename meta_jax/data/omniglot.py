@@ -69,10 +69,9 @@ def load_omniglot(
       * 'lake': train 792, val 172, trainval 964 (background), test 659 (evaluation).
     In both, val = the characters of Armenian, Bengali, Early_Aramaic, Hebrew and Georgian.
 
-    Published preprocessing differs by author. Relation Networks (Sung et al. 2018) convert to
-    greyscale and resize with 'lanczos', the default here. Authors who resize without converting
-    (Prototypical Networks, MAML) get 'nearest' whatever filter they name, since Pillow resizes
-    1-bit images so.
+    Published preprocessing differs by author. The drawings are made greyscale before they are
+    resized, with 'lanczos' as in Relation Networks (Sung et al. 2018): Pillow resizes 1-bit images
+    by 'nearest', whatever filter it is given.
 
     Args:
       data_dir: a folder with images_background.zip and images_evaluation.zip, or a TFDS data

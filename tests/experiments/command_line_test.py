@@ -120,7 +120,7 @@ def test_a_workdir_trained_with_other_flags_is_refused_and_left_alone(trained):
         (["--learner=protypical"], ["protypical", "prototypical"]),
         (["--dataset=omnigolt"], ["omnigolt", "omniglot"]),
         (["--dataset=folder:no/such/folder"], ["no/such/folder"]),
-        (["--dataset=glyphs", "--ways=2000"], ["2000 ways", "test"]),
+        (["--dataset=glyphs", "--ways=2000"], ["2000 ways", "640 classes", "lower ways"]),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, culprits):

@@ -207,3 +207,14 @@ def test_regression_adapts_to_the_support():
     before, _ = maml(mlp((8,)), steps=0, criterion=squared_error).loss(params, state, episode, KEY)
     assert loss < before / 2
     np.testing.assert_array_equal(aux.metrics["mse"], loss)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_support_statistics_are_those_of_the_adapted_parameters(steps):
+    network = strided_conv4(2, batch_norm="support")
+    learner = maml(network, inner_lr=0.5, steps=steps)
+    params, state = learner.init(KEY, images())
+    adapted = adapt(learner, params, state, images().support)
+    body = adapted.params["network"]
+    _, wanted = network.apply_to_support(body, state, images().support.x, key=KEY, train=True)
+    assert_trees_close(adapted.state, wanted)
