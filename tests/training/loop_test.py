@@ -175,23 +175,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in arrays(good))
 
 
+def best_metadata(workdir):
+    like = init_train_state(LEARNER, OPTIMIZER, sampler, DATA, 0)
+    learned = {"params": like.params, "state": like.state}
+    return checkpoints.restore(workdir / "checkpoints" / "best", learned)[1]
+
+
 def test_best_is_chosen_by_validation_alone(tmp_path):
     scores = iter([0.2, 0.9, 0.9, 0.1, 0.3])
     train(tmp_path, validate=lambda train_state: {"accuracy": next(scores)})
-    like = init_train_state(LEARNER, OPTIMIZER, sampler, DATA, 0)
-    _, metadata = checkpoints.restore(
-        tmp_path / "checkpoints" / "best", {"params": like.params, "state": like.state}
-    )
+    metadata = best_metadata(tmp_path)
     assert (metadata["step"], metadata["accuracy"]) == (8, 0.9)  # the earlier of equals
 
 
 def test_the_smallest_error_is_the_best_in_regression(tmp_path):
     scores = iter([3.0, 1.0, 2.0, 1.5, 4.0])
     train(tmp_path, validate=lambda train_state: {"mse": next(scores)})
-    like = init_train_state(LEARNER, OPTIMIZER, sampler, DATA, 0)
-    _, metadata = checkpoints.restore(
-        tmp_path / "checkpoints" / "best", {"params": like.params, "state": like.state}
-    )
+    metadata = best_metadata(tmp_path)
     assert metadata["step"] == 8
 
 
