@@ -24,6 +24,7 @@ class EpisodeSpec(NamedTuple):
     queries: int  # query examples of each class
     rotations: str = "none"
     within_group: bool = False  # all classes of an episode from one group (alphabet)
+    shared_drawers: bool = False  # the same examples (drawers, in Omniglot) for every class
 
 
 def check_spec(spec: EpisodeSpec, dataset: ImageDataset, split: str = "the dataset") -> None:
@@ -98,7 +99,11 @@ def sample_episode(key: jax.Array, dataset: ImageDataset, spec: EpisodeSpec) -> 
         turn = jnp.full(spec.ways, jax.random.randint(turn_key, (), 0, 4))
 
     real = jnp.arange(examples) < dataset.counts[drawn][:, None]
-    example = _draw_without_replacement(example_key, real, needed)  # [ways, needed]
+    if spec.shared_drawers:
+        shared = _draw_without_replacement(example_key, real.all(0), needed)
+        example = jnp.broadcast_to(shared, (spec.ways, needed))
+    else:
+        example = _draw_without_replacement(example_key, real, needed)  # [ways, needed]
 
     def batch(example: jax.Array, key: jax.Array) -> Batch:
         label = jnp.repeat(jnp.arange(spec.ways), example.shape[1])

@@ -1,6 +1,9 @@
 """The four-block convolutional network of few-shot learning, in its two published forms."""
 
+from functools import partial
+
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
 from meta_jax.core import Network, PyTree
 from meta_jax.networks.layers import check_batch_norm, conv_block, init_conv_block
@@ -8,12 +11,13 @@ from meta_jax.networks.layers import check_batch_norm, conv_block, init_conv_blo
 _BLOCKS = 4
 
 
-def conv4(features: int = 64, *, batch_norm: str = "running") -> Network:
+def conv4(features: int = 64, *, batch_norm: str = "running", mesh: Mesh | None = None) -> Network:
     """4 x [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], flattened (Vinyals et al. 2016).
 
     Args:
       features: channels of every block.
       batch_norm: 'batch', 'running' or 'support' (see `meta_jax.networks.layers`).
+      mesh: devices, along one axis, that share the images where their number is a multiple.
 
     Returns:
       A network from images [n, height, width, channels], sides of at least 16 pixels, to
@@ -33,26 +37,33 @@ def conv4(features: int = 64, *, batch_norm: str = "running") -> Network:
       >>> network.apply(params, state, x, key=None, train=False)[0].shape
       (2, 64)
     """
-    return _conv4(features, batch_norm, stride=1, pool=True)
+    return _conv4(features, batch_norm, mesh, stride=1, pool=True, mean=False)
 
 
-def strided_conv4(features: int = 64, *, batch_norm: str = "batch") -> Network:
+def strided_conv4(
+    features: int = 64, *, batch_norm: str = "batch", mean: bool = True, mesh: Mesh | None = None
+) -> Network:
     """4 x [3x3 convolution of stride 2, batch norm, ReLU], mean over places (Finn et al. 2017).
 
     Args:
       features: channels of every block.
       batch_norm: 'batch', 'running' or 'support' (see `meta_jax.networks.layers`).
+      mean: False flattens the last block instead, as Nichol et al. (2018) do.
+      mesh: devices, along one axis, that share the images where their number is a multiple.
 
     Returns:
-      A network from images [n, height, width, channels] to embeddings [n, features].
+      A network from images [n, height, width, channels] to embeddings [n, features], or
+      [n, ceil(height / 16) * ceil(width / 16) * features] where they are flattened.
 
     Raises:
       ValueError: for an unknown batch-norm mode.
     """
-    return _conv4(features, batch_norm, stride=2, pool=False)
+    return _conv4(features, batch_norm, mesh, stride=2, pool=False, mean=mean)
 
 
-def _conv4(features: int, batch_norm: str, *, stride: int, pool: bool) -> Network:
+def _conv4(
+    features: int, batch_norm: str, mesh: Mesh | None, *, stride: int, pool: bool, mean: bool
+) -> Network:
     check_batch_norm(batch_norm)
     names = [f"block{i + 1}" for i in range(_BLOCKS)]
 
@@ -68,10 +79,9 @@ def _conv4(features: int, batch_norm: str, *, stride: int, pool: bool) -> Networ
             inputs = features
         return params, state
 
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
+    def blocks(
+        params: PyTree, state: PyTree, x: jax.Array, *, train: bool, axis: str | None = None
     ) -> tuple[jax.Array, PyTree]:
-        del key
         new_state = {}
         for name in names:
             x, new_state[name] = conv_block(
@@ -82,7 +92,24 @@ def _conv4(features: int, batch_norm: str, *, stride: int, pool: bool) -> Networ
                 pool=pool,
                 batch_norm=batch_norm,
                 train=train,
+                axis=axis,
             )
-        return (x.reshape(x.shape[0], -1) if pool else x.mean((1, 2))), new_state
+        return (x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)), new_state
+
+    def apply(
+        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        del key
+        if mesh is None or x.shape[0] % mesh.size:
+            return blocks(params, state, x, train=train)
+        (axis,) = mesh.axis_names
+        everywhere, each = PartitionSpec(), PartitionSpec(axis)
+        return jax.shard_map(
+            partial(blocks, train=train, axis=axis),
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, each),
+            out_specs=(each, everywhere),
+            check_vma=False,
+        )(params, state, x)
 
     return Network(init, apply, batch_norm)

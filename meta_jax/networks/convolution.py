@@ -1,26 +1,33 @@
 """Convolutions that stay fast when every task has its own kernel.
 
-Nothing else in the library knows how a convolution is computed. Three facts shape this file:
+Nothing else in the library knows how a convolution is computed. Four facts shape this file:
 
-- Under `vmap` over tasks with per-task kernels, `lax.conv` becomes a grouped convolution, an order
-  of magnitude slower on a CPU. Patches and one matrix product batch cleanly, to every order of
-  differentiation.
-- All patches of a large batch do not fit the cache (nine times the activations), so on a CPU the
-  images go through in chunks, and the backward pass rebuilds a chunk's patches instead of keeping
-  them: only the convolution's output is saved.
-- Max-pooling commutes with batch norm and ReLU up to the sign of the scale, so a chunk leaves the
-  cache already pooled, a quarter of the data, with the moments that batch norm needs.
+- A convolution, its input's gradient and its kernel's gradient are three bilinear maps, and each
+  one's derivatives are the other two. Written so, every order of reverse differentiation runs
+  through the three forms that libraries have fast code for; JAX's own second derivatives are
+  convolutions of a kind that a CPU walks through one number at a time.
+- Under `vmap` over tasks with per-task kernels, a convolution becomes a grouped one, an order of
+  magnitude slower on a CPU. There, tasks go through one by one; elsewhere as patches and one
+  batched matrix product.
+- With one to four input channels, patches are small, and patches times a matrix are faster.
+  Batch-norm moments then follow from the mean and covariance of the patches, nine numbers wide,
+  without a look at the output.
+- Max-pooling commutes with batch norm and ReLU up to the sign of the scale, so a chunk of images
+  leaves the cache already pooled, a quarter of the data, with the moments that batch norm needs.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 
-_CHUNK_BYTES = 4 << 20  # patches of one chunk; about the share of the last-level cache of a core
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+_SMALL_PATCH = 36  # numbers; 3x3 windows of up to four channels
+_CHUNK_BYTES = 4 << 20  # convolution output of one chunk; about a core's share of the cache
 
 
 class Moments(NamedTuple):
@@ -57,44 +64,151 @@ def patches(x: jax.Array, window: int, stride: int, padding: str) -> jax.Array:
     )
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
-    """Two-dimensional SAME convolution (cross-correlation) as patches times a matrix.
+def convolve(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: str = "SAME"
+) -> jax.Array:
+    """Two-dimensional convolution (cross-correlation).
 
     Args:
       x: images [n, height, width, channels].
-      kernel: [window, window, channels, features], window odd.
+      kernel: [window, window, channels, features].
       stride: step between windows, in pixels.
+      padding: 'SAME', or 'VALID' for none.
 
     Returns:
-      [n, ceil(height / stride), ceil(width / stride), features]. Reverse-mode differentiable to
-      any order.
+      [n, ceil(height / stride), ceil(width / stride), features] with 'SAME'; with 'VALID' the
+      height and width are first less by window - 1. Reverse-mode differentiable to any order.
     """
-    return _convolve_unit_stride(x, kernel) if stride == 1 else _unfold_multiply(x, kernel, stride)
+    if _small_patches(kernel):
+        return _times(patches(x, kernel.shape[0], stride, padding), kernel)
+    return _bilinear_maps(stride, padding, x.shape[1:3], kernel.shape[0])[0](x, kernel)
 
 
-def _unfold_multiply(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    return patches(x, kernel.shape[0], stride, "SAME") @ kernel.reshape(-1, kernel.shape[-1])
+def _small_patches(kernel: jax.Array) -> bool:
+    return math.prod(kernel.shape[:3]) <= _SMALL_PATCH
 
 
-@jax.custom_vjp
-def _convolve_unit_stride(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _unfold_multiply(x, kernel, 1)
+def _times(unfolded: jax.Array, kernel: jax.Array) -> jax.Array:
+    return unfolded @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
-    return _unfold_multiply(x, kernel, 1), (x, kernel)
+# ---- The three maps: y = f(x, k), dx = t(dy, k), dk = w(x, dy).
 
 
-def _convolve_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The input's gradient as a convolution (not nine shifted sums), the kernel's narrow first."""
-    x, kernel = residuals
-    dx = _convolve_unit_stride(dy, kernel[::-1, ::-1].swapaxes(2, 3))
-    unfolded = patches(x, kernel.shape[0], 1, "SAME")
-    dk = dy.reshape(-1, dy.shape[-1]).T @ unfolded.reshape(-1, unfolded.shape[-1])
-    return dx, dk.T.reshape(kernel.shape)
+def _bilinear_maps(
+    stride: int, padding: str, size: tuple[int, int], window: int
+) -> tuple[Callable, ...]:
+    """f, t and w for images of one size, each differentiated by means of the others."""
+    pads = lax.padtype_to_pads(size, (window, window), (stride, stride), padding)
+
+    def native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), pads, dimension_numbers=_DIMENSIONS
+        )
+
+    def unfolding(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _times(patches(x, window, stride, padding), kernel)
+
+    def transposed(forward: Callable) -> Callable:
+        def apply(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+            x = jax.ShapeDtypeStruct((dy.shape[0], *size, kernel.shape[2]), dy.dtype)
+            return jax.linear_transpose(lambda x: forward(x, kernel), x)(dy)[0]
+
+        return apply
+
+    def weight(forward: Callable) -> Callable:
+        def apply(x: jax.Array, dy: jax.Array) -> jax.Array:
+            shape = (window, window, x.shape[-1], dy.shape[-1])
+            kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+            return jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)(dy)[0]
+
+        return apply
+
+    def turned(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+        """t as a convolution, for stride 1."""
+        return lax.conv_general_dilated(
+            dy,
+            kernel[::-1, ::-1].swapaxes(2, 3),
+            (1, 1),
+            [(window - 1 - low, window - 1 - high) for low, high in pads],
+            dimension_numbers=_DIMENSIONS,
+        )
+
+    def swapped(x: jax.Array, dy: jax.Array) -> jax.Array:
+        """w as a convolution, for stride 1: channels are its images, images its channels."""
+        dk = lax.conv_general_dilated(
+            x.transpose(3, 1, 2, 0),
+            dy.transpose(1, 2, 0, 3),
+            (1, 1),
+            pads,
+            dimension_numbers=_DIMENSIONS,
+        )
+        return dk.transpose(1, 2, 0, 3)
+
+    def by_chunks(apply: Callable, few: int) -> Callable:
+        """w for some images at a time, which fit the cache."""
+
+        def chunked(x: jax.Array, dy: jax.Array) -> jax.Array:
+            return sum(apply(x[i : i + few], dy[i : i + few]) for i in range(0, x.shape[0], few))
+
+        return chunked
+
+    def differentiable(apply: Callable, gradients: Callable) -> Callable:
+        function = jax.custom_vjp(apply)
+        function.defvjp(
+            lambda a, b: (function(a, b), (a, b)), lambda saved, dy: gradients(*saved, dy)
+        )
+        return function
+
+    f_apply, t_apply, w_apply = native, transposed(native), weight(native)
+    if jax.default_backend() == "cpu":
+        if stride == 1:
+            t_apply, w_apply = turned, by_chunks(swapped, 64)
+        else:
+            t_apply, w_apply = transposed(unfolding), by_chunks(weight(unfolding), 16)
+        if min(size) < window:  # a convolution of nothing but borders is not a fast one
+            f_apply, t_apply = unfolding, transposed(unfolding)
+    f = differentiable(
+        _over_tasks(f_apply, unfolding, shared=True), lambda x, k, dy: (t(dy, k), w(x, dy))
+    )
+    t = differentiable(
+        _over_tasks(t_apply, transposed(unfolding), shared=True),
+        lambda dy, k, dx: (f(dx, k), w(dx, dy)),
+    )
+    w = differentiable(
+        _over_tasks(w_apply, weight(unfolding), shared=False),
+        lambda x, dy, dk: (t(dy, dk), f(x, dk)),
+    )
+    return f, t, w
 
 
-_convolve_unit_stride.defvjp(_convolve_forward, _convolve_backward)
+def _over_tasks(native: Callable, unfolding: Callable, *, shared: bool) -> Callable:
+    """`native` with a rule for `vmap`.
+
+    Args:
+      native: (images, kernel or images) -> an array.
+      unfolding: the same by patches and a matrix product.
+      shared: whether the second argument is a kernel, which tasks may share.
+    """
+    function = custom_vmap(native)
+
+    @function.def_vmap
+    def rule(tasks: int, batched: list, a: jax.Array, b: jax.Array) -> tuple[jax.Array, bool]:
+        if shared and not batched[1]:  # more images for the same kernel
+            y = function(a.reshape(-1, *a.shape[2:]), b)
+            return y.reshape(tasks, -1, *y.shape[1:]), True
+        if jax.default_backend() != "cpu":
+            return jax.vmap(unfolding, [0 if each else None for each in batched])(a, b), True
+        a, b = (
+            array if each else jnp.broadcast_to(array, (tasks, *array.shape))
+            for array, each in zip((a, b), batched, strict=True)
+        )
+        return lax.map(lambda pair: function(*pair), (a, b)), True
+
+    return function
+
+
+# ---- Around a convolution.
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -118,8 +232,9 @@ def convolve_pool_moments(
     *,
     stride: int,
     pool: bool,
+    padding: str = "SAME",
 ) -> tuple[jax.Array, Moments]:
-    """SAME convolution, then 2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0.
+    """Convolution, then 2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0.
 
     Args:
       x: images [n, height, width, channels].
@@ -127,15 +242,18 @@ def convolve_pool_moments(
       sign: +1 or -1 for each feature, [features]; the sign of the batch-norm scale that follows.
       stride: step between windows, in pixels.
       pool: whether to pool at all.
+      padding: 'SAME' or 'VALID'.
 
     Returns:
       The pooled output [n, out_height, out_width, features] and the moments of the unpooled one.
     """
+    if not _small_patches(kernel):
+        return pool_moments(convolve(x, kernel, stride=stride, padding=padding), sign, pool=pool)
 
     def chunk(x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, Moments]:
-        y = checkpoint_name(convolve(x, kernel, stride=stride), "convolution")
-        moments = _moments(y, weight)
-        return (sign * max_pool(sign * y) if pool else y), moments
+        unfolded = patches(x, kernel.shape[0], stride, padding)
+        y = _times(unfolded, kernel)
+        return _signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, weight)
 
     chunks = _chunks(x, kernel, stride)
     if chunks == 1:
@@ -146,11 +264,8 @@ def convolve_pool_moments(
     fill = chunks * size - n
     xs = jnp.pad(x, ((0, fill), *[(0, 0)] * 3)).reshape(chunks, size, *x.shape[1:])
     weight = (jnp.arange(chunks * size) < n).astype(x.dtype).reshape(chunks, size, 1, 1, 1)
-    body = jax.checkpoint(
-        lambda c: chunk(c[0], c[1] if fill else None),
-        policy=jax.checkpoint_policies.save_only_these_names("convolution"),
-        prevent_cse=False,
-    )
+    # The backward pass computes a chunk's output again, which is cheaper than keeping it.
+    body = jax.checkpoint(lambda c: chunk(c[0], c[1] if fill else None), prevent_cse=False)
     y, parts = lax.map(body, (xs, weight))
     share = weight.mean((1, 2, 3, 4))[:, None] * (chunks * size / n) / chunks
     # Chan's formula: E[y^2] - mean^2 would cancel in float32.
@@ -159,25 +274,47 @@ def convolve_pool_moments(
     return y.reshape(chunks * size, *y.shape[2:])[:n], Moments(mean, var)
 
 
-def _moments(y: jax.Array, weight: jax.Array | None) -> Moments:
-    """Mean and biased variance over all axes but the last; images weighted by [n, 1, 1, 1]."""
+def pool_moments(y: jax.Array, sign: jax.Array, *, pool: bool) -> tuple[jax.Array, Moments]:
+    """2x2 max-pooling where `sign` > 0, min-pooling where it is < 0, and the moments before it.
+
+    Args:
+      y: a convolution's output [n, height, width, features].
+      sign: +1 or -1 for each feature, [features].
+      pool: whether to pool at all.
+    """
     # One pass over y, forwards and backwards, around a rough mean: E[y^2] - E[y]^2 alone would
     # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.
     centre = jax.lax.stop_gradient(y[0].mean((0, 1)))
-    y = y - centre
+    away = y - centre
+    first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
+    return _signed_pool(y, sign, pool), Moments(centre + first, second - first**2)
+
+
+def _signed_pool(y: jax.Array, sign: jax.Array, pool: bool) -> jax.Array:
+    return sign * max_pool(sign * y) if pool else y
+
+
+def _moments_by_patches(
+    unfolded: jax.Array, kernel: jax.Array, weight: jax.Array | None
+) -> Moments:
+    """Moments of y = p k without y: mean(p) k and the diagonal of k' cov(p) k.
+
+    Images are weighted by [n, 1, 1, 1].
+    """
+    kernel = kernel.reshape(-1, kernel.shape[-1])
     if weight is None:
-        first, second = y.mean((0, 1, 2)), (y * y).mean((0, 1, 2))
-    else:
-        count = weight.sum() * y.shape[1] * y.shape[2]
-        first = (weight * y).sum((0, 1, 2)) / count
-        second = (weight * y * y).sum((0, 1, 2)) / count
-    return Moments(centre + first, second - first**2)
+        weight = jnp.ones((unfolded.shape[0], 1, 1, 1), unfolded.dtype)
+    count = weight.sum() * unfolded.shape[1] * unfolded.shape[2]
+    mean = (weight * unfolded).sum((0, 1, 2)) / count
+    centred = (unfolded - mean).reshape(-1, mean.size)
+    weighted = (weight * (unfolded - mean)).reshape(-1, mean.size)
+    covariance = centred.T @ weighted / count
+    return Moments(mean @ kernel, (kernel * (covariance @ kernel)).sum(0))
 
 
 def _chunks(x: jax.Array, kernel: jax.Array, stride: int) -> int:
-    """How many chunks of images keep a chunk's patches in the cache; 1 on an accelerator."""
+    """How many chunks keep a chunk's output in the cache, where computing it again is cheap."""
     if jax.default_backend() != "cpu":
         return 1
     places = math.ceil(x.shape[1] / stride) * math.ceil(x.shape[2] / stride)
-    width = max(math.prod(kernel.shape[:3]), kernel.shape[3])
-    return math.ceil(x.shape[0] * places * width * x.dtype.itemsize / _CHUNK_BYTES)
+    return math.ceil(x.shape[0] * places * kernel.shape[3] * x.dtype.itemsize / _CHUNK_BYTES)

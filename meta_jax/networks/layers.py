@@ -70,6 +70,8 @@ def conv_block(
     pool: bool,
     batch_norm: str,
     train: bool,
+    padding: str = "SAME",
+    axis: str | None = None,
 ) -> tuple[jax.Array, PyTree]:
     """3x3 convolution -> batch norm -> ReLU -> optional 2x2 max-pooling.
 
@@ -80,15 +82,50 @@ def conv_block(
       pool: whether to max-pool at the end.
       batch_norm: a mode of this module.
       train: whether the batch's own statistics are taken (`batch` always takes them).
+      padding: of the convolution, 'SAME' or 'VALID'.
+      axis: of the devices that share the images evenly, inside `jax.shard_map`.
 
     Returns:
       The features [n, out_height, out_width, features] and the new statistics.
     """
+    y, moments = convolve_pool_moments(
+        x,
+        params["conv"]["kernel"],
+        scale_sign(params),
+        stride=stride,
+        pool=pool,
+        padding=padding,
+    )
+    if axis is not None:
+        mean = jax.lax.pmean(moments.mean, axis)
+        moments = Moments(mean, jax.lax.pmean(moments.var + (moments.mean - mean) ** 2, axis))
+    return normalise(params, stats, y, moments, batch_norm=batch_norm, train=train)
+
+
+def scale_sign(params: PyTree) -> jax.Array:
+    """The sign of a block's batch-norm scale, [features]: pooling before it must know."""
+    # Pooling first is exact where the scale is >= 0, and with the sign turned elsewhere.
+    scale = params["batch_norm"]["scale"]
+    return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+
+
+def normalise(
+    params: PyTree, stats: PyTree, y: jax.Array, moments: Moments, *, batch_norm: str, train: bool
+) -> tuple[jax.Array, PyTree]:
+    """The end of a block: bias, batch norm and ReLU.
+
+    Args:
+      params, stats: from `init_conv_block`.
+      y: the convolution's output, pooled or not, [n, height, width, features].
+      moments: of the output before pooling and bias.
+      batch_norm: a mode of this module.
+      train: whether the batch's own statistics are taken (`batch` always takes them).
+
+    Returns:
+      The features, of y's shape, and the new statistics.
+    """
     scale, offset = params["batch_norm"]["scale"], params["batch_norm"]["offset"]
     bias = params["conv"]["bias"]
-    # Pooling first is exact where the scale is >= 0, and with the sign turned elsewhere.
-    sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
-    y, moments = convolve_pool_moments(x, params["conv"]["kernel"], sign, stride=stride, pool=pool)
     batch = Moments(moments.mean + bias, moments.var)
     if train and batch_norm == "running":
         stats = {

@@ -194,6 +194,18 @@ def test_a_group_too_small_is_served_where_turned_classes_make_it_large_enough()
     assert_uniform(np.asarray(GROUPS)[many(spec)[0][0][:, 0]], [0, 1, 2])
 
 
+def test_shared_drawers_ask_about_one_drawer_with_the_examples_of_another():
+    support, query = many(EpisodeSpec(3, 1, 1, "none", True, True), n=300)
+    for _, example, _, _ in (support, query):
+        assert (example == example[:, :1]).all()
+    drawers = support[1][:, 0], query[1][:, 0]
+    assert (drawers[0] != drawers[1]).all()
+    for drawer in drawers:  # no three classes of one group have more than four in common
+        assert set(drawer) == set(range(4))
+    # Only examples that all classes of the episode have.
+    assert (np.array(COUNTS)[support[0]].min(1) > np.maximum(*drawers)).all()
+
+
 def test_quarter_turns_is_rot90_for_each_image(x64):
     images = jax.random.uniform(jax.random.key(0), (4, 5, 5, 3))
     turned = quarter_turns(images, jnp.arange(4))

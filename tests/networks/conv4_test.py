@@ -158,6 +158,16 @@ def test_embedding_size(network, side, features):
     assert z.shape == (2, features)
 
 
+def test_the_flattened_form_of_the_strided_network():
+    """With a head for five ways it has the 113,221 parameters of Nichol et al. (2018)."""
+    x = jnp.zeros((2, 28, 28, 1))
+    network = strided_conv4(mean=False)
+    params, state = jax.eval_shape(network.init, jax.random.key(0), x)
+    z, _ = jax.eval_shape(lambda p, s: network.apply(p, s, x, key=None, train=True), params, state)
+    assert z.shape == (2, 256)
+    assert size(params) + 256 * 5 + 5 == 113_221
+
+
 @pytest.mark.parametrize("pool", [True, False])
 def test_four_plain_blocks_make_the_network(x64, pool):
     network = (conv4 if pool else strided_conv4)(3, batch_norm="batch")

@@ -12,9 +12,15 @@ pytestmark = pytest.mark.usefixtures("x64")
 CASES = [(stride, size) for stride in (1, 2) for size in ((6, 6), (7, 5))]
 
 
-def reference(x, kernel, stride):
+@pytest.fixture(params=["bilinear maps", "patches"])
+def form(monkeypatch, request):
+    """Both ways of computing a convolution, whatever the number of channels."""
+    monkeypatch.setattr(convolution, "_SMALL_PATCH", 0 if request.param == "bilinear maps" else 999)
+
+
+def reference(x, kernel, stride, padding="SAME"):
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -55,12 +61,14 @@ def ours(x, kernel, stride):
 
 
 @pytest.mark.parametrize(("stride", "size"), CASES)
+@pytest.mark.usefixtures("form")
 def test_convolve_and_two_derivatives_equal_lax(stride, size):
     arguments = inputs(size)
     assert_close(derivatives(ours, stride)(*arguments), derivatives(reference, stride)(*arguments))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.usefixtures("form")
 def test_convolve_with_a_kernel_for_each_task(stride):
     tasks = [inputs((5, 5), n=2, seed=seed) for seed in range(3)]
     batched = jax.vmap(derivatives(ours, stride))(*(jnp.stack(a) for a in zip(*tasks, strict=True)))
@@ -68,11 +76,58 @@ def test_convolve_with_a_kernel_for_each_task(stride):
     assert_close(batched, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected))
 
 
+@pytest.mark.usefixtures("form")
+def test_convolve_with_one_kernel_for_all_tasks():
+    x, kernel = inputs((5, 5), n=6)
+    f = jax.vmap(derivatives(ours, 1), (0, None))
+    expected = jax.vmap(derivatives(reference, 1), (0, None))
+    x = x.reshape(3, 2, *x.shape[1:])
+    assert_close(f(x, kernel), expected(x, kernel))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kernel_gradients_of_many_images(monkeypatch, stride):
+    monkeypatch.setattr(convolution, "_SMALL_PATCH", 0)
+    arguments = inputs((4, 4), n=70)  # more than go through at a time
+    assert_close(derivatives(ours, stride)(*arguments), derivatives(reference, stride)(*arguments))
+
+
+@pytest.mark.usefixtures("form")
 def test_convolve_with_a_window_of_five():
     x, _ = inputs((7, 6))
     kernel = jax.random.normal(jax.random.key(9), (5, 5, 2, 3))
     for stride in (1, 2):
         assert_close(convolve(x, kernel, stride=stride), reference(x, kernel, stride))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("window", [3, 4])
+@pytest.mark.usefixtures("form")
+def test_convolve_without_padding_and_two_derivatives_equal_lax(stride, window):
+    x, _ = inputs((7, 6))
+    kernel = jax.random.normal(jax.random.key(9), (window, window, 2, 3))
+
+    def unpadded(x, kernel, stride):
+        return convolve(x, kernel, stride=stride, padding="VALID")
+
+    def plain(x, kernel, stride):
+        return reference(x, kernel, stride, "VALID")
+
+    assert_close(derivatives(unpadded, stride)(x, kernel), derivatives(plain, stride)(x, kernel))
+
+
+def test_pooling_and_moments_without_padding(monkeypatch):
+    x, kernel = inputs(n=7)
+    sign = jnp.array([1.0, -1.0, 1.0, 1.0])
+    y = reference(x, kernel, 1, "VALID")
+    for chunks in (1, 3):
+        monkeypatch.setattr(convolution, "_chunks", lambda *_, chunks=chunks: chunks)
+        pooled, moments = convolve_pool_moments(
+            x, kernel, sign, stride=1, pool=True, padding="VALID"
+        )
+        np.testing.assert_allclose(pooled, sign * max_pool(sign * y), atol=1e-12)
+        np.testing.assert_allclose(moments.mean, y.mean((0, 1, 2)), atol=1e-12)
+        np.testing.assert_allclose(moments.var, y.var((0, 1, 2)), atol=1e-11)
 
 
 def test_patches_without_padding():
@@ -153,7 +208,7 @@ def test_moments_do_not_cancel_in_single_precision():
 )
 def test_chunks_are_as_many_as_the_cache_asks_for(monkeypatch):
     x, kernel = inputs(n=7)
-    patch_bytes = 7 * 6 * 6 * (3 * 3 * 2) * 8
+    output_bytes = 7 * 6 * 6 * 4 * 8
     for wanted in (1, 3, 7):
-        monkeypatch.setattr(convolution, "_CHUNK_BYTES", -(-patch_bytes // wanted))
+        monkeypatch.setattr(convolution, "_CHUNK_BYTES", -(-output_bytes // wanted))
         assert convolution._chunks(x, kernel, 1) == wanted

@@ -1,0 +1,83 @@
+"""A network with slow and fast weights, by layer augmentation (Munkhdalai and Yu 2017)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import PyTree
+from meta_jax.networks.convolution import convolve, max_pool
+
+_BLOCKS = 5
+
+
+def init_augmented(key: jax.Array, x: jax.Array, features: int, hidden: int, ways: int) -> PyTree:
+    """Slow weights: 5 convolutions with bias, then a layer and a classifier without.
+
+    Args:
+      key: a random key.
+      x: images [n, height, width, channels].
+      features: channels of every convolution.
+      hidden: units of the layer behind them.
+      ways: outputs of the classifier.
+
+    Returns:
+      {'conv': {'layer1': {'kernel', 'bias'}, ...}, 'dense': {'hidden', 'classifier'}}.
+    """
+    keys = jax.random.split(key, _BLOCKS + 2)
+    he = jax.nn.initializers.he_normal()
+    conv, channels, (height, width) = {}, x.shape[-1], x.shape[1:3]
+    for i, layer_key in enumerate(keys[:_BLOCKS]):
+        kernel = he(layer_key, (3, 3, channels, features))
+        conv[f"layer{i + 1}"] = {"kernel": kernel, "bias": jnp.zeros(features, kernel.dtype)}
+        channels, height, width = features, -(-height // 2), -(-width // 2)
+    dense = {
+        "hidden": he(keys[-2], (height * width * features, hidden)),
+        "classifier": jax.nn.initializers.glorot_uniform()(keys[-1], (hidden, ways)),
+    }
+    return {"conv": conv, "dense": dense}
+
+
+def pool_up(x: jax.Array) -> jax.Array:
+    """2x2 max-pooling with stride 2 that keeps odd borders: [n, h, w, c], h becomes ceil(h / 2).
+
+    Examples:
+      >>> pool_up(jnp.arange(9.0).reshape(1, 3, 3, 1))[0, :, :, 0].tolist()
+      [[4.0, 5.0], [7.0, 8.0]]
+    """
+    borders = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+    return max_pool(jnp.pad(x, borders, constant_values=-jnp.inf))
+
+
+def represent(slow: PyTree, fast: PyTree | None, x: jax.Array) -> jax.Array:
+    """The network up to its classifier, [n, hidden].
+
+    A layer is relu(f(x, W)) + relu(f(x, W*)), summed after the nonlinearity and before pooling
+    (section 2.4); the pooling is 2x2 and rounds up, which takes 28 pixels to 14, 7, 4, 2, 1.
+
+    Args:
+      slow: W, from `init_augmented`.
+      fast: W*, of the same structure; None for the slow network alone.
+      x: images [n, height, width, channels].
+    """
+
+    def augmented(layer: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        return sum(
+            jax.nn.relu(layer(weights, x)) for weights in (slow, fast) if weights is not None
+        )
+
+    for name in slow["conv"]:
+
+        def convolution(weights: PyTree, x: jax.Array, name: str = name) -> jax.Array:
+            layer = weights["conv"][name]
+            return convolve(x, layer["kernel"]) + layer["bias"]
+
+        x = pool_up(augmented(convolution, x))
+    return augmented(lambda weights, x: x @ weights["dense"]["hidden"], x.reshape(x.shape[0], -1))
+
+
+def classify(slow: PyTree, fast: PyTree | None, x: jax.Array) -> jax.Array:
+    """The whole network, [n, ways]; slow and fast logits are simply added."""
+    z = represent(slow, fast, x)
+    logits = z @ slow["dense"]["classifier"]
+    return logits if fast is None else logits + z @ fast["dense"]["classifier"]

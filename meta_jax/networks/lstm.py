@@ -1,0 +1,56 @@
+"""The long short-term memory cell."""
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import PyTree
+
+
+def init_lstm(key: jax.Array, inputs: int, hidden: int, *, recurrent: int | None = None) -> PyTree:
+    """Glorot-uniform kernel [inputs + recurrent, 4 * hidden] and bias [4 * hidden].
+
+    Args:
+      key: a random key.
+      inputs: size of the input.
+      hidden: size of the cell and of its output.
+      recurrent: size of what comes back at the next step; `hidden` if None.
+    """
+    rows = inputs + (hidden if recurrent is None else recurrent)
+    kernel = jax.nn.initializers.glorot_uniform()(key, (rows, 4 * hidden))
+    # The forget gate begins open: its bias is one.
+    bias = jnp.zeros((4, hidden), kernel.dtype).at[1].set(1).reshape(-1)
+    return {"kernel": kernel, "bias": bias}
+
+
+def lstm(params: PyTree, x: jax.Array, h: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One step: c' = s(f) c + s(i) tanh(u) and h' = s(o) tanh(c'), s the logistic function.
+
+    The gates i, f, u, o are, in this order, the quarters of [x, h] kernel + bias.
+
+    Args:
+      params: from `init_lstm`.
+      x: input [..., inputs].
+      h: what came back from the step before [..., recurrent].
+      c: the cell [..., hidden].
+
+    Returns:
+      The output and the cell [..., hidden].
+    """
+    return lstm_gates(jnp.concatenate([x, h], axis=-1) @ params["kernel"] + params["bias"], c)
+
+
+def lstm_gates(gates: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`lstm` from its gates on, for where their share of the input is worked out beforehand.
+
+    Args:
+      gates: i, f, u and o before their nonlinearities [..., 4 * hidden].
+      c: the cell [..., hidden].
+
+    Examples:
+      >>> h, c = lstm_gates(jnp.array([0.0, 0.0, 100.0, 0.0]), jnp.array([1.0]))
+      >>> float(c[0]), round(float(h[0]), 4)  # 1/2 + 1/2 and tanh(1) / 2
+      (1.0, 0.3808)
+    """
+    i, f, u, o = jnp.split(gates, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(u)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c

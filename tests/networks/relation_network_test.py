@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from meta_jax.networks.layers import conv_block, linear
+from meta_jax.networks.relation_network import (
+    init_relation_module,
+    relation_encoder,
+    relation_module,
+)
+
+
+def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "padding", "of_encoder", "of_module", "places"),
+    [(28, 1, "SAME", 111_936, 111_505, 5), (84, 3, "VALID", 113_088, 115_601, 19)],
+)
+def test_parameters(side, channels, padding, of_encoder, of_module, places):
+    network = relation_encoder()
+    x = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+
+    def shapes(key, x):
+        params, state = network.init(key, x)
+        z, _ = network.apply(params, state, x, key=None, train=True)
+        return params, z, init_relation_module(key, z, padding=padding)[0]
+
+    encoder, z, module = jax.eval_shape(shapes, jax.random.key(0), x)
+    assert (size(encoder), size(module)) == (of_encoder, of_module)
+    assert z.shape == (2, places, places, 64)
+
+
+def test_the_first_parameters_are_the_authors():
+    maps = jnp.zeros((1, 5, 5, 64))
+    params, _ = init_relation_module(jax.random.key(0), maps)
+    for block in ("block1", "block2"):
+        kernel = params[block]["conv"]["kernel"]
+        np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
+        assert abs(kernel.mean()) < 1e-3
+        np.testing.assert_array_equal(params[block]["conv"]["bias"], 0)
+    for layer in ("hidden", "output"):
+        np.testing.assert_array_equal(params[layer]["bias"], 1)
+    np.testing.assert_allclose(params["hidden"]["kernel"].std(), 0.01, rtol=0.1)
+
+
+def test_the_encoder_of_plain_blocks(x64):
+    network = relation_encoder(3)
+    x = jax.random.normal(jax.random.key(1), (3, 14, 13, 1))
+    params, state = network.init(jax.random.key(0), x)
+    z, _ = jax.jit(lambda x: network.apply(params, state, x, key=None, train=True))(x)
+    for i, (padding, pool) in enumerate([("VALID", True)] * 2 + [("SAME", False)] * 2):
+        block = params[f"block{i + 1}"]
+        x = lax.conv_general_dilated(
+            x,
+            block["conv"]["kernel"],
+            (1, 1),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+        x = jnp.maximum(x, 0)
+        if pool:
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_allclose(z, x, atol=1e-10)
+
+
+def module(padding="SAME"):
+    """Parameters and statistics away from their first values, three class maps, two queries."""
+    side = 5 if padding == "SAME" else 10
+    keys = jax.random.split(jax.random.key(0), 4)
+    classes = jax.random.normal(keys[0], (3, side, side, 4))
+    queries = jax.random.normal(keys[1], (2, side, side, 4))
+    tree = init_relation_module(keys[2], classes, features=4, padding=padding)
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(keys[3], len(leaves))
+    leaves = [
+        a + 0.3 * abs(jax.random.normal(k, a.shape)) for a, k in zip(leaves, keys, strict=True)
+    ]
+    params, stats = treedef.unflatten(leaves)
+    params["block1"]["batch_norm"]["scale"] *= jnp.array([1, -1, 1, 1])
+    return params, stats, classes, queries
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_module_looks_at_concatenated_maps(x64, padding, train):
+    params, stats, classes, queries = module(padding)
+    scores, new_stats = relation_module(
+        params, stats, classes, queries, batch_norm="running", train=train, padding=padding
+    )
+    # One row for each pair: the class's channels first, then the query's.
+    x = jnp.stack([jnp.concatenate([c, q], -1) for q in queries for c in classes])
+    expected_stats = {}
+    for block in ("block1", "block2"):
+        x, expected_stats[block] = conv_block(
+            params[block],
+            stats[block],
+            x,
+            stride=1,
+            pool=True,
+            batch_norm="running",
+            train=train,
+            padding=padding,
+        )
+    x = jax.nn.relu(linear(params["hidden"], x.reshape(6, -1)))
+    expected = linear(params["output"], x).reshape(2, 3)
+    np.testing.assert_allclose(scores, expected, atol=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), new_stats, expected_stats
+    )
+    assert abs(scores - scores[0, 0]).max() > 1e-3
+
+
+def test_inputs_that_are_no_feature_maps_or_too_small_are_refused():
+    with pytest.raises(ValueError, match=r"not embeddings of shape \(64,\): use an encoder"):
+        init_relation_module(jax.random.key(0), jnp.zeros((1, 64)))
+    with pytest.raises(ValueError, match="feature maps of 5x5 are too small"):
+        init_relation_module(jax.random.key(0), jnp.zeros((1, 5, 5, 2)), padding="VALID")
+    with pytest.raises(ValueError, match="9x28 pixels are too small"):
+        relation_encoder().init(jax.random.key(0), jnp.zeros((1, 9, 28, 1)))
+    with pytest.raises(ValueError, match="unknown batch norm 'layer'"):
+        relation_encoder(batch_norm="layer")
