@@ -1,7 +1,12 @@
 """Prototypical Networks (Snell, Swersky and Zemel 2017, arXiv:1703.05175)."""
 
-from meta_jax.core import MetaLearner, Network, cross_entropy
-from meta_jax.metric_based.heads import cosine_similarity, prototype_head, squared_distance
+from meta_jax.core import MetaLearner, Network, cross_entropy, squared_error
+from meta_jax.metric_based.heads import (
+    cosine_similarity,
+    linear_head,
+    prototype_head,
+    squared_distance,
+)
 from meta_jax.metric_based.learner import metric_learner
 
 _SIMILARITIES = {
@@ -11,13 +16,19 @@ _SIMILARITIES = {
 
 
 def prototypical(
-    network: Network, *, distance: str = "squared_euclidean", joint_encoding: bool = True
+    network: Network,
+    *,
+    distance: str = "squared_euclidean",
+    regression: bool = False,
+    joint_encoding: bool = True,
 ) -> MetaLearner:
     """p(y = k | x) = softmax_k(-||f(x) - c_k||^2), with c_k the mean embedding of class k (eq. 2).
 
     Args:
       network: the embedding network f.
       distance: 'squared_euclidean', or 'cosine' for logits cos(f(x), c_k).
+      regression: whether y are real targets, trained by their squared error; then the head is
+        `linear_head`, whatever the distance. The paper only classifies.
       joint_encoding: embed support and queries as one batch in training, as the authors do.
 
     Returns:
@@ -40,5 +51,7 @@ def prototypical(
     """
     if distance not in _SIMILARITIES:
         raise ValueError(f"unknown distance '{distance}': choose one of {', '.join(_SIMILARITIES)}")
+    if regression:
+        return metric_learner(network, linear_head(), squared_error, joint_encoding=joint_encoding)
     head = prototype_head(_SIMILARITIES[distance])
     return metric_learner(network, head, cross_entropy, joint_encoding=joint_encoding)
