@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from meta_jax.core import PyTree
@@ -45,5 +46,64 @@ def from_optax(transformation: optax.GradientTransformation) -> UpdateRule:
     ) -> tuple[PyTree, PyTree]:
         del meta
         return transformation.update(gradient, state, params, value=loss)
+
+    return UpdateRule(init_meta, init, update)
+
+
+def learned_sgd(low: float, high: float) -> UpdateRule:
+    """SGD with one meta-learned rate for each coordinate: u = -m o g (Li et al. 2017, eq. 2).
+
+    Args:
+      low, high: the rates start uniform between the two.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> rule = learned_sgd(0.5, 0.5)
+      >>> rates = rule.init_meta(jax.random.key(0), jnp.ones(2))
+      >>> rule.update(rates, jnp.array([1., 2.]), (), jnp.ones(2), loss=None)[0].tolist()
+      [-0.5, -1.0]
+    """
+
+    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten(
+            [
+                jax.random.uniform(k, p.shape, p.dtype, low, high)
+                for k, p in zip(keys, leaves, strict=True)
+            ]
+        )
+
+    def update(
+        meta: PyTree, gradient: PyTree, state: PyTree, params: PyTree, *, loss: jax.Array | None
+    ) -> tuple[PyTree, PyTree]:
+        del params, loss
+        return jax.tree.map(lambda m, g: -m * g, meta, gradient), state
+
+    return UpdateRule(init_meta, lambda meta, params: (), update)
+
+
+def per_step_sgd(rate: float, steps: int) -> UpdateRule:
+    """SGD with one meta-learned rate for each leaf and step (Antoniou et al. 2019, section 4).
+
+    Args:
+      rate: what all rates start from.
+      steps: how many steps have rates of their own; later ones take the last.
+    """
+
+    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+        del key
+        return jax.tree.map(lambda p: jnp.full(steps, rate, p.dtype), params)
+
+    def init(meta: PyTree, params: PyTree) -> jax.Array:
+        del meta, params
+        return jnp.zeros((), jnp.int32)
+
+    def update(
+        meta: PyTree, gradient: PyTree, state: jax.Array, params: PyTree, *, loss: jax.Array | None
+    ) -> tuple[PyTree, jax.Array]:
+        del params, loss
+        now = jnp.minimum(state, steps - 1)
+        return jax.tree.map(lambda m, g: -m[now] * g, meta, gradient), state + 1
 
     return UpdateRule(init_meta, init, update)

@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.optimization_based.adjoints import ADJOINTS, CHECKPOINTED, FIRST_ORDER, UNROLLED
+from meta_jax.optimization_based.adjoints import (
+    ADJOINTS,
+    CHECKPOINTED,
+    FIRST_ORDER,
+    MIXED_MODE,
+    UNROLLED,
+    implicit,
+    truncated,
+)
 from meta_jax.optimization_based.inner_loop import merge, partition, unroll
 from meta_jax.optimization_based.update_rules import from_optax
 
@@ -25,13 +33,14 @@ A, B = positive_definite(0), positive_definite(1)
 C, D, THETA = np.random.default_rng(2).normal(size=(3, 4))
 
 
-def quadratic(p, state):
+def quadratic(p, state, step):
+    del step
     return 0.5 * (p - C) @ A @ (p - C), state
 
 
 def meta_loss(theta, steps, adjoint):
     rule = from_optax(optax.sgd(ALPHA))
-    p, _, _ = unroll(quadratic, rule, {}, theta, {}, steps=steps, adjoint=adjoint)
+    p = unroll(quadratic, rule, {}, theta, {}, steps=steps, adjoint=adjoint).params
     return 0.5 * (p - D) @ B @ (p - D), p
 
 
@@ -50,7 +59,7 @@ def meta_gradient(steps, name):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["unrolled", "checkpointed"])
+@pytest.mark.parametrize("name", ["unrolled", "checkpointed", "mixed_mode"])
 def test_the_meta_gradient_of_a_quadratic(steps, name):
     gradient, p = meta_gradient(steps, name)
     adapted = C + contraction(steps) @ (THETA - C)
@@ -75,7 +84,8 @@ def test_no_step_leaves_the_start():
 X, Y = np.random.default_rng(3).normal(size=(2, 6, 3))
 
 
-def network_problem(params, state):
+def network_problem(params, state, step):
+    del step
     h = jnp.tanh(X @ params["w1"] + params["b1"])
     loss = ((h @ params["w2"] - Y) ** 2).mean()
     return loss, {"seen": state["seen"] + h.mean(), "steps": state["steps"] + 1}
@@ -101,7 +111,9 @@ def outer(params):
 def python_loop(params, state, optimizer, steps, gradient_of=lambda g: g):
     opt_state, losses = optimizer.init(params), []
     for _ in range(steps):
-        (loss, state), gradient = jax.value_and_grad(network_problem, has_aux=True)(params, state)
+        (loss, state), gradient = jax.value_and_grad(network_problem, has_aux=True)(
+            params, state, 0
+        )
         updates, opt_state = optimizer.update(gradient_of(gradient), opt_state, params)
         params = optax.apply_updates(params, updates)
         losses.append(loss)
@@ -124,6 +136,7 @@ OPTIMIZERS = {
         ("adam", "unrolled"),
         ("adam", "first_order"),
         ("momentum", "checkpointed"),
+        ("adam", "mixed_mode"),
     ],
 )
 def test_the_scan_equals_a_python_loop(optimizer, adjoint):
@@ -131,7 +144,7 @@ def test_the_scan_equals_a_python_loop(optimizer, adjoint):
     stop = jax.lax.stop_gradient if adjoint == "first_order" else lambda g: g
 
     def ours(params):
-        return unroll(
+        end = unroll(
             network_problem,
             from_optax(optimizer),
             {},
@@ -140,6 +153,7 @@ def test_the_scan_equals_a_python_loop(optimizer, adjoint):
             steps=4,
             adjoint=ADJOINTS[adjoint],
         )
+        return end.params, end.state, end.losses
 
     def loop(params):
         return python_loop(params, start_state(), optimizer, 4, stop)
@@ -152,8 +166,8 @@ def test_the_scan_equals_a_python_loop(optimizer, adjoint):
     params, state, losses, _ = results[0]
     assert state["steps"] == 4
     assert losses.shape == (4,)
-    assert_exact(losses[0], network_problem(network_params(), start_state())[0])
-    assert network_problem(params, start_state())[0] < losses[0]
+    assert_exact(losses[0], network_problem(network_params(), start_state(), 0)[0])
+    assert network_problem(params, start_state(), 0)[0] < losses[0]
 
 
 def biases(path, leaf):
@@ -171,12 +185,12 @@ def test_a_mask_adapts_its_leaves_only_and_the_others_still_get_a_gradient():
             start_state(),
             steps=2,
             mask=biases,
-        )[0]
+        ).params
 
     def by_hand(params):
         b1 = params["b1"]
         for _ in range(2):
-            b1 -= 0.3 * jax.grad(lambda b: network_problem({**params, "b1": b}, STATE)[0])(b1)
+            b1 -= 0.3 * jax.grad(lambda b: network_problem({**params, "b1": b}, STATE, 0)[0])(b1)
         return {**params, "b1": b1}
 
     params = network_params()
@@ -186,7 +200,8 @@ def test_a_mask_adapts_its_leaves_only_and_the_others_still_get_a_gradient():
     assert abs(adapted["b1"] - params["b1"]).max() > 1e-3
     jax.tree.map(assert_exact, adapted, by_hand(params))
     gradients = [
-        jax.grad(lambda p, f=f: network_problem(f(p), STATE)[0])(params) for f in (adapt, by_hand)
+        jax.grad(lambda p, f=f: network_problem(f(p), STATE, 0)[0])(params)
+        for f in (adapt, by_hand)
     ]
     jax.tree.map(assert_exact, *gradients)
     assert all(abs(g).max() > 1e-4 for g in jax.tree.leaves(gradients[0]))
@@ -225,7 +240,9 @@ def equations(jaxpr):
     )
 
 
-@pytest.mark.parametrize("adjoint", [UNROLLED, FIRST_ORDER, CHECKPOINTED])
+@pytest.mark.parametrize(
+    "adjoint", [UNROLLED, FIRST_ORDER, CHECKPOINTED, MIXED_MODE, truncated(1), implicit()]
+)
 def test_the_program_does_not_grow_with_the_steps(adjoint):
     def count(steps):
         gradient = jax.grad(lambda theta: meta_loss(theta, steps, adjoint)[0])
@@ -234,22 +251,40 @@ def test_the_program_does_not_grow_with_the_steps(adjoint):
     assert count(2) == count(20) > 20
 
 
-def test_checkpointing_keeps_less():
-    """What the forward pass leaves for the backward one, as sizes of the scan's outputs."""
-
-    def residuals(adjoint):
-        def f(theta):
+def test_a_mask_saves_backward_work():
+    def products(mask):
+        def adapt(params):
             return unroll(
                 network_problem,
-                from_optax(optax.sgd(0.1)),
+                from_optax(optax.sgd(0.3)),
                 {},
-                theta,
+                params,
                 start_state(),
-                steps=50,
-                adjoint=adjoint,
-            )[0]
+                steps=2,
+                mask=mask,
+            ).params
 
-        _, pullback = jax.vjp(f, network_params())
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+        return str(jax.make_jaxpr(adapt)(network_params())).count("dot_general")
 
-    assert residuals(CHECKPOINTED) < residuals(UNROLLED) / 2
+    # Forward two; backward two weights and the hidden layer, or the last weight alone.
+    assert products(None) == 5
+    assert products(lambda path, leaf: path[-1].key == "w2") == 3
+
+
+def test_what_is_observed_follows_each_step():
+    def observe(params, state, step):
+        return {"step": step, "loss": network_problem(params, state, step)[0]}
+
+    loop = functools.partial(
+        unroll, network_problem, from_optax(OPTIMIZERS["adam"]), {}, observe=observe
+    )
+    whole = loop(network_params(), start_state(), steps=5)
+    np.testing.assert_array_equal(whole.observed["step"], np.arange(5))
+    assert_exact(whole.observed["loss"][:-1], whole.losses[1:])
+    assert_exact(whole.observed["loss"][-1], network_problem(whole.params, STATE, 5)[0])
+    # The rule's state goes on where another loop left it.
+    half = loop(network_params(), start_state(), steps=2)
+    again = loop(half.params, half.state, rule_state=half.rule_state, steps=3)
+    jax.tree.map(assert_exact, again.params, whole.params)
+    forgetful = loop(half.params, half.state, steps=3)
+    assert abs(forgetful.params["w1"] - whole.params["w1"]).max() > 1e-3

@@ -9,7 +9,8 @@ from meta_jax.networks.layers import linear
 from meta_jax.networks.mlp import mlp
 from meta_jax.optimization_based.adjoints import CHECKPOINTED, FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import partition
-from meta_jax.optimization_based.maml import all_but_batch_norm, first_order_maml, maml
+from meta_jax.optimization_based.learner import all_but_batch_norm
+from meta_jax.optimization_based.maml import first_order_maml, maml
 
 pytestmark = pytest.mark.usefixtures("x64")
 

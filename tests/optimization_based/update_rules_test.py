@@ -34,8 +34,8 @@ def scale_by_loss():
 
 def test_the_loss_reaches_a_transformation_that_asks_for_it():
     # p <- p - (p^2 / 2) p, from 1: 1/2, then 1/2 - 1/16.
-    p, _, losses = unroll(
-        lambda p, s: (0.5 * p**2, s), from_optax(scale_by_loss()), {}, jnp.array(1.0), {}, steps=2
+    end = unroll(
+        lambda p, s, _: (0.5 * p**2, s), from_optax(scale_by_loss()), {}, jnp.ones(()), {}, steps=2
     )
-    assert float(p) == 0.4375
-    np.testing.assert_array_equal(losses, [0.5, 0.125])
+    assert float(end.params) == 0.4375
+    np.testing.assert_array_equal(end.losses, [0.5, 0.125])

@@ -1,0 +1,198 @@
+"""The LSTM Meta-Learner: optimization as a model (Ravi and Larochelle 2017, ICLR)."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from meta_jax.core import (
+    Aux,
+    Criterion,
+    Episode,
+    MetaLearner,
+    Network,
+    PyTree,
+    cross_entropy,
+)
+from meta_jax.networks.layers import linear
+from meta_jax.optimization_based.adjoints import FIRST_ORDER, Adjoint
+from meta_jax.optimization_based.learner import gradient_learner
+from meta_jax.optimization_based.update_rules import UpdateRule
+
+
+class MetaLSTMState(NamedTuple):
+    """The state of n coordinates, whose weights are shared."""
+
+    hidden: jax.Array  # [n, units] of the first LSTM
+    cell: jax.Array  # [n, units]
+    input_gate: jax.Array  # [n], before the sigmoid
+    forget_gate: jax.Array  # [n], before the sigmoid
+
+
+def log_and_sign(x: jax.Array, p: float = 10.0) -> jax.Array:
+    """(log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x): [...] -> [..., 2] (section 3.3).
+
+    Examples:
+      >>> log_and_sign(jnp.array([1.0, -1.0, 0.0])).tolist()
+      [[0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]]
+    """
+    size = jnp.abs(x)
+    large = size >= math.exp(-p)
+    # The logarithm's gradient at zero would be NaN even where it is not chosen.
+    logarithm = jnp.log(jnp.where(large, size, 1.0)) / p
+    return jnp.stack(
+        [jnp.where(large, logarithm, -1.0), jnp.where(large, jnp.sign(x), math.exp(p) * x)], -1
+    )
+
+
+def lstm_rule(units: int = 20) -> UpdateRule:
+    """theta_t = f_t o theta_{t-1} - i_t o grad_t: an LSTM's cell update, coordinate by coordinate.
+
+    f_t = sigma(W_F [h_t, theta_{t-1}, f~_{t-1}] + b_F) and i_t alike (equations 2 to 4), where h_t
+    is the output of a first LSTM that sees the preprocessed loss and gradient, and f~ is f before
+    its sigmoid. The update takes the raw gradient. The learned initial cell is where the inner
+    loop starts.
+
+    Args:
+      units: of the first LSTM; 20 have 2,000 parameters.
+    """
+
+    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+        dtype = jax.tree.leaves(params)[0].dtype
+        keys = jax.random.split(key, 6)
+
+        def uniform(i: int, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
+            return jax.random.uniform(keys[i], shape, dtype, low, high)
+
+        return {
+            "lstm": {
+                "kernel": uniform(0, (4 + units, 4 * units), -0.01, 0.01),
+                "bias": uniform(1, (4 * units,), -0.01, 0.01),
+            },
+            # The rates start small and nothing is forgotten.
+            "input": {
+                "kernel": uniform(2, (units + 2, 1), -0.01, 0.01),
+                "bias": uniform(3, (1,), -5.0, -4.0),
+            },
+            "forget": {
+                "kernel": uniform(4, (units + 2, 1), -0.01, 0.01),
+                "bias": uniform(5, (1,), 4.0, 5.0),
+            },
+        }
+
+    def init(meta: PyTree, params: PyTree) -> MetaLSTMState:
+        del meta
+        theta, _ = ravel_pytree(params)
+        zeros = jnp.zeros((theta.size, units), theta.dtype)
+        return MetaLSTMState(zeros, zeros, jnp.zeros_like(theta), jnp.zeros_like(theta))
+
+    # Kept for the backward pass, its values would be a hundred times the parameters.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def gates(
+        meta: PyTree, gradient: jax.Array, state: MetaLSTMState, theta: jax.Array, loss: jax.Array
+    ) -> MetaLSTMState:
+        of_loss = jnp.broadcast_to(log_and_sign(loss), (theta.size, 2)).astype(theta.dtype)
+        seen = jnp.concatenate([of_loss, log_and_sign(gradient), state.hidden], -1)
+        forget, update, output, candidate = jnp.split(linear(meta["lstm"], seen), 4, -1)
+        cell = jax.nn.sigmoid(forget) * state.cell
+        cell += jax.nn.sigmoid(update) * jnp.tanh(candidate)
+        hidden = jax.nn.sigmoid(output) * jnp.tanh(cell)
+
+        def gate(params: PyTree, before: jax.Array) -> jax.Array:
+            inputs = jnp.concatenate([hidden, theta[:, None], before[:, None]], -1)
+            return linear(params, inputs)[:, 0]
+
+        return MetaLSTMState(
+            hidden,
+            cell,
+            gate(meta["input"], state.input_gate),
+            gate(meta["forget"], state.forget_gate),
+        )
+
+    def update(
+        meta: PyTree, gradient: PyTree, state: MetaLSTMState, params: PyTree, *, loss: jax.Array
+    ) -> tuple[PyTree, MetaLSTMState]:
+        flat, _ = ravel_pytree(gradient)
+        theta, unravel = ravel_pytree(params)
+        state = gates(meta, flat, state, theta, loss)
+        forgotten = -jax.nn.sigmoid(-state.forget_gate)  # f - 1, without its rounding
+        return unravel(forgotten * theta - jax.nn.sigmoid(state.input_gate) * flat), state
+
+    return UpdateRule(init_meta, init, update)
+
+
+def per_task_statistics(network: Network, momentum: float) -> Network:
+    """A network of batch-norm mode 'support' that averages the statistics over a task's steps.
+
+    Args:
+      network: of mode 'support'.
+      momentum: weight of a step's own statistics, as PyTorch has it; the rest is that of the
+        statistics before, which begin with the state given.
+    """
+
+    def apply(
+        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        y, new = network.apply(params, state, x, key=key, train=train)
+        if not train:
+            return y, new
+        return y, jax.tree.map(lambda old, n: (1 - momentum) * old + momentum * n, state, new)
+
+    return network._replace(apply=apply)
+
+
+def lstm_meta_learner(
+    network: Network,
+    *,
+    steps: int = 12,
+    eval_steps: int = 12,
+    units: int = 20,
+    momentum: float = 0.95,
+    adjoint: Adjoint = FIRST_ORDER,
+    criterion: Criterion = cross_entropy,
+) -> MetaLearner:
+    """An inner loop whose optimizer is an LSTM, and whose start is its learned initial cell.
+
+    In the batch-norm mode 'support', the paper's, statistics begin anew in every task, are averaged
+    over the steps on the support set, and normalise the queries.
+
+    Args:
+      network: the body; a linear head with one output for each column of `y` follows it. All of
+        both is adapted.
+      steps: inner steps in training, each on the whole support set.
+      eval_steps: inner steps in tests.
+      units: of the first LSTM.
+      momentum: of the statistics, the weight of a step's own.
+      adjoint: `FIRST_ORDER` is the paper's gradient independence: losses and gradients enter as
+        constants. `UNROLLED` drops that assumption.
+      criterion: `cross_entropy`, or `squared_error` for regression.
+
+    Returns:
+      The learner; its parameters are {'learner': the initial cell, 'rule': the LSTMs}.
+
+    Raises:
+      ValueError: for a number of steps below zero.
+    """
+    per_task = network.batch_norm == "support"
+    learner = gradient_learner(
+        per_task_statistics(network, momentum) if per_task else network,
+        lstm_rule(units),
+        steps=steps,
+        eval_steps=eval_steps,
+        adjoint=adjoint,
+        mask=None,
+        criterion=criterion,
+    )
+    if not per_task:
+        return learner
+
+    def loss(
+        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        value, aux = learner.loss(params, state, episode, key)
+        return value, aux._replace(state=state)  # the next task begins as this one did
+
+    return learner._replace(loss=loss)

@@ -1,0 +1,202 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meta_jax.core import Batch, Episode
+from meta_jax.networks.conv4 import conv4, strided_conv4
+from meta_jax.optimization_based.adjoints import FIRST_ORDER
+from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.lstm_meta_learner import (
+    log_and_sign,
+    lstm_meta_learner,
+    lstm_rule,
+    per_task_statistics,
+)
+from meta_jax.optimization_based.update_rules import from_optax
+from tests.optimization_based.tasks import KEY, assert_trees_close, images, tanh_network, vectors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.mark.parametrize(
+    ("x", "wanted"),
+    [
+        (1.0, (0.0, 1.0)),
+        (-0.1, (-0.23025850929940457, -1.0)),
+        (math.exp(-10) * (1 + 1e-15), (-1.0, 1.0)),
+        (1e-6, (-1.0, 0.02202646579480672)),
+        (0.0, (-1.0, 0.0)),
+    ],
+)
+def test_preprocessing(x, wanted):
+    np.testing.assert_allclose(log_and_sign(jnp.asarray(x)), wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_preprocessing_has_a_gradient_at_zero():
+    slopes = jax.jacobian(log_and_sign)(0.0)
+    np.testing.assert_allclose(slopes, [0.0, math.exp(10)], rtol=1e-12)
+
+
+def meta(rule, params, seed=0):
+    """Meta-parameters away from their timid beginning."""
+    leaves, treedef = jax.tree.flatten(rule.init_meta(KEY, params))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [0.5 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    )
+
+
+def saturated(rule, params, alpha):
+    zeros = jax.tree.map(jnp.zeros_like, rule.init_meta(KEY, params))
+    zeros["forget"]["bias"] += 1e3
+    zeros["input"]["bias"] += math.log(alpha / (1 - alpha))
+    return zeros
+
+
+W = np.random.default_rng(0).normal(size=(4, 3))
+THETA = {"a": np.array([0.3, -0.5]), "b": np.array(0.7)}
+
+
+def problem(p, state, step):
+    del step
+    return (jnp.tanh(W @ jnp.append(p["a"], p["b"])) ** 2).sum(), state
+
+
+def test_saturated_gates_are_gradient_descent():
+    rule, sgd = lstm_rule(), from_optax(optax.sgd(0.05))
+    end = unroll(problem, rule, saturated(rule, THETA, 0.05), THETA, {}, steps=6)
+    wanted = unroll(problem, sgd, {}, THETA, {}, steps=6)
+    assert_trees_close(end.params, wanted.params, rtol=1e-13)
+    assert abs(end.params["a"] - THETA["a"]).max() > 0.1
+
+
+def test_the_number_of_parameters_and_how_they_begin():
+    parameters = lstm_rule().init_meta(KEY, THETA)
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters["lstm"])) == 2_000
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters["input"])) == 23
+    assert 4 <= parameters["forget"]["bias"] <= 5
+    assert -5 <= parameters["input"]["bias"] <= -4
+    assert 0.0099 < abs(parameters["lstm"]["kernel"]).max() <= 0.01
+
+
+def test_the_paper_s_network_has_its_number_of_parameters():
+    batch = Batch(jnp.zeros((5, 84, 84, 3)), jnp.eye(5))
+    learner = lstm_meta_learner(conv4(32, batch_norm="support"))
+    params, _ = jax.eval_shape(learner.init, KEY, Episode(batch, batch))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params["learner"])) == 32_901
+
+
+def test_one_coordinate_by_hand():
+    rule = lstm_rule(units=2)
+    m = meta(rule, THETA)
+    theta, state = 0.4, rule.init(m, jnp.array([0.4]))
+    h = c = np.zeros(2)
+    before = {"input": 0.0, "forget": 0.0}
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    for gradient, loss in ((0.5, 2.0), (-1e-6, 0.3)):
+        seen = np.concatenate(
+            [log_and_sign(jnp.asarray(loss)), log_and_sign(jnp.asarray(gradient)), h]
+        )
+        f, i, o, g = np.split(seen @ m["lstm"]["kernel"] + m["lstm"]["bias"], 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        for name in before:
+            inputs = np.concatenate([h, [theta, before[name]]])
+            before[name] = float((inputs @ m[name]["kernel"] + m[name]["bias"])[0])
+        wanted = sigmoid(before["forget"]) * theta - sigmoid(before["input"]) * gradient
+        updates, state = rule.update(
+            m, jnp.array([gradient]), state, jnp.array([theta]), loss=jnp.asarray(loss)
+        )
+        theta = theta + float(updates[0])
+        np.testing.assert_allclose(theta, wanted, rtol=1e-12)
+
+
+def test_permuted_coordinates_permute_the_updates():
+    rule = lstm_rule(units=3)
+    theta, gradients = np.random.default_rng(1).normal(size=(2, 5))
+    order = np.array([3, 0, 4, 1, 2])
+
+    def run(theta, gradient):
+        m, state = meta(rule, jnp.asarray(theta)), rule.init({}, jnp.asarray(theta))
+        for _ in range(3):
+            updates, state = rule.update(
+                m, jnp.asarray(gradient), state, jnp.asarray(theta), loss=jnp.asarray(0.5)
+            )
+            theta = theta + updates
+        return theta
+
+    moved = run(theta, gradients)
+    np.testing.assert_allclose(run(theta[order], gradients[order]), moved[order], rtol=1e-12)
+    assert abs(moved[order] - moved).max() > 1e-2
+
+
+def test_independent_gradients_leave_no_hessian():
+    """d theta_T / d c_0 is that of a replay with the same gradients and losses as constants."""
+    rule = lstm_rule(units=3)
+    m = meta(rule, THETA)
+
+    def end(theta):
+        return unroll(problem, rule, m, theta, {}, steps=3, adjoint=FIRST_ORDER).params
+
+    seen, theta, state = [], THETA, rule.init(m, THETA)
+    for _ in range(3):
+        (loss, _), gradient = jax.value_and_grad(problem, has_aux=True)(theta, {}, 0)
+        seen.append((loss, gradient))
+        updates, state = rule.update(m, gradient, state, theta, loss=loss)
+        theta = optax.apply_updates(theta, updates)
+
+    def replay(theta):
+        state = rule.init(m, theta)
+        for loss, gradient in seen:
+            updates, state = rule.update(m, gradient, state, theta, loss=loss)
+            theta = optax.apply_updates(theta, updates)
+        return theta
+
+    assert_trees_close(jax.jacobian(end)(THETA), jax.jacobian(replay)(THETA), atol=1e-10)
+    unrolled = jax.jacobian(lambda t: unroll(problem, rule, m, t, {}, steps=3).params)(THETA)
+    assert abs(unrolled["b"]["b"] - jax.jacobian(end)(THETA)["b"]["b"]) > 1e-3
+
+
+def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
+    network = strided_conv4(2, batch_norm="support")
+    learner = lstm_meta_learner(network, steps=2, momentum=0.8, units=2)
+    params, state = jax.jit(learner.init)(KEY, images())
+    _, aux = jax.jit(learner.loss)(params, state, images(), KEY)
+    assert_trees_close(aux.state, state)
+    # Saturated at a rate of zero, the parameters stay: each step sees the same statistics.
+    still = {**params, "rule": saturated(lstm_rule(2), params["learner"], 1e-300)}
+    adapted = learner.adapt(still, state, images().support, KEY, train=True)
+    body, x = params["learner"]["network"], images().support.x
+    _, own = network.apply(body, state, x, key=None, train=True)
+    # Two steps, and once more after the last update.
+    wanted = jax.tree.map(lambda old, new: 0.2**3 * old + (1 - 0.2**3) * new, state, own)
+    assert_trees_close(adapted.state, wanted)
+    queries, same = per_task_statistics(network, 0.8).apply(
+        body, wanted, images().query.x, key=None, train=False
+    )
+    assert_trees_close(same, wanted)
+    assert np.isfinite(queries).all()
+
+
+def test_it_learns_to_learn_one_task():
+    learner = lstm_meta_learner(tanh_network(), steps=3, units=4)
+    params, state = learner.init(KEY, vectors())
+    optimizer = optax.adam(0.05)
+
+    @jax.jit
+    def step(params, opt_state):
+        loss, gradient = jax.value_and_grad(lambda p: learner.loss(p, state, vectors(), KEY)[0])(
+            params
+        )
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses = optimizer.init(params), []
+    for _ in range(30):
+        params, opt_state, loss = step(params, opt_state)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,132 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.networks.conv4 import strided_conv4
+from meta_jax.networks.mlp import mlp
+from meta_jax.optimization_based.adjoints import CHECKPOINTED, FIRST_ORDER
+from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.maml import maml
+from meta_jax.optimization_based.maml_plus_plus import maml_plus_plus, multi_step_weights
+from meta_jax.optimization_based.update_rules import per_step_sgd
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    images,
+    loss_and_gradient,
+    tanh_network,
+    vectors,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("epoch", [0, 1, 9, 10, 30])
+def test_multi_step_weights(steps, epoch):
+    n, epochs = steps, 10
+    weights = multi_step_weights(steps, jnp.asarray(epoch / epochs))
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+    if epoch >= epochs:
+        np.testing.assert_array_equal(weights, np.arange(n) == n - 1)
+        return
+    early = max(1 / n - epoch / (n * epochs), 0.03 / n)
+    late = min(1 / n + epoch * (n - 1) / (n * epochs), 1 - (n - 1) * 0.03 / n)
+    np.testing.assert_allclose(weights, [early] * (n - 1) + [late], rtol=1e-12)
+
+
+def test_the_floor_of_the_weights():
+    weights = multi_step_weights(5, jnp.asarray(0.999))
+    np.testing.assert_allclose(weights, [0.006] * 4 + [0.976], rtol=1e-12)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_constant_rates_and_the_last_loss_are_maml(per_step):
+    network, settings = strided_conv4(2), {"inner_lr": 0.4, "steps": 2}
+    ours = maml_plus_plus(network, per_step_batch_norm=per_step, **settings)
+    plain = maml(network, **settings)
+    params, state = jax.jit(plain.init)(KEY, images())
+    value, wanted = loss_and_gradient(plain, params, state, images(), KEY)
+    params, state = jax.jit(ours.init)(KEY, images())
+    found, gradient = loss_and_gradient(ours, params, state, images(), KEY)
+    np.testing.assert_allclose(found, value, rtol=1e-10)
+    if per_step:
+        # What a shared batch norm gets is the sum of what those of the steps get.
+        stacked = jax.tree.map(
+            lambda g, w: g.sum(0) if g.ndim > w.ndim else g, gradient["learner"], wanted["learner"]
+        )
+        offset = gradient["learner"]["network"]["block2"]["batch_norm"]["offset"]
+        assert offset.shape == (2, 2)
+        assert abs(offset).max(1).min() > 1e-5
+        assert_trees_close(stacked, wanted["learner"], atol=1e-10)
+    else:
+        assert_trees_close(gradient["learner"], wanted["learner"], atol=1e-10)
+
+
+def test_the_multi_step_loss_is_the_weighted_sum_of_the_query_losses():
+    settings = {"inner_lr": 0.4, "mask": None}
+    ours = maml_plus_plus(tanh_network(), steps=3, multi_step_steps=10, **settings)
+    params, state = ours.init(KEY, vectors())
+    state = {**state, "outer_step": jnp.asarray(4.0)}
+    plain = {**params, "rule": {}}
+    parts = [
+        loss_and_gradient(maml(tanh_network(), steps=t, **settings), plain, {}, vectors(), KEY)
+        for t in (1, 2, 3)
+    ]
+    weights = multi_step_weights(3, 0.4)
+    value, gradient = loss_and_gradient(ours, params, state, vectors(), KEY)
+    mix = jax.tree.map(
+        lambda *leaves: sum(w * x for w, x in zip(weights, leaves, strict=True)), *parts
+    )
+    np.testing.assert_allclose(value, mix[0], rtol=1e-10)
+    assert_trees_close(gradient["learner"], mix[1]["learner"])
+    assert ours.loss(params, state, vectors(), KEY)[1].state["outer_step"] == 5
+
+
+@pytest.mark.parametrize(("outer_step", "first"), [(4.0, True), (5.0, False)])
+def test_second_order_comes_in_after_its_steps(outer_step, first):
+    settings = {"inner_lr": 0.4, "steps": 2, "mask": None}
+    ours = maml_plus_plus(tanh_network(), first_order_steps=5, **settings)
+    params, state = ours.init(KEY, vectors())
+    state = {**state, "outer_step": jnp.asarray(outer_step)}
+    _, found = loss_and_gradient(ours, params, state, vectors(), KEY)
+    plain = maml(tanh_network(), **settings, **({"adjoint": FIRST_ORDER} if first else {}))
+    _, wanted = loss_and_gradient(plain, {**params, "rule": {}}, {}, vectors(), KEY)
+    assert_trees_close(found["learner"], wanted["learner"])
+
+
+def test_every_leaf_and_step_has_its_rate():
+    rule = per_step_sgd(0.5, 2)
+    params = {"a": jnp.ones(()), "b": jnp.ones(())}
+    rates = {"a": jnp.array([0.1, 0.2]), "b": jnp.array([0.3, 0.4])}
+    assert_trees_close(rule.init_meta(KEY, params), {k: jnp.full(2, 0.5) for k in "ab"})
+    # The gradient is 1: three steps take 0.1, 0.2 and, the last again, 0.2.
+    end = unroll(lambda p, s, _: (p["a"] + p["b"], s), rule, rates, params, {}, steps=3).params
+    assert_trees_close(end, {"a": jnp.asarray(0.5), "b": jnp.asarray(-0.1)})
+
+
+def test_tests_use_the_last_step_s_batch_norm():
+    learner = maml_plus_plus(strided_conv4(2), inner_lr=0.0, steps=2, eval_steps=3)
+    params, state = jax.jit(learner.init)(KEY, images())
+    adapt = jax.jit(functools.partial(learner.adapt, train=False))
+    offsets = params["learner"]["network"]["block4"]["batch_norm"]["offset"]
+    params["learner"]["network"]["block4"]["batch_norm"]["offset"] = offsets.at[1].add(0.5)
+    adapted = adapt(params, state, images().support, KEY)
+    found = adapted.params["network"]["block4"]["batch_norm"]["offset"]
+    np.testing.assert_allclose(found, offsets[1] + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [
+        ({"steps": 0}, "at least one step"),
+        ({"eval_steps": -1}, "must not be negative"),
+        ({"first_order_steps": 1, "adjoint": CHECKPOINTED}, "choose that one"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        maml_plus_plus(mlp(), **settings)

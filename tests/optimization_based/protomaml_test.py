@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.optimization_based.protomaml import protomaml, prototype_linear_head
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    loss_and_gradient,
+    tanh_network,
+    vectors,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def logits(learner, params, episode):
+    adapted = learner.adapt(params, {}, episode.support, KEY, train=False)
+    return learner.predict(params, adapted, episode.query.x, KEY, train=False)[0]
+
+
+def test_without_steps_it_is_a_prototypical_network():
+    ours = protomaml(tanh_network(), steps=0, eval_steps=0)
+    theirs = prototypical(tanh_network(), joint_encoding=False)
+    params, state = ours.init(KEY, vectors())
+    assert set(params["learner"]) == {"network"}
+    body = {**theirs.init(KEY, vectors())[0], **params["learner"]}
+    difference = logits(ours, params, vectors()) - logits(theirs, body, vectors())
+    # ||z||^2, the same for every class of a query.
+    np.testing.assert_allclose(difference, difference[:, :1].repeat(3, 1), rtol=1e-10)
+    assert difference.min() > 1e-3
+    value, gradient = loss_and_gradient(ours, params, state, vectors(), KEY)
+    expected, wanted = loss_and_gradient(theirs, body, state, vectors(), KEY)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert_trees_close(gradient["learner"]["network"], wanted["network"])
+
+
+def test_steps_start_from_the_prototypes():
+    learner = protomaml(tanh_network(), inner_lr=0.3, steps=1)
+    params, state = learner.init(KEY, vectors())
+    support = vectors().support
+
+    def loss(p):
+        z = jnp.tanh(support.x @ p["network"]["w"] + p["network"]["b"])
+        outputs = z @ p["head"]["kernel"] + p["head"]["bias"]
+        return -(support.y * jax.nn.log_softmax(outputs)).sum(1).mean()
+
+    body = params["learner"]["network"]
+    z = jnp.tanh(support.x @ body["w"] + body["b"])
+    centres = jnp.stack([z[label::3].mean(0) for label in range(3)])
+    head = {"kernel": 2 * centres.T, "bias": -(centres**2).sum(1)}
+    assert_trees_close(prototype_linear_head(z, support.y), head)
+    at_prototypes = {"network": body, "head": head}
+    wanted = jax.tree.map(lambda p, g: p - 0.3 * g, at_prototypes, jax.grad(loss)(at_prototypes))
+    assert_trees_close(learner.adapt(params, state, support, KEY, train=True).params, wanted)
+
+
+def test_ways_may_differ_at_test():
+    learner = protomaml(tanh_network(), inner_lr=0.1)
+    params, _ = learner.init(KEY, vectors(ways=3))
+    assert logits(learner, params, vectors(ways=5)).shape == (10, 5)

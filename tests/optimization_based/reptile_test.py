@@ -1,0 +1,201 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from meta_jax.core import squared_error
+from meta_jax.networks.conv4 import strided_conv4
+from meta_jax.networks.layers import linear
+from meta_jax.networks.mlp import mlp
+from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
+from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.reptile import minibatches, reptile
+from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.training.outer_step import TrainState, make_outer_step
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    identity_network,
+    images,
+    loss_and_gradient,
+    tanh_network,
+    vectors,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+ALPHA = 0.1
+
+
+def whole_batches(network, **settings):
+    """SGD on the whole support set."""
+    settings = {"batch_size": None, "eval_batch_size": None, "carry": False, **settings}
+    return reptile(network, inner_optimizer=optax.sgd(ALPHA), **settings)
+
+
+def quadratic():
+    """A linear model's squared error, as a function of its flat parameters."""
+    learner = whole_batches(identity_network(), criterion=squared_error)
+    params, _ = learner.init(KEY, vectors())
+    flat, unravel = ravel_pytree(params)
+    support = vectors().support
+    loss = lambda p: squared_error(linear(unravel(p)["head"], support.x), support.y)[0]  # noqa: E731
+    return params, flat, jax.grad(loss)(flat), jax.hessian(loss)(flat)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_steps_on_one_batch_sum_its_gradients(steps):
+    """(phi - U(phi)) / alpha = sum_{j<k} (I - alpha A)^j grad L(phi), for k = 1 the gradient."""
+    params, _, slope, hessian = quadratic()
+    learner = whole_batches(identity_network(), steps=steps, criterion=squared_error)
+    value, gradient = loss_and_gradient(
+        learner, params, {"network": {}, "rule": {}}, vectors(), KEY
+    )
+    contraction = np.eye(len(slope)) - ALPHA * hessian
+    wanted = sum(np.linalg.matrix_power(contraction, j) for j in range(steps)) @ slope
+    found, _ = ravel_pytree(gradient)
+    np.testing.assert_allclose(found / ALPHA, wanted, rtol=1e-10)
+    np.testing.assert_allclose(value, (found**2).sum() / 2, rtol=1e-12)
+
+
+def two_batches():
+    """Two smooth losses L_1, L_2 of three numbers; the inner loop's step t takes L_{t + 1}."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
+    return lambda p, t: (jnp.tanh(w[t] @ p) ** 2).sum() + jnp.sin(p).sum() * (t + 1)
+
+
+@pytest.mark.parametrize("method", ["maml", "first_order", "reptile"])
+def test_the_expansion_in_the_inner_rate(method):
+    """To O(alpha^2), gradients g and Hessians H at phi (section 5.1); residuals fall 4 times."""
+    loss = two_batches()
+    phi = jnp.array([0.3, -0.5, 0.2])
+    g1, g2 = (jax.grad(loss)(phi, t) for t in (0, 1))
+    h1, h2 = (jax.hessian(loss)(phi, t) for t in (0, 1))
+
+    def end(phi, alpha, steps, adjoint):
+        problem = lambda p, state, step: (loss(p, step), state)  # noqa: E731
+        rule = from_optax(optax.sgd(alpha))
+        return unroll(problem, rule, {}, phi, {}, steps=steps, adjoint=adjoint).params
+
+    def residual(alpha):
+        if method == "reptile":
+            found = (phi - end(phi, alpha, 2, FIRST_ORDER)) / alpha
+            expansion = g1 + g2 - alpha * h2 @ g1
+        else:
+            adjoint = UNROLLED if method == "maml" else FIRST_ORDER
+            found = jax.grad(lambda p: loss(end(p, alpha, 1, adjoint), 1))(phi)
+            expansion = g2 - alpha * h2 @ g1 - (alpha * h1 @ g2 if method == "maml" else 0)
+        return jnp.linalg.norm(found - expansion)
+
+    large, middle, small = (residual(alpha) for alpha in (2e-3, 1e-3, 5e-4))
+    np.testing.assert_allclose([large / middle, middle / small], 4, rtol=0.02)
+    assert small > 1e-8
+
+
+@pytest.mark.parametrize(("epsilon", "tasks"), [(1.0, 1), (0.25, 1), (0.5, 3)])
+def test_the_outer_step_goes_towards_the_adapted_parameters(epsilon, tasks):
+    learner = whole_batches(tanh_network(), steps=3)
+    params, state = learner.init(KEY, vectors())
+    drawn = [vectors(seed) for seed in range(tasks)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *drawn)
+    optimizer = optax.sgd(epsilon)
+
+    # Task i has the i-th key of the step; drawing it counts the keys before it.
+    keys = jax.random.split(jax.random.fold_in(KEY, 0), tasks)
+    firsts = jax.random.key_data(jax.vmap(jax.random.split)(keys)[:, 0])
+
+    def sampler(key, data):
+        index = (jax.random.key_data(key) == firsts).all(-1).argmax()
+        return jax.tree.map(lambda a: a[index], data)
+
+    outer_step = make_outer_step(learner, optimizer, sampler, task_batch=tasks)
+    start = TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), KEY)
+    after, _ = jax.jit(outer_step)(start, stacked)
+    adapted = [learner.adapt(params, state, e.support, KEY, train=True).params for e in drawn]
+    wanted = jax.tree.map(lambda p, *ends: p + epsilon * (sum(ends) / tasks - p), params, *adapted)
+    assert_trees_close(after.params, wanted)
+    if epsilon == tasks == 1:
+        assert_trees_close(after.params, adapted[0])
+
+
+def test_minibatches_cycle_through_a_reshuffled_set():
+    rows = minibatches(KEY, 6, 4, 5)
+    assert rows.shape == (5, 4)
+    rounds = rows.reshape(-1)[:18].reshape(3, 6)
+    np.testing.assert_array_equal(np.sort(rounds, 1), np.tile(np.arange(6), (3, 1)))
+    assert (rounds[0] != rounds[1]).any()
+    assert minibatches(KEY, 5, 10, 2).shape == (2, 10)
+
+
+def test_the_inner_optimizer_s_state_goes_on_from_task_to_task():
+    adam = optax.adam(0.01, b1=0.0)
+    learner = reptile(tanh_network(), inner_lr=0.01, steps=2, batch_size=None)
+    params, state = learner.init(KEY, vectors())
+    opt_state = adam.init(params)
+    for seed in range(2):
+        episode = vectors(seed)
+        before = params, state
+        state = learner.loss(params, state, episode, KEY)[1].state
+        p = params
+        for _ in range(2):
+            gradient = jax.grad(
+                lambda p, batch: (
+                    -(
+                        batch.y
+                        * jax.nn.log_softmax(
+                            linear(
+                                p["head"], jnp.tanh(batch.x @ p["network"]["w"] + p["network"]["b"])
+                            )
+                        )
+                    )
+                    .sum(1)
+                    .mean()
+                )
+            )(p, episode.support)
+            updates, opt_state = adam.update(gradient, opt_state)
+            p = optax.apply_updates(p, updates)
+        kept, theirs = state["rule"][0], opt_state[0]
+        assert_trees_close(kept.nu, theirs.nu)
+        assert kept.count == theirs.count == 2 * (seed + 1)
+        assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float64")}
+        assert_trees_close(learner.adapt(*before, episode.support, KEY, train=True).params, p)
+    fresh = reptile(tanh_network(), carry=False).init(KEY, vectors())[1]
+    assert fresh["rule"] == {}
+
+
+def test_a_query_is_normalised_with_the_support_or_with_the_other_queries():
+    params, state = jax.jit(whole_batches(strided_conv4(2)).init)(KEY, images())
+    support, query = images()
+
+    def logits(mode):
+        learner = whole_batches(strided_conv4(2, batch_norm=mode), eval_steps=2)
+        adapted = learner.adapt(params, state, support, KEY, train=False)
+        run = jax.jit(functools.partial(learner.predict, train=False))
+        return run(params, adapted, query.x, KEY)[0], adapted.params
+
+    network = strided_conv4(2)
+
+    def joint(p, x):
+        z, _ = network.apply(p["network"], state["network"], x, key=None, train=True)
+        return linear(p["head"], z)
+
+    transductive, adapted = logits("batch")
+    np.testing.assert_allclose(transductive, joint(adapted, query.x), atol=1e-9)
+    inductive, same = logits("support")
+    assert_trees_close(adapted, same)
+    for i in (0, 3):
+        alone = joint(adapted, jnp.concatenate([support.x, query.x[i : i + 1]]))[-1]
+        np.testing.assert_allclose(inductive[i], alone, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "culprit"),
+    [({"steps": -1}, "must not be negative"), ({"batch_size": 0}, "give at least one")],
+)
+def test_impossible_settings_are_refused(settings, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        reptile(mlp(), **settings)

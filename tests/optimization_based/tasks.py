@@ -1,0 +1,58 @@
+"""Small smooth tasks that the tests of this family share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meta_jax.core import Batch, Episode, Network
+
+KEY = jax.random.key(0)
+
+
+def tanh_network(width=6):
+    """Smooth, for identities between derivatives."""
+
+    def init(key, x):
+        w = jax.random.normal(key, (x.shape[1], width))
+        return {"w": w, "b": jnp.zeros(width, w.dtype)}, {}
+
+    def apply(params, state, x, *, key, train):
+        return jnp.tanh(x @ params["w"] + params["b"]), state
+
+    return Network(init, apply)
+
+
+def identity_network():
+    """No parameters: a head on it is a linear model, its squared error a quadratic."""
+    return Network(
+        lambda key, x: ({}, {}), lambda params, state, x, *, key, train: (x, state), "none"
+    )
+
+
+def vectors(seed=0, ways=3):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return Episode(
+        *(Batch(jax.random.normal(k, (2 * ways, 4)), jnp.tile(jnp.eye(ways), (2, 1))) for k in keys)
+    )
+
+
+def images(seed=0, ways=3):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return Episode(
+        *(
+            Batch(jax.random.normal(k, (2 * ways, 8, 8, 1)), jnp.tile(jnp.eye(ways), (2, 1)))
+            for k in keys
+        )
+    )
+
+
+def loss_and_gradient(learner, *arguments):
+    """The meta-loss (without its auxiliary part) and the meta-gradient."""
+    function = jax.jit(jax.value_and_grad(lambda *a: learner.loss(*a)[0]))
+    return function(*arguments)
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12, **tolerance}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
