@@ -1,0 +1,1 @@
+"""Methods that absorb a support set as the contents of a memory."""

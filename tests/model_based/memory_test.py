@@ -1,0 +1,193 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from meta_jax.model_based.memory import (
+    Memory,
+    access_memory,
+    content_address,
+    decay_usage,
+    empty_memory,
+    least_used,
+    read_memory,
+    write_memory,
+    write_weights,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def used_memory(slots=7, width=3, heads=2):
+    return Memory(
+        normal(0, slots, width),
+        jax.nn.softmax(normal(1, heads, slots)),
+        jax.random.uniform(jax.random.key(2), (slots,)),
+    )
+
+
+class TestTheFixture:
+    """One step worked out by hand: 3 slots of width 2, one head, gamma 1/2, sigmoid(alpha) 1/4."""
+
+    memory = Memory(
+        np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]]),
+        np.array([[0.2, 0.3, 0.5]]),
+        np.array([0.9, 0.1, 0.4]),
+    )
+    key, gate = np.array([[1.0, 1.0]]), np.array([0.25])
+    written = np.array([[0.05, 0.825, 0.125]])
+    rows = np.array([[1.05, 0.05], [0.825, 0.825], [3.125, 1.125]])
+    read_weights = np.array([[0.28767, 0.37310, 0.33923]])
+
+    def test_least_used(self):
+        np.testing.assert_array_equal(least_used(jnp.asarray(self.memory.usage), 1), [[0, 1, 0]])
+
+    def test_write_weights(self):
+        least = np.array([[0.0, 1.0, 0.0]])
+        weights = write_weights(self.gate, self.memory.read_weights, least)
+        np.testing.assert_allclose(weights, self.written, atol=1e-12)
+
+    def test_write(self):
+        rows = write_memory(self.memory.rows, self.written, self.key, np.array([[0.0, 1.0, 0.0]]))
+        np.testing.assert_allclose(rows, self.rows, atol=1e-12)
+
+    def test_content_address(self):
+        weights = content_address(self.key, self.rows)
+        np.testing.assert_allclose(weights, self.read_weights, atol=1e-5)
+
+    def test_read(self):
+        what = read_memory(self.rows, self.read_weights)
+        np.testing.assert_allclose(what, [[1.66995, 0.70383]], atol=3e-5)
+
+    def test_access_writes_then_reads(self):
+        memory, what = access_memory(
+            jax.tree.map(jnp.asarray, self.memory), self.key, self.gate, decay=0.5
+        )
+        np.testing.assert_allclose(memory.rows, self.rows, atol=1e-5)
+        np.testing.assert_allclose(memory.read_weights, self.read_weights, atol=1e-5)
+        np.testing.assert_allclose(memory.usage, [0.78767, 1.24810, 0.66423], atol=1e-5)
+        np.testing.assert_allclose(what, [[1.66995, 0.70383]], atol=1e-5)
+
+    def test_the_memory_before_the_write_would_read_differently(self):
+        before = read_memory(self.memory.rows, content_address(self.key, self.memory.rows))
+        assert abs(before - np.array([[1.66995, 0.70383]])).max() > 0.05
+
+
+def test_each_head_has_a_least_used_slot_of_its_own():
+    usage = jnp.array([0.5, 0.1, 0.1, 0.1, 0.3])  # the paper's formula would mark three slots
+    np.testing.assert_array_equal(least_used(usage, 2), np.eye(5)[[1, 2]])
+    np.testing.assert_array_equal(least_used(usage, 4), np.eye(5)[[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_write_and_read_weights_sum_to_one_for_each_head(heads):
+    memory = used_memory(heads=heads)
+    gate = jax.nn.sigmoid(normal(5, heads))
+    weights = write_weights(gate, memory.read_weights, least_used(memory.usage, heads))
+    np.testing.assert_allclose(weights.sum(1), np.ones(heads), atol=1e-12)
+    assert (np.asarray(weights) >= 0).all()
+    access = jax.jit(access_memory, static_argnames="decay")
+    after, _ = access(memory, normal(6, heads, 3), gate, decay=0.9)
+    np.testing.assert_allclose(after.read_weights.sum(1), np.ones(heads), atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "decay"), [(1, 0.5), (3, 0.8)])
+def test_usage_tends_to_its_fixed_point(heads, decay):
+    def step(memory, seed):
+        key = jax.random.key(seed)
+        keys = jax.random.normal(key, (heads, 3))
+        memory, _ = access_memory(memory, keys, jax.random.uniform(key, (heads,)), decay=decay)
+        return memory, memory.usage.sum()
+
+    _, sums = jax.lax.scan(step, empty_memory(7, 3, heads), jnp.arange(200))
+    # sum u_t = gamma sum u_{t-1} + 2 R, from zero.
+    expected = 2 * heads * (1 - decay ** np.arange(1, 201)) / (1 - decay)
+    np.testing.assert_allclose(sums, expected, atol=1e-9)
+    np.testing.assert_allclose(sums[-1], 2 * heads / (1 - decay), atol=1e-9)
+
+
+def test_an_empty_memory_is_read_uniformly_and_its_gradient_is_finite():
+    memory = empty_memory(5, 3, 2)
+    keys = normal(3, 2, 3)
+    np.testing.assert_allclose(content_address(keys, memory.rows), memory.read_weights)
+    gradients = jax.jit(jax.grad(lambda *a: content_address(*a)[0, 0], (0, 1)))(keys, memory.rows)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_cosines_do_not_see_lengths():
+    keys, rows = normal(3, 2, 3), normal(4, 5, 3)
+    lengths = jnp.array([0.5, 2.0, 3.0, 1.0, 7.0])[:, None]
+    np.testing.assert_allclose(
+        content_address(4 * keys, lengths * rows), content_address(keys, rows), atol=1e-7
+    )
+
+
+def test_a_key_strength_sharpens():
+    keys, rows = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    for strength in (1.0, 10.0):
+        expected = np.exp(strength * np.array([[1.0, 0.0, -1.0]]))
+        found = content_address(keys, rows, strength=strength)
+        np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-6)
+
+
+def test_gradients_flow_through_gate_keys_and_read_weights_and_agree_with_differences():
+    memory, target = used_memory(), normal(9, 2, 3)
+
+    @jax.jit
+    def loss(gate, keys, read_weights, rows):
+        after, what = access_memory(
+            Memory(rows, read_weights, memory.usage), keys, jax.nn.sigmoid(gate), decay=0.9
+        )
+        return (target * what).sum() + (after.rows**2).sum() + (after.read_weights**3).sum()
+
+    arguments = normal(5, 2), normal(6, 2, 3), memory.read_weights, memory.rows
+    check_grads(loss, arguments, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments):
+        assert abs(gradient).max() > 1e-3
+
+
+def test_no_gradient_through_the_choice_of_the_least_used_slot_or_through_usage():
+    memory = used_memory()
+
+    def loss(usage, gate):
+        step = memory._replace(usage=usage)
+        step, _ = access_memory(step, normal(6, 2, 3), gate, decay=0.9)
+        step, what = access_memory(step, normal(7, 2, 3), gate, decay=0.9)
+        return (what**2).sum() + (least_used(step.usage, 2) * what[:, :1]).sum()
+
+    gate = jnp.array([0.3, 0.6])
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(memory.usage, gate), np.zeros(7))
+
+
+def test_usage_is_a_constant_to_the_gradient():
+    def usage(gate):
+        after, _ = access_memory(used_memory(), normal(6, 2, 3), gate, decay=0.9)
+        return (after.usage**2).sum()
+
+    np.testing.assert_array_equal(jax.jit(jax.grad(usage))(jnp.array([0.3, 0.6])), np.zeros(2))
+
+
+def test_usage_counts_reads_and_writes():
+    reads, writes = np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([[0.0, 1.0], [0.25, 0.75]])
+    usage = decay_usage(jnp.array([2.0, 4.0]), reads, writes, 0.5)
+    np.testing.assert_allclose(usage, [1 + 1.75, 2 + 2.25])
+
+
+def test_unused_rows_are_forgotten_and_used_ones_kept():
+    @jax.jit
+    def written(memory, key):
+        # A gate of zero: to the least used row alone.
+        return access_memory(memory, key[None], jnp.zeros(1), decay=0.99)[0]
+
+    memory = empty_memory(3, 2, 1)
+    for key in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]):
+        memory = written(memory, jnp.array(key))
+    np.testing.assert_array_equal(memory.rows, [[1, 0], [0, 1], [-1, 0]])
+    # All are taken: the oldest gives way.
+    memory = written(memory, jnp.array([2.0, 2.0]))
+    np.testing.assert_array_equal(memory.rows, [[2, 2], [0, 1], [-1, 0]])
