@@ -1,0 +1,1 @@
+"""How fast whole training steps are, beside the same steps in other libraries."""

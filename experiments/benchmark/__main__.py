@@ -1,0 +1,244 @@
+"""Times whole training steps, beside PyTorch's libraries where they are installed.
+
+    python -m experiments.benchmark
+    python -m experiments.benchmark --works=maml_second_order_1step,prototypical_60way
+    python -m experiments.benchmark --works=prototypical_60way --profile=runs/profile
+
+With requirements-benchmark.txt installed the peers run too: gradients are compared on the same
+weights and tasks first, then whole steps are timed in alternation. Nothing else should compute on
+the machine meanwhile. Writes results/benchmark_cpu.json (or _gpu, _tpu).
+"""
+
+import gc
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import ledger
+from experiments.benchmark import measure, works
+from experiments.benchmark.works import Work
+from experiments.command_line import UsageError, run_main
+from meta_jax.data.glyphs import load_glyphs
+from meta_jax.training.outer_step import init_train_state, make_outer_step, make_run, task_mesh
+from meta_jax.training.writers import write_text
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("works", [], "Which works; all by default.")
+flags.DEFINE_integer("rounds", 9, "Alternating rounds.", 3)
+flags.DEFINE_bool("peers", True, "Whether PyTorch's libraries run too, where installed.")
+flags.DEFINE_bool("scaling", True, "Whether to vary the numbers of tasks and of inner steps.")
+flags.DEFINE_string("profile", None, "Folder for a trace of each work, instead of timings.")
+flags.DEFINE_string("output", None, "Where to write; default: results/benchmark_BACKEND.json.")
+
+_TASKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_INNER_STEPS = (1, 2, 5, 10, 20, 50)
+_TOLERANCE = 0.02  # of a gradient, relative; in float32 some ReLUs turn
+_SAMPLINGS = 20  # in one call, whose overhead must not count
+
+
+class Ours(NamedTuple):
+    """Our side of a work, compiled."""
+
+    step: Callable[[], None]  # one whole training step
+    sampling: Callable[[], None]  # the drawing of `_SAMPLINGS` steps' tasks
+    compiled: measure.Compiled
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, prints as it goes, writes the figures."""
+    del arguments
+    data = load_glyphs().datasets["train"]
+    known = works.works(data)
+    unknown = set(FLAGS.works) - set(known)
+    if unknown:
+        raise UsageError(f"unknown works {sorted(unknown)}: choose among {', '.join(known)}")
+    chosen = {name: known[name] for name in FLAGS.works or known}
+    if FLAGS.profile:
+        _profile(chosen, Path(FLAGS.profile))
+        return
+    peers = FLAGS.peers and _peers_installed()
+    packages = ["jax", "jaxlib", *(["torch", "torchopt", "higher"] if peers else [])]
+    backend = jax.default_backend()
+    found = {
+        "machine": ledger.machine(),
+        "versions": ledger.versions(*packages),
+        "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
+        "matmul_gflops": round(measure.matmul_ceiling()),
+        "rows": [],
+    }
+    print(f"{found['machine']}, matrix products {found['matmul_gflops']} GFLOP/s")
+    for name, work in chosen.items():
+        found["rows"].append(_row(name, work, found["matmul_gflops"], peers))
+        gc.collect()
+    if FLAGS.scaling:
+        found["scaling"] = _scaling(data)
+    output = FLAGS.output or ledger.ROOT / "results" / f"benchmark_{backend}.json"
+    write_text(Path(output), json.dumps(found, indent=1) + "\n")
+
+
+def _peers_installed() -> bool:
+    missing = [p for p in ("torch", "torchopt", "higher") if importlib.util.find_spec(p) is None]
+    if missing:
+        print(
+            f"without the peers: {', '.join(missing)} of requirements-benchmark.txt not installed"
+        )
+    return not missing
+
+
+def _program(work: Work) -> tuple[Callable, tuple]:
+    """Whole steps as `experiments.train` runs them, and their arguments."""
+    optimizer, (sampler, data) = works.optimizer(), work.tasks
+    mesh = task_mesh(work.task_batch)
+    step = make_outer_step(work.learner, optimizer, sampler, task_batch=work.task_batch, mesh=mesh)
+    start = init_train_state(work.learner, optimizer, sampler, data, 0)
+    devices = mesh or (task_mesh(jax.device_count()) if work.task_batch == 1 else None)
+    if devices is not None:
+        everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+        start, data = jax.device_put((start, data), everywhere)
+    return make_run(step), (start, data, np.int32(0))
+
+
+def _ours(work: Work) -> Ours:
+    run, (start, data, until) = _program(work)
+    with measure.compilation_cache(None):
+        compiled = measure.compile_timed(run, start, data, until)
+    carry = [start]
+
+    def one_step() -> None:
+        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(carry[0].step + 1))
+        jax.block_until_ready(metrics)
+
+    @jax.jit
+    def draw(key: jax.Array, data: object) -> jax.Array:
+        def body(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            # As in a step, every value is used, and no task outlives its turn.
+            drawn = work.tasks.sampler(key, data)
+            return total + sum(leaf.sum() for leaf in jax.tree.leaves(drawn)), None
+
+        return jax.lax.scan(body, 0.0, jax.random.split(key, _SAMPLINGS * work.task_batch))[0]
+
+    key = jax.random.key(0)
+    return Ours(one_step, lambda: draw(key, work.tasks.data).block_until_ready(), compiled)
+
+
+def _row(name: str, work: Work, gflops: float, peers: bool) -> dict:
+    ours = _ours(work)
+    contenders = {"ours": ours.step}
+    agreement = {}
+    if peers:
+        theirs, agreement = _agreeing_peers(work)
+        contenders |= {peer: made.step for peer, made in theirs.items()}
+    times = measure.alternate(contenders, FLAGS.rounds)
+    sampling = measure.alternate({"draw": ours.sampling}, FLAGS.rounds)["draw"]
+    spreads = {contender: measure.spread(values) for contender, values in times.items()}
+    row = {
+        "work": name,
+        "ours_ms": spreads["ours"],
+        "peers_ms": {peer: spreads[peer] for peer in times if peer != "ours"},
+        "peers_gradient_difference": agreement,
+        "ratio_to_fastest_peer": None,
+        "floor_ms": float(f"{work.flop / gflops / 1e6:.4g}"),
+        "tasks_per_second": float(f"{1000 * work.task_batch / spreads['ours']['median']:.4g}"),
+        "sampling_ms": float(f"{np.median(sampling) / _SAMPLINGS:.3g}"),
+        "peak_mib": round(ours.compiled.peak_mib, 1),
+        "compile_s": round(ours.compiled.seconds, 2),
+        "compile_cached_s": round(_cached_compile_seconds(work), 2),
+    }
+    print(
+        f"{name}: {spreads['ours']['median']} ms, {row['tasks_per_second']} tasks/s, floor "
+        f"{row['floor_ms']} ms, sampling {row['sampling_ms']} ms, peak {row['peak_mib']} MiB, "
+        f"compiled in {row['compile_s']} s ({row['compile_cached_s']} s from the cache)"
+    )
+    if row["peers_ms"]:
+        fastest = min(row["peers_ms"], key=lambda peer: row["peers_ms"][peer]["median"])
+        pairs = zip(times[fastest], times["ours"], strict=True)
+        row["fastest_peer"] = fastest
+        row["ratio_to_fastest_peer"] = measure.spread([peer / mine for peer, mine in pairs])
+        for peer, values in row["peers_ms"].items():
+            print(f"  {peer}: {values} ms, gradient within {agreement[peer]}")
+        print(f"  {fastest} / ours: {row['ratio_to_fastest_peer']}")
+    return row
+
+
+def _agreeing_peers(work: Work) -> tuple[dict, dict[str, float]]:
+    """The peers, and how far their gradients on the same tasks and weights are from ours.
+
+    Raises:
+      RuntimeError: further than float32 explains, so that the times would mean nothing.
+    """
+    from experiments.benchmark import peers
+
+    start = init_train_state(
+        work.learner, works.optimizer(), work.tasks.sampler, work.tasks.data, 0
+    )
+    episodes = works.parity_episodes(work)
+    key = jax.random.key(0)
+    gradient = jax.jit(
+        jax.grad(lambda params, episode: work.learner.loss(params, start.state, episode, key)[0])
+    )
+    each = [gradient(start.params, episode) for episode in episodes]
+    ours = peers.named_arrays(jax.tree.map(lambda *leaves: np.mean(leaves, 0), *each))
+    size = np.sqrt(sum((g**2).sum() for g in ours.values()))
+    theirs, differences = peers.peers(work, start.params), {}
+    for name, peer in theirs.items():
+        found = peer.gradient(peers.tasks_of(work, episodes))
+        distance = np.sqrt(sum(((g - found[k]) ** 2).sum() for k, g in ours.items()))
+        differences[name] = float(f"{distance / size:.2g}")
+        if not distance <= _TOLERANCE * size:
+            raise RuntimeError(f"{name} has another gradient: {differences[name]} relative")
+    return theirs, differences
+
+
+def _cached_compile_seconds(work: Work) -> float:
+    """Tracing, lowering and fetching the same program from a persistent cache."""
+    with tempfile.TemporaryDirectory() as folder, measure.compilation_cache(folder):
+        for _ in range(2):
+            run, arguments = _program(work)
+            jax.clear_caches()
+            seconds = measure.compile_timed(run, *arguments).seconds
+    return seconds
+
+
+def _scaling(data: object) -> dict[str, list[dict]]:
+    """Second-order MAML over numbers of tasks and of inner steps."""
+    found: dict[str, list[dict]] = {}
+    for name, values in (("task_batch", _TASKS), ("inner_steps", _INNER_STEPS)):
+        found[name] = []
+        for value in values:
+            settings = {"task_batch": 8} | {name: value}
+            ours = _ours(works.image_maml(data, **settings))
+            times = measure.alternate({"ours": ours.step}, 3)["ours"]
+            found[name].append(
+                {
+                    name: value,
+                    "ours_ms": measure.spread(times),
+                    "ms_per_task": float(f"{np.median(times) / settings['task_batch']:.4g}"),
+                    "peak_mib": round(ours.compiled.peak_mib, 1),
+                    "compile_s": round(ours.compiled.seconds, 2),
+                }
+            )
+            print(f"maml_second_order: {found[name][-1]}")
+    return found
+
+
+def _profile(chosen: dict[str, Work], folder: Path) -> None:
+    """Three steps of each work as a trace that TensorBoard's profiler opens."""
+    for name, work in chosen.items():
+        ours = _ours(work)
+        ours.step()
+        with jax.profiler.trace(str(folder / name)):
+            for _ in range(3):
+                ours.step()
+        print(f"{name}: {folder / name}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,133 @@
+"""The measured training steps, on our side: what a step learns from, and what it must multiply."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from experiments.tasks import Tasks
+from meta_jax.core import Episode, MetaLearner, cross_entropy, squared_error
+from meta_jax.data.dataset import ImageDataset
+from meta_jax.data.episodes import EpisodeSpec, sample_episode
+from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.networks.conv4 import conv4, strided_conv4
+from meta_jax.networks.mlp import mlp
+from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
+from meta_jax.optimization_based.maml import maml
+from meta_jax.training.outer_step import task_mesh
+
+INNER_LEARNING_RATE = {"images": 0.4, "sinusoid": 0.01}
+_SIDE, _FEATURES = 28, 64
+
+
+class Work(NamedTuple):
+    """One training step: sampling, forward, backward, optimizer."""
+
+    learner: MetaLearner
+    tasks: Tasks
+    task_batch: int
+    flop: float  # of the matrix products that the step cannot do without
+    spec: EpisodeSpec | None = None  # of the images; None for sinusoid
+    inner_steps: int = 0
+    first_order: bool = False
+
+
+def optimizer() -> optax.GradientTransformation:
+    """The outer optimizer of all works."""
+    return optax.adam(1e-3)
+
+
+def _layers(stride: int, pool: int) -> list[float]:
+    """Multiplications and additions of each of four 3x3 convolutions, for one image."""
+    flop, side, channels = [], _SIDE, 1
+    for _ in range(4):
+        side = math.ceil(side / stride)
+        flop.append(2.0 * side**2 * 9 * channels * _FEATURES)
+        side, channels = side // pool, _FEATURES
+    return flop
+
+
+def _maml_flop(spec: EpisodeSpec, inner_steps: int, first_order: bool) -> float:
+    """For one task. The first layer needs no gradient of its input."""
+    layers = _layers(stride=2, pool=1)
+    total, first = sum(layers), layers[0]
+    once = 3 * total - first  # forward, and two products for each backward
+    inner = once if first_order else 3 * once - 2 * first  # and the gradient of all of these
+    return spec.ways * (inner_steps * spec.shots * inner + spec.queries * once)
+
+
+def image_maml(
+    data: ImageDataset, *, task_batch: int, inner_steps: int = 1, first_order: bool = False
+) -> Work:
+    """MAML 5-way 1-shot with 15 queries of each class; batch norm is adapted too, as peers do."""
+    spec = EpisodeSpec(ways=5, shots=1, queries=15, rotations="per_class")
+    learner = maml(
+        strided_conv4(_FEATURES),
+        inner_lr=INNER_LEARNING_RATE["images"],
+        steps=inner_steps,
+        adjoint=FIRST_ORDER if first_order else UNROLLED,
+        mask=None,
+        criterion=cross_entropy,
+    )
+    flop = task_batch * _maml_flop(spec, inner_steps, first_order)
+    return Work(learner, _images(data, spec), task_batch, flop, spec, inner_steps, first_order)
+
+
+def image_prototypical(data: ImageDataset, *, ways: int, queries: int, task_batch: int) -> Work:
+    """Prototypical Networks, 1-shot; support and queries encoded as one batch."""
+    spec = EpisodeSpec(ways=ways, shots=1, queries=queries, rotations="classes")
+    layers = _layers(stride=1, pool=2)
+    flop = task_batch * ways * (1 + queries) * (3 * sum(layers) - layers[0])
+    mesh = task_mesh(jax.device_count()) if task_batch == 1 else None
+    learner = prototypical(conv4(_FEATURES, mesh=mesh))
+    return Work(learner, _images(data, spec), task_batch, flop, spec)
+
+
+def sinusoid_maml(*, task_batch: int) -> Work:
+    """MAML on sinusoids, 10 shots and 10 queries, one inner step, two hidden layers of 40."""
+    layers = [2.0 * 1 * 40, 2.0 * 40 * 40, 2.0 * 40 * 1]
+    once = 3 * sum(layers) - layers[0]
+    flop = task_batch * 10 * (once + 3 * once - 2 * layers[0])
+    learner = maml(
+        mlp(), inner_lr=INNER_LEARNING_RATE["sinusoid"], steps=1, mask=None, criterion=squared_error
+    )
+    source = Tasks(lambda key, _: sample_sinusoid(key, 10, 10), ())
+    return Work(learner, source, task_batch, flop, None, 1)
+
+
+def works(data: ImageDataset) -> dict[str, Work]:
+    """All works of the table by name."""
+    found = {}
+    for order in ("second", "first"):
+        for steps in (1, 5):
+            name = f"maml_{order}_order_{steps}step{'s' * (steps > 1)}"
+            found[name] = image_maml(
+                data, task_batch=8, inner_steps=steps, first_order=order == "first"
+            )
+    found["prototypical_60way"] = image_prototypical(data, ways=60, queries=5, task_batch=1)
+    found["prototypical_5way"] = image_prototypical(data, ways=5, queries=15, task_batch=8)
+    found["maml_sinusoid"] = sinusoid_maml(task_batch=25)
+    return found
+
+
+def _images(data: ImageDataset, spec: EpisodeSpec) -> Tasks:
+    return Tasks(lambda key, data: sample_episode(key, data, spec), data)
+
+
+def parity_episodes(work: Work, seed: int = 0) -> list[Episode]:
+    """A step's tasks as NumPy arrays, so that every library can take the gradient on them.
+
+    Images get a little noise: where maxima are tied in a pool, libraries pass the gradient on
+    differently, and the even background of characters is full of ties.
+    """
+    keys = jax.random.split(jax.random.key(seed), work.task_batch)
+    draw, rng = jax.jit(work.tasks.sampler), np.random.default_rng(seed)
+
+    def untied(x: np.ndarray) -> np.ndarray:
+        return x + rng.random(x.shape, np.float32) if work.spec else x
+
+    episodes = [jax.tree.map(np.array, draw(key, work.tasks.data)) for key in keys]
+    return [Episode(*(b._replace(x=untied(b.x)) for b in episode)) for episode in episodes]
