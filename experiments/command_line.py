@@ -1,6 +1,7 @@
 """Flags that define a run, and the one way in which user errors end a binary."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,10 @@ def define_run_flags(values: flags.FlagValues) -> None:
     def integer(name: str, default: int | None, text: str, lower_bound: int | None = None) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
 
-    def number(name: str, default: float, text: str) -> None:
+    def number(name: str, default: float | None, text: str) -> None:
         flags.DEFINE_float(name, default, text, flag_values=values)
 
-    string("learner", "prototypical", "Method: prototypical, maml or fomaml.")
+    string("learner", "prototypical", "Method; an unknown name lists them all.")
     string("dataset", "glyphs", "glyphs, omniglot, tfds:NAME, folder:PATH or sinusoid.")
     string("split_rule", "vinyals", "Class split of omniglot: vinyals or lake.")
     string("train_split", "train", "Split to train on: train, or trainval where there is one.")
@@ -41,20 +42,61 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("train_ways", None, "Classes of a training episode; default: ways.", 1)
     integer("train_shots", None, "Support examples in training; default: shots.", 1)
     integer("train_queries", None, "Query examples in training; default: queries.", 1)
+    flags.DEFINE_boolean(
+        "within_alphabet",
+        False,
+        "Classes of an episode from one alphabet; in tests one drawer's against another's.",
+        flag_values=values,
+    )
+    string("protocol", "few_shot", "Of validation and tests: few_shot, or sequence (mann, lstm).")
     string("rotations", "none", "Quarter turns: none, classes, per_class or per_episode.")
-    string("network", None, "conv4, strided_conv4 or mlp; default: the method's own.")
+    string(
+        "network",
+        None,
+        "conv4, strided_conv4, flat_strided_conv4, relation_encoder, koch, mlp; default: its own.",
+    )
     integer("features", 64, "Channels of each block of the network.", 1)
     string("batch_norm", None, "batch, running or support; default: the method's own.")
     string("distance", "squared_euclidean", "Of prototypical: squared_euclidean or cosine.")
+    flags.DEFINE_boolean(
+        "distort", False, "Of siamese: distort training images.", flag_values=values
+    )
+    number("temperature", 0.1, "Of matching and matching_fce: what cosines are divided by.")
+    integer("full_context_steps", 3, "Of matching_fce: steps of the queries' LSTM.", 1)
+    string("relation_criterion", "squared_error", "Of relation; or cross_entropy.")
+    string("kernel", "gaussian", "Of kernel: gaussian, laplacian or cosine.")
+    integer("units", 200, "Of mann and lstm: width of the LSTM.", 1)
+    integer("memory_slots", 128, "Of mann: rows of the memory.", 1)
+    integer("memory_width", 40, "Of mann: width of a row.", 1)
+    integer("read_heads", 4, "Of mann: reads, and writes, at a step.", 1)
+    number("usage_decay", 0.95, "Of mann: decay of the slots' usage.")
+    number("key_strength", 1.0, "Of mann: what the cosines are multiplied by; 1 in the paper.")
     number("inner_learning_rate", 2.0, "Of the inner loop, for a loss averaged over examples.")
     integer("inner_steps", 1, "Inner steps in training.", 0)
     integer("eval_inner_steps", 3, "Inner steps in validation and tests.", 0)
-    string("adjoint", None, "unrolled, first_order or checkpointed; default: the method's own.")
+    string(
+        "adjoint",
+        None,
+        "Of the inner loop, a dial of memory: unrolled, checkpointed, mixed_mode, truncated, "
+        "first_order, implicit; default: the method's own.",
+    )
+    integer("truncation", None, "Last inner steps that --adjoint=truncated differentiates.", 0)
+    string("inner_reduction", None, "Of the inner loss: mean, sum or class_sum; default: mean.")
+    integer("inner_batch", None, "Examples of reptile's inner mini-batches in training.", 1)
+    integer("eval_inner_batch", None, "The same in validation and tests.", 1)
+    number("proximity", None, "Of imaml: lambda.")
+    integer("cg_steps", None, "Of imaml: steps of conjugate gradients.", 1)
+    number("cg_damping", None, "Of imaml: added to the Hessian's diagonal.")
+    integer("multi_step_steps", None, "Of maml_plus_plus: outer steps of multi-step loss.", 0)
+    integer("first_order_steps", None, "Of maml_plus_plus: outer steps in first order.", 0)
     integer("task_batch", 1, "Tasks in an outer step.", 1)
     integer("task_chunk", None, "Tasks vmapped at a time; default: 1 on a CPU, else all.", 1)
     integer("steps", 1000, "Outer steps.", 1)
-    number("learning_rate", 1e-3, "Of the outer Adam.")
+    number("learning_rate", 1e-3, "Of the outer optimizer.")
+    string("optimizer", None, "Outer optimizer: adam or sgd; default: the method's own.")
+    number("clip_norm", None, "Largest norm of the outer gradient; default: any.")
     integer("halve_every", 0, "Outer steps after which the learning rate halves; 0: never.", 0)
+    string("decay", None, "Of the learning rate, to zero at the last step: linear or cosine.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.", 1)
     integer("eval_every", 500, "Outer steps between validations; 0: none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.", 1)
@@ -97,7 +139,8 @@ def claim_workdir(workdir: Path, values: flags.FlagValues) -> None:
     path = workdir / "flags.txt"
     wanted = run_flag_lines(values)
     if path.exists():
-        found = path.read_text(encoding="utf-8")
+        # Read, not compared as text: flags that are newer than the workdir have their defaults.
+        found = run_flag_lines(run_flag_values(path))
         if found != wanted:
             difference = sorted(set(found.splitlines()) ^ set(wanted.splitlines()))
             names = sorted({line[2:].split("=")[0] for line in difference})
@@ -119,6 +162,7 @@ def run_main(main: Callable[[list[str]], int | None], *, positional: bool = Fals
       main: gets the arguments that are not flags.
       positional: whether there may be any.
     """
+    _use_all_cores()
     # A second start of the same program need not compile again.
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/meta_jax/compiled"))
 
@@ -148,6 +192,16 @@ def run_main(main: Callable[[list[str]], int | None], *, positional: bool = Fals
             _end(error, 1)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _use_all_cores() -> None:
+    """Makes every core a CPU device of its own, so that a step's tasks are shared among them.
+
+    Small matrix products do not keep the threads of one device busy.
+    """
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        affinity = getattr(os, "sched_getaffinity", None)
+        jax.config.update("jax_num_cpu_devices", len(affinity(0)) if affinity else os.cpu_count())
 
 
 def _end(error: Exception | str, status: int) -> None:

@@ -27,7 +27,9 @@ _OVERRIDES = ("ways", "shots", "queries", "eval_inner_steps")
 for _name in _OVERRIDES:
     flags.DEFINE_integer(_name, None, f"{_name} of the test, if not the run's.", 0)
 flags.DEFINE_string("batch_norm", None, "batch, running or support, if not the run's.")
+flags.DEFINE_boolean("within_alphabet", None, "One alphabet an episode, if not as in the run.")
 flags.DEFINE_string("rotations", None, "Quarter turns of the test, if not the run's.")
+flags.DEFINE_string("protocol", None, "few_shot or sequence, if not the run's.")
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +37,10 @@ def main(arguments: list[str]) -> None:
     del arguments
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("name what to test: --workdir=W of a training run, or --weights=FOLDER")
-    overrides = {name: FLAGS[name].value for name in (*_OVERRIDES, "batch_norm", "rotations")}
+    overrides = {
+        name: FLAGS[name].value
+        for name in (*_OVERRIDES, "batch_norm", "rotations", "within_alphabet", "protocol")
+    }
     found = testing.evaluate(
         Path(FLAGS.workdir or FLAGS.weights),
         checkpoint=FLAGS.checkpoint,
@@ -43,11 +48,13 @@ def main(arguments: list[str]) -> None:
         episodes=FLAGS.episodes,
         seed=FLAGS.seed,
         data_dir=FLAGS.data_dir,
-        overrides={name: value for name, value in overrides.items() if value is not None},
+        overrides=overrides,
     )
     if FLAGS.output:
         write_text(Path(FLAGS.output), json.dumps(found, indent=1) + "\n")
     print(testing.line(found))
+    if "instances" in found:
+        print(testing.instance_table({"accuracy": found["instances"]}))
 
 
 if __name__ == "__main__":

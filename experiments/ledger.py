@@ -1,7 +1,12 @@
 """The reproduction ledger, and README's table, which is generated from it."""
 
+import importlib.metadata
 import json
+import os
+import platform
 from pathlib import Path
+
+import jax
 
 from meta_jax.training.writers import write_text
 
@@ -35,7 +40,7 @@ def table(rows: list[dict]) -> str:
         mode = row["batch_norm"] + (", transductive" if row["transductive"] else "")
         lines.append(
             f"| `{row['row']}` | {row['accuracy']:.2f} ± {row['ci95']:.2f} | "
-            f"{row['paper_accuracy']} | {mode} | {row['train_minutes']:.0f} min | "
+            f"{row['paper_accuracy'] or 'none'} | {mode} | {row['train_minutes']:.0f} min | "
             f"`{row['weights']}` |"
         )
     return "\n".join(lines) + "\n"
@@ -52,3 +57,16 @@ def with_table(readme: str, rows: list[dict]) -> str:
     if not (begin and end):
         raise ValueError(f"README has no '{_BEGIN}' ... '{_END}': put the two lines back")
     return f"{before}{begin}\n{table(rows)}{end}{after}"
+
+
+def machine() -> str:
+    """What the figures of this process come from."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"{os.cpu_count()}-core {platform.machine()} CPU"
+    return f"{jax.device_count()} x {device.device_kind}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of packages."""
+    return {package: importlib.metadata.version(package) for package in packages}

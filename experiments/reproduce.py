@@ -5,16 +5,12 @@
 A model that several rows share is trained once; a training that was stopped is resumed.
 """
 
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from experiments import ledger, testing
@@ -66,29 +62,29 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
         episodes=_EPISODES,
         seed=0,
         data_dir=FLAGS.data_dir,
-        overrides={"ways": row.ways, "shots": row.shots},
+        overrides=row.overrides(),
     )
-    kept = ("learner", "dataset", "split", "ways", "shots", "episodes", "accuracy", "ci95")
+    kept = ("learner", "dataset", "split", "ways", "shots", "episodes")
     rows = ledger.record(
         {
             "row": name,
-            **{key: found[key] for key in (*kept, "batch_norm", "transductive")},
+            **{key: found[key] for key in kept},
+            **row.accuracy(found),
+            **{key: found[key] for key in ("batch_norm", "transductive")},
             "paper_accuracy": row.paper_accuracy,
             "paper_source": row.paper_source,
             "command": f"python -m experiments.reproduce {name}",
             "train_minutes": round(trained["seconds"] / 60, 1),
-            "machine": _machine(),
-            "versions": {
-                package: importlib.metadata.version(package)
-                for package in ("jax", "jaxlib", "flax", "optax")
-            },
+            "machine": ledger.machine(),
+            "versions": ledger.versions("jax", "jaxlib", "flax", "optax"),
             "commit": commit,
             "weights": str(_WEIGHTS / row.model),
         }
     )
     readme = ledger.README.read_text(encoding="utf-8")
     write_text(ledger.README, ledger.with_table(readme, rows))
-    print(f"{name}: {testing.line(found)}; the paper reports {row.paper_accuracy} %")
+    paper = "" if row.paper_accuracy is None else f"; the paper reports {row.paper_accuracy} %"
+    print(f"{name}: {testing.line(found)}{paper}")
 
 
 def _ship_weights(workdir: Path, folder: Path) -> Path:
@@ -97,13 +93,6 @@ def _ship_weights(workdir: Path, folder: Path) -> Path:
     shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
     shutil.copy(workdir / "flags.txt", folder / "flags.txt")
     return folder
-
-
-def _machine() -> str:
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return f"{os.cpu_count()}-core {platform.machine()} CPU"
-    return f"{jax.device_count()} x {device.device_kind}"
 
 
 def _commit() -> str:

@@ -45,12 +45,20 @@ def training_spec(values: flags.FlagValues) -> EpisodeSpec:
         values.train_shots or values.shots,
         values.train_queries or values.queries,
         values.rotations,
+        within_group=values.within_alphabet,
     )
 
 
 def test_spec(values: flags.FlagValues) -> EpisodeSpec:
     """What a validation or test episode is made of."""
-    return EpisodeSpec(values.ways, values.shots, values.queries, values.rotations)
+    return EpisodeSpec(
+        values.ways,
+        values.shots,
+        values.queries,
+        values.rotations,
+        within_group=values.within_alphabet,
+        shared_drawers=values.within_alphabet,
+    )
 
 
 def tasks(splits: Splits | None, split: str, spec: EpisodeSpec) -> Tasks:

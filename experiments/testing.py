@@ -1,8 +1,9 @@
 """Testing a trained learner, and what is reported: a line for people, keys for programs."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -11,8 +12,13 @@ from experiments import learners, tasks
 from experiments.command_line import UsageError, run_flag_values
 from meta_jax.core import Criterion, MetaLearner, PyTree
 from meta_jax.training import checkpoints
-from meta_jax.training.evaluation import Score, confidence_interval, make_evaluate
-from meta_jax.training.outer_step import init_train_state
+from meta_jax.training.evaluation import (
+    Score,
+    confidence_interval,
+    make_evaluate,
+    make_evaluate_sequences,
+)
+from meta_jax.training.outer_step import init_train_state, task_mesh
 
 _SPLITS = ("train", "val", "test", "trainval")
 
@@ -22,6 +28,24 @@ def metric_of(metrics: dict) -> str:
     return "accuracy" if "accuracy" in metrics else "mse"
 
 
+class Tested(NamedTuple):
+    """What a test found."""
+
+    name: str  # the metric's
+    score: Score  # mean accuracy in per cent, or mean squared error
+    instances: tuple[Score, ...] = ()  # of the sequence protocol: at the 1st, 2nd, ... instance
+
+
+def make_evaluation(
+    learner: MetaLearner, criterion: Criterion, source: tasks.Tasks, *, protocol: str, episodes: int
+) -> Callable[..., dict]:
+    """`make_evaluate`, or `make_evaluate_sequences` where the protocol is 'sequence'."""
+    share = {"episodes": episodes, "mesh": task_mesh(episodes)}
+    if protocol == "sequence":
+        return make_evaluate_sequences(learner, source.sampler, **share)
+    return make_evaluate(learner, source.sampler, criterion, **share)
+
+
 def make_test(
     learner: MetaLearner,
     criterion: Criterion,
@@ -29,39 +53,47 @@ def make_test(
     *,
     split: str,
     episodes: int,
+    protocol: str = "few_shot",
     seed: int = 0,
-) -> Callable[[PyTree, PyTree], tuple[str, Score]]:
+) -> Callable[[PyTree, PyTree], Tested]:
     """A test that is compiled once, on episodes drawn from a fixed seed.
 
     The same seed gives the same episodes to every learner and every time.
 
     Returns:
-      A function (params, state) -> the metric's name and its score: mean accuracy in per cent, or
-      mean squared error.
+      A function (params, state) -> what was found.
     """
-    evaluate = make_evaluate(learner, source.sampler, criterion, episodes=episodes)
+    evaluate = make_evaluation(learner, criterion, source, protocol=protocol, episodes=episodes)
     key = jax.random.fold_in(jax.random.key(seed), 1 + _SPLITS.index(split))
 
-    def test(params: PyTree, state: PyTree) -> tuple[str, Score]:
+    def test(params: PyTree, state: PyTree) -> Tested:
         metrics = evaluate(params, state, source.data, key)
         name = metric_of(metrics)
-        return name, confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
+        score = confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
+        count = sum(metric.startswith("instance_") for metric in metrics)
+        instances = (metrics[f"instance_{i + 1}"] for i in range(count))
+        return Tested(name, score, tuple(confidence_interval(100 * each) for each in instances))
 
     return test
 
 
 def result(
     values: flags.FlagValues,
-    name: str,
-    score: Score,
+    tested: Tested,
     *,
     batch_norm: str,
     split: str,
     episodes: int,
     seconds: float,
 ) -> dict:
-    """The contents of result.json; accuracy and ci95 are in per cent."""
-    return {
+    """The contents of result.json; accuracy and ci95 are in per cent.
+
+    The sequence protocol adds itself and the accuracies at each instance of a class.
+    """
+    name, score, instances = tested
+    # In a sequence, the support's statistics are those of inputs yet to come.
+    transductive = batch_norm == "batch" or (batch_norm == "support" and bool(instances))
+    found = {
         "learner": values.learner,
         "dataset": values.dataset,
         "split": split,
@@ -72,11 +104,16 @@ def result(
         name: round(score.mean, 4),
         "ci95": round(score.ci95, 4),
         "batch_norm": batch_norm,
-        "transductive": batch_norm == "batch",
+        "transductive": transductive,
         "steps": values.steps,
         "seed": values.seed,
         "seconds": round(seconds, 1),
     }
+    if instances:
+        found["protocol"] = "sequence"
+        found["instances"] = [round(each.mean, 4) for each in instances]
+        found["instances_ci95"] = [round(each.ci95, 4) for each in instances]
+    return found
 
 
 def score_text(name: str, score: Score) -> str:
@@ -92,9 +129,27 @@ def line(found: dict) -> str:
     shots = f"{found['shots']}-shot"
     task = f"{found['ways']}-way {shots}" if name == "accuracy" else shots
     score = score_text(name, Score(found[name], found["ci95"]))
+    if "instances" in found:
+        each = len(found["instances"])
+        task = f"sequences of {found['ways']} classes x {each} instances"
     return (
         f"{found['split']} {name} {score} ({task}, {found['episodes']} episodes, "
         f"batch norm {found['batch_norm']})"
+    )
+
+
+def instance_table(curves: dict[str, Sequence[float]]) -> str:
+    """Accuracies at the 1st, 2nd, ... instance of a class as lines of a table.
+
+    Args:
+      curves: by name, accuracies in per cent.
+    """
+    count = max(map(len, curves.values()))
+    rows = {"instance": [str(i + 1) for i in range(count)]}
+    rows |= {name: [f"{value:.1f}" for value in values] for name, values in curves.items()}
+    width = max(map(len, rows))
+    return "\n".join(
+        f"{name:<{width}}" + "".join(f"{cell:>6}" for cell in cells) for name, cells in rows.items()
     )
 
 
@@ -117,7 +172,7 @@ def evaluate(
       episodes: how many.
       seed: of the episodes.
       data_dir: where the data lie.
-      overrides: flags of the run that the test changes.
+      overrides: flags of the run that the test changes; None leaves them as they are.
 
     Returns:
       The keys of result.json.
@@ -136,7 +191,8 @@ def evaluate(
             "the run had no validation, so no best checkpoint: use --checkpoint=latest"
         )
     for name, value in overrides.items():
-        setattr(values, name, value)
+        if value is not None:
+            setattr(values, name, value)
     try:
         learner, criterion = learners.build_learner(values)
         splits = tasks.load(values, data_dir)
@@ -144,16 +200,14 @@ def evaluate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     params, state, seconds = _restore(folder / "checkpoints", checkpoint, learner, source, values)
-    test = make_test(learner, criterion, source, split=split, episodes=episodes, seed=seed)
-    name, score = test(params, state)
+    asked = {"split": split, "episodes": episodes}
+    test = make_test(learner, criterion, source, protocol=values.protocol, seed=seed, **asked)
     return result(
         values,
-        name,
-        score,
-        batch_norm=learners.network(values).batch_norm,
-        split=split,
-        episodes=episodes,
+        test(params, state),
+        batch_norm=learners.build_network(values).batch_norm,
         seconds=seconds,
+        **asked,
     )
 
 

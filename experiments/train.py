@@ -17,7 +17,6 @@ from experiments.command_line import UsageError, claim_workdir, define_run_flags
 from meta_jax.core import MetaLearner
 from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
 from meta_jax.training import checkpoints, pictures
-from meta_jax.training.evaluation import make_evaluate
 from meta_jax.training.loop import Schedule, fit
 from meta_jax.training.outer_step import (
     TrainState,
@@ -44,8 +43,11 @@ def main(arguments: list[str]) -> None:
 
     # ---- Everything that can be refused is refused before anything is written.
     learner, criterion = learners.build_learner(FLAGS)
+    # Several devices share the tasks of a step, or else the images of its one task.
+    mesh = task_mesh(FLAGS.task_batch)
+    image_mesh = task_mesh(jax.device_count()) if FLAGS.task_batch == 1 else None
+    training_learner, _ = learners.build_learner(FLAGS, image_mesh)
     schedule = Schedule(FLAGS.steps, FLAGS.log_every, FLAGS.eval_every, FLAGS.checkpoint_every)
-    mesh = task_mesh() if FLAGS.task_batch % jax.device_count() == 0 else None
     optimizer = learners.build_optimizer(FLAGS)
     try:
         schedule.check()
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> None:
             tasks.tasks(splits, split, tasks.test_spec(FLAGS)) for split in ("val", "test")
         )
         outer_step = make_outer_step(
-            learner,
+            training_learner,
             optimizer,
             training.sampler,
             task_batch=FLAGS.task_batch,
@@ -70,10 +72,13 @@ def main(arguments: list[str]) -> None:
     # ---- Train.
     untrained = jax.tree.map(jnp.copy, (initial.params, initial.state))
     data = training.data
-    if mesh is not None:
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    devices = mesh or image_mesh
+    if devices is not None:
+        everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
         initial, data = jax.device_put((initial, data), everywhere)
-    evaluate = make_evaluate(learner, validation.sampler, criterion, episodes=FLAGS.val_episodes)
+    evaluate = testing.make_evaluation(
+        learner, criterion, validation, protocol=FLAGS.protocol, episodes=FLAGS.val_episodes
+    )
 
     def validate(train_state: TrainState) -> dict[str, float]:
         # The same validation episodes every time: fold_in(0) is theirs alone.
@@ -99,25 +104,29 @@ def main(arguments: list[str]) -> None:
     if FLAGS.eval_every:
         learned, _ = checkpoints.restore(workdir / "checkpoints" / "best", learned)
     asked = {"split": "test", "episodes": FLAGS.eval_episodes}
-    test = testing.make_test(learner, criterion, testing_tasks, **asked)
-    name, score = test(learned["params"], learned["state"])
+    test = testing.make_test(learner, criterion, testing_tasks, protocol=FLAGS.protocol, **asked)
+    tested = test(learned["params"], learned["state"])
+    name = tested.name
     found = testing.result(
         FLAGS,
-        name,
-        score,
-        batch_norm=learners.network(FLAGS).batch_norm,
+        tested,
+        batch_norm=learners.build_network(FLAGS).batch_norm,
         seconds=outcome.seconds,
         **asked,
     )
-    _, before = test(*untrained)
-    text = f"{testing.line(found)}; untrained network {testing.score_text(name, before)}"
-    baselines = {"untrained": before._asdict()}
-    if name == "accuracy":
-        _, pixels = testing.make_test(nearest_neighbour(), criterion, testing_tasks, **asked)(
-            {}, {}
+    before = test(*untrained)
+    text = f"{testing.line(found)}; untrained network {testing.score_text(name, before.score)}"
+    baselines = {"untrained": before.score._asdict()}
+    if tested.instances:
+        curves = {"trained": tested.instances, "untrained": before.instances}
+        pictures.instance_curve(curves, workdir / "instances.png")
+        text += "\n" + testing.instance_table(
+            {name: [score.mean for score in scores] for name, scores in curves.items()}
         )
-        text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels)}"
-        baselines["nearest_neighbour"] = pixels._asdict()
+    elif name == "accuracy":
+        pixels = testing.make_test(nearest_neighbour(), criterion, testing_tasks, **asked)({}, {})
+        text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels.score)}"
+        baselines["nearest_neighbour"] = pixels.score._asdict()
     _draw_episode(learner, learned, testing_tasks, workdir / "episode.png")
     write_text(workdir / "baselines.json", json.dumps(baselines, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found, indent=1) + "\n")

@@ -7,6 +7,17 @@ from pathlib import Path
 import jax
 import pytest
 
+# The scripts that made the golden files need libraries that the tests do not.
+collect_ignore_glob = ["golden/*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share compiled programs run in one process: those of a module, or of a learner."""
+    for item in items:
+        learner = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        of_laws = item.path.name == "laws_test.py" and isinstance(learner, str)
+        item.add_marker(pytest.mark.xdist_group(learner if of_laws else str(item.path)))
+
 
 def _real_data(name: str) -> Path:
     """META_JAX_OMNIGLOT names the folder of `omniglot` and `tensorflow_datasets`."""
@@ -27,6 +38,13 @@ def omniglot_zips() -> Path:
 def omniglot_tfds() -> Path:
     """A TFDS data folder with omniglot prepared in array_record format."""
     return _real_data("tensorflow_datasets")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs() -> Iterator[None]:
+    """Thousands of programs kept by one process exhaust its memory maps."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

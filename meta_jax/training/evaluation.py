@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.core import Criterion, MetaLearner, PyTree
+from meta_jax.model_based.sequence import as_sequence, sequence_criterion
 from meta_jax.training.outer_step import Sampler
 
 
@@ -29,7 +31,12 @@ def confidence_interval(values: np.ndarray) -> Score:
 
 
 def make_evaluate(
-    learner: MetaLearner, sampler: Sampler, criterion: Criterion, *, episodes: int
+    learner: MetaLearner,
+    sampler: Sampler,
+    criterion: Criterion,
+    *,
+    episodes: int,
+    mesh: Mesh | None = None,
 ) -> Callable[[PyTree, PyTree, PyTree, jax.Array], dict[str, np.ndarray]]:
     """A compiled test of a learner on freshly drawn episodes, with parameters left as they are.
 
@@ -38,6 +45,7 @@ def make_evaluate(
       sampler: draws one test episode.
       criterion: gives the metrics of an episode's queries.
       episodes: how many.
+      mesh: from `task_mesh`, to share the episodes among several devices.
 
     Returns:
       A function (params, state, data, key) -> metrics, each [episodes]. The same key draws the
@@ -52,15 +60,68 @@ def make_evaluate(
         loss, metrics = criterion(outputs, query.y)
         return {"loss": loss, **metrics}
 
+    return _over_episodes(episode, episodes, mesh)
+
+
+def make_evaluate_sequences(
+    learner: MetaLearner, sampler: Sampler, *, episodes: int, mesh: Mesh | None = None
+) -> Callable[[PyTree, PyTree, PyTree, jax.Array], dict[str, np.ndarray]]:
+    """As `make_evaluate`, by the sequence protocol (Santoro et al. 2016, section 4).
+
+    All examples of an episode come one after another in random order; each is answered before its
+    label is shown.
+
+    Args:
+      learner: one whose `adapt` gives the `logits` of its answers on the way, as those of
+        `sequence_learner` do.
+      sampler: draws one episode, of equally many examples for each class.
+      episodes: how many.
+      mesh: from `task_mesh`, to share the episodes among several devices.
+
+    Returns:
+      A function (params, state, data, key) -> loss and accuracy of all answers, and instance_1,
+      instance_2, ..., the accuracy at that instance of a class; each [episodes].
+    """
+
+    def episode(params: PyTree, state: PyTree, data: PyTree, key: jax.Array) -> dict:
+        episode_key, order_key, adapt_key = jax.random.split(key, 3)
+        sequence = as_sequence(order_key, sampler(episode_key, data))
+        adapted = learner.adapt(params, state, sequence, adapt_key, train=False)
+        loss, metrics = sequence_criterion(adapted.logits, sequence.y)
+        return {"loss": loss, **metrics}
+
+    return _over_episodes(episode, episodes, mesh)
+
+
+def _over_episodes(
+    episode: Callable[..., dict], episodes: int, mesh: Mesh | None
+) -> Callable[[PyTree, PyTree, PyTree, jax.Array], dict[str, np.ndarray]]:
     chunk = 1 if jax.default_backend() == "cpu" else min(32, episodes)
 
-    @jax.jit
-    def evaluate(params: PyTree, state: PyTree, data: PyTree, key: jax.Array) -> dict:
-        keys = jax.random.split(key, episodes)
+    def share(params: PyTree, state: PyTree, data: PyTree, keys: jax.Array) -> dict:
         return jax.lax.map(
             lambda key: episode(params, state, data, key),
             keys,
             batch_size=None if chunk == 1 else chunk,
         )
 
-    return lambda *arguments: jax.tree.map(np.asarray, evaluate(*arguments))
+    if mesh is not None:
+        everywhere, each = PartitionSpec(), PartitionSpec("task")
+        share = jax.shard_map(
+            share,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, everywhere, each),
+            out_specs=each,
+            check_vma=False,
+        )
+
+    @jax.jit
+    def evaluate(params: PyTree, state: PyTree, data: PyTree, key: jax.Array) -> dict:
+        return share(params, state, data, jax.random.split(key, episodes))
+
+    def placed(*arguments: PyTree) -> dict:
+        if mesh is not None:
+            arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
+        return jax.tree.map(np.asarray, evaluate(*arguments))
+
+    return placed

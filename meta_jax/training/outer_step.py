@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from meta_jax.core import Array, Episode, MetaLearner, PyTree
 
@@ -80,12 +80,29 @@ def task_gradients(
       params, state: the learner's.
       data: the sampler's second argument.
       keys: one random key for each task, [task_batch].
-      task_chunk: tasks vmapped at a time; divides the task batch.
+      task_chunk: tasks vmapped at a time, on all devices together; divides the task batch.
       mesh: devices to share each chunk among, along an axis 'task'.
 
     Returns:
       The gradient, the state averaged over tasks, and metrics averaged over tasks (with 'loss').
     """
+    if mesh is not None:
+
+        def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> tuple:
+            chunk = task_chunk // mesh.size
+            found = task_gradients(learner, sampler, params, state, data, keys, task_chunk=chunk)
+            return jax.lax.pmean(found, "task")
+
+        # Every device runs the program of one, and they meet once. With the default check, JAX
+        # would sum gradients of replicated parameters over the devices, the INNER ones too.
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            share,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, everywhere, PartitionSpec("task")),
+            out_specs=everywhere,
+            check_vma=False,
+        )(params, state, data, keys)
 
     def task(params: PyTree, key: Array) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
         episode_key, loss_key = jax.random.split(key)
@@ -105,10 +122,6 @@ def task_gradients(
 
     chunks = keys.shape[0] // task_chunk
     keys = keys.reshape(chunks, task_chunk)
-    if mesh is not None:
-        keys = jax.lax.with_sharding_constraint(
-            keys, NamedSharding(mesh, PartitionSpec(None, "task"))
-        )
     if chunks == 1:
         gradient, (state, metrics) = gradients(keys[0])
         return gradient, state, metrics
@@ -203,7 +216,16 @@ def make_run(
     return jax.jit(run, donate_argnums=0)
 
 
-def task_mesh(devices: list[jax.Device] | None = None) -> Mesh | None:
-    """A mesh over all devices with the one axis 'task'; None where there is only one device."""
+def task_mesh(tasks: int, devices: list[jax.Device] | None = None) -> Mesh | None:
+    """A mesh with the one axis 'task', over as many devices as share the tasks evenly.
+
+    Args:
+      tasks: how many there are to share: a task batch, or the episodes of a test.
+      devices: by default all.
+
+    Returns:
+      The mesh; None where one device does all.
+    """
     devices = jax.devices() if devices is None else devices
-    return Mesh(np.array(devices), ("task",)) if len(devices) > 1 else None
+    most = max(n for n in range(1, len(devices) + 1) if tasks % n == 0)
+    return Mesh(np.array(devices[:most]), ("task",)) if most > 1 else None

@@ -5,13 +5,15 @@ changes and no display is needed.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from meta_jax.core import Array, Episode
+from meta_jax.training.evaluation import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,6 +89,37 @@ def episode_picture(episode: Episode, predictions: Array | None, path: Path | st
         figure = _draw_curve(support, query, predicted)
     else:
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
+    _write(figure, path)
+
+
+def instance_curve(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None:
+    """Draws the accuracy at the 1st, 2nd, ... instance of a class, one curve for each name.
+
+    Args:
+      curves: by name, scores in per cent, of the first instance, of the second, and so on.
+      path: the PNG to write, in place of an older one.
+
+    Raises:
+      ValueError: there is nothing to draw.
+    """
+    if not any(curves.values()):
+        raise ValueError("there are no instances to draw")
+    figure = _figure(5.2, 3.6)
+    axes = figure.subplots()
+    for (name, scores), colour in zip(curves.items(), cycle(_COLOURS.values()), strict=False):
+        axes.errorbar(
+            range(1, len(scores) + 1),
+            [score.mean for score in scores],
+            [score.ci95 for score in scores],
+            color=colour,
+            label=name,
+            marker="o",
+            capsize=2,
+        )
+    axes.set(xlabel="instance of a class", ylabel=_LABELS["accuracy"], ylim=(0, 100))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     _write(figure, path)
 
 

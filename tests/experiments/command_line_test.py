@@ -138,6 +138,35 @@ def test_reproduce_refuses_a_row_that_does_not_exist():
     assert_refused(command("reproduce", "prototypical/omniglot_5w2s"), "omniglot_5w2s", "5w1s")
 
 
+def test_a_sequence_is_tested_at_every_instance(folder, tmp_path):
+    workdir = tmp_path / "mann"
+    found = command(
+        *("train", f"--dataset=folder:{folder}", *TINY, "--learner=mann", "--protocol=sequence"),
+        *("--queries=3", "--units=8", "--memory_slots=8", f"--workdir={workdir}"),
+        "--eval_episodes=20",
+    )
+    assert found.returncode == 0, found.stderr
+    result = json.loads((workdir / "result.json").read_text())
+    assert list(result) == [*RESULT_KEYS, "protocol", "instances", "instances_ci95"]
+    assert result["batch_norm"] == "none"
+    # Equally many of each instance: 4 of each of 3 classes.
+    assert len(result["instances"]) == 4
+    assert result["accuracy"] == pytest.approx(np.mean(result["instances"]), abs=1e-3)
+    line, numbers, trained, untrained = found.stdout.splitlines()
+    assert re.match(
+        r"test accuracy .* \(sequences of 3 classes x 4 instances, 20 episodes, batch norm none\)",
+        line,
+    )
+    assert numbers.split() == ["instance", "1", "2", "3", "4"]
+    assert trained.split() == ["trained", *(f"{value:.1f}" for value in result["instances"])]
+    assert untrained.split()[0] == "untrained"
+    assert (workdir / "instances.png").exists()
+    again = command("evaluate", f"--workdir={workdir}", "--episodes=20")
+    assert again.stdout.splitlines()[2].split()[1:] == trained.split()[1:]
+    few_shot = command("evaluate", f"--workdir={workdir}", "--protocol=few_shot", "--episodes=4")
+    assert re.match(r"test accuracy .* \(3-way 1-shot, 4 episodes, ", few_shot.stdout)
+
+
 def test_maml_learns_sinusoids_and_reports_their_error(tmp_path):
     found = command(
         *("train", f"--flagfile={ROOT}/experiments/flagfiles/maml_sinusoid.flags", "--steps=2000"),

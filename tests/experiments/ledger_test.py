@@ -20,7 +20,7 @@ def test_readme_table_is_the_ledger():
 
 
 def test_every_row_can_be_made_again():
-    assert {row["row"] for row in ROWS_IN_LEDGER} == set(ROWS)
+    assert {row["row"] for row in ROWS_IN_LEDGER} <= set(ROWS)
     for row in ROWS_IN_LEDGER:
         assert set(row) == KEYS
         made = ROWS[row["row"]]
@@ -33,7 +33,7 @@ def test_every_row_can_be_made_again():
 
 @pytest.mark.parametrize("row", ROWS_IN_LEDGER, ids=lambda row: row["row"])
 def test_weights_give_the_accuracy_again(row, omniglot_zips):
-    episodes = 60
+    made, episodes = ROWS[row["row"]], 60
     found = evaluate(
         ledger.ROOT / row["weights"],
         checkpoint="best",
@@ -41,10 +41,14 @@ def test_weights_give_the_accuracy_again(row, omniglot_zips):
         episodes=episodes,
         seed=1,
         data_dir=str(omniglot_zips),
-        overrides={"ways": row["ways"], "shots": row["shots"], "queries": 5},
+        overrides={
+            **made.overrides(),
+            "queries": 10 - made.shots if made.instance else 5,
+        },
     )
+    accuracy, ci95 = (made.accuracy(found)[key] for key in ("accuracy", "ci95"))
     # Fewer queries and fewer episodes, other ones too: three standard errors of the small test.
-    assert abs(found["accuracy"] - row["accuracy"]) < 3 / 1.96 * found["ci95"] + row["ci95"]
+    assert abs(accuracy - row["accuracy"]) < 3 / 1.96 * ci95 + row["ci95"]
 
 
 def test_a_row_takes_the_place_of_its_older_self(tmp_path):

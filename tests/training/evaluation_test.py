@@ -7,8 +7,14 @@ from meta_jax.core import cross_entropy
 from meta_jax.data.dataset import ImageDataset
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.model_based.mann import mann
 from meta_jax.networks.mlp import mlp
-from meta_jax.training.evaluation import Score, confidence_interval, make_evaluate
+from meta_jax.training.evaluation import (
+    Score,
+    confidence_interval,
+    make_evaluate,
+    make_evaluate_sequences,
+)
 
 LEARNER = prototypical(mlp((6,)))
 EPISODES = 5
@@ -112,3 +118,31 @@ def test_the_confidence_interval_in_closed_form():
     assert score.mean == 0.75
     np.testing.assert_allclose(score.ci95, 0.49, atol=1e-9)
     assert confidence_interval(np.full(7, 0.5)) == Score(0.5, 0.0)
+
+
+def test_the_sequence_protocol_scores_the_answers_on_the_way():
+    learner = mann(mlp((6,)), units=4, slots=4, width=2, heads=1)
+    learned = learner.init(jax.random.key(0), sampler(jax.random.key(1), dataset()))
+    seen = []
+
+    def recording(*arguments, train):
+        assert not train
+        adapted = learner.adapt(*arguments, train=train)
+        jax.debug.callback(lambda *leaves: seen.append(leaves), adapted.logits, arguments[2].y)
+        return adapted
+
+    evaluate = make_evaluate_sequences(
+        learner._replace(adapt=recording), sampler, episodes=EPISODES
+    )
+    metrics = evaluate(*learned, dataset(), jax.random.key(2))
+    jax.effects_barrier()
+    assert set(metrics) == {"loss", "accuracy", "instance_1", "instance_2", "instance_3"}
+    assert len(seen) == EPISODES
+    accuracies = []
+    for logits, y in seen:
+        assert logits.shape == y.shape == (9, 3)
+        right = logits.argmax(1) == y.argmax(1)
+        third = np.array([y[: t + 1].sum(0) @ y[t] == 3 for t in range(9)])
+        accuracies.append((right.mean(), right[third].mean()))
+    for name, values in zip(("accuracy", "instance_3"), zip(*accuracies, strict=True), strict=True):
+        np.testing.assert_allclose(np.sort(metrics[name]), np.sort(values), atol=1e-6)

@@ -232,7 +232,7 @@ def test_devices_that_do_not_divide_the_chunk_are_refused():
 
 
 def test_one_device_needs_no_mesh():
-    assert task_mesh(jax.devices()[:1]) is None
+    assert task_mesh(4, jax.devices()[:1]) is None
     expected = (1, 4) if jax.default_backend() == "cpu" else (8, 8)
     assert (default_task_chunk(8), default_task_chunk(8, devices=4)) == expected
 
@@ -251,20 +251,30 @@ from meta_jax.training.outer_step import init_train_state, make_outer_step, make
 jax.config.update("jax_disable_most_optimizations", True)
 images = np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8)
 data = ImageDataset(jnp.asarray(images), jnp.full(8, 4, jnp.int32), jnp.zeros(8, jnp.int32))
-sampler = lambda key, data: sample_episode(key, data, EpisodeSpec(3, 1, 2, "per_class"))
+sampler = lambda key, data: sample_episode(key, data, EpisodeSpec(4, 1, 3, "per_class"))
 optimizer = optax.adam(1e-2)
+def shared(mesh):
+    return prototypical(strided_conv4(2, batch_norm="running", mesh=mesh))
+
+def unshared(learner):
+    return lambda mesh: learner
+
+# Name: (the learner of a mesh, tasks in a step, task chunk). The last one's 16 images
+# are shared, not its one task.
 learners = {
-    "prototypical": (prototypical(strided_conv4(2, batch_norm="running")), 8, None),
-    "maml": (maml(mlp((8,)), inner_lr=0.5, steps=2), 16, 8),
+    "prototypical": (unshared(shared(None)), 8, None),
+    "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), 16, 8),
+    "images": (shared, 1, None),
 }
 def largest(a, b):
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), a, b)
     return max(jax.tree.leaves(gaps))
 
 results = {"devices": jax.device_count()}
-for name, (learner, batch, chunk) in learners.items():
+for name, (learner_of, batch, chunk) in learners.items():
     ends = []
-    for mesh in (None, task_mesh()):
+    for devices in (jax.devices()[:1], jax.devices()):
+        learner, mesh = learner_of(task_mesh(8, devices)), task_mesh(batch, devices)
         step = make_outer_step(
             learner, optimizer, sampler, task_batch=batch, task_chunk=chunk, mesh=mesh
         )
@@ -280,7 +290,7 @@ for name, (learner, batch, chunk) in learners.items():
         "shared": "all-reduce" in run.as_text(),
     }
 try:
-    make_outer_step(learner, optimizer, sampler, task_batch=8, task_chunk=4, mesh=task_mesh())
+    make_outer_step(learner, optimizer, sampler, task_batch=8, task_chunk=4, mesh=task_mesh(8))
 except ValueError as error:
     results["refused"] = str(error)
 print(json.dumps(results))
@@ -305,7 +315,7 @@ def test_eight_devices_train_as_one_does():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["devices"] == 8
-    for name in ("prototypical", "maml"):
+    for name in ("prototypical", "maml", "images"):
         assert results[name]["apart"] < 1e-9, results
         assert results[name]["moved"] > 1e-2, results
         assert results[name]["shared"], results

@@ -8,6 +8,7 @@ from PIL import Image
 
 from meta_jax.core import Batch, Episode
 from meta_jax.training import pictures
+from meta_jax.training.evaluation import Score
 
 GREEN, RED = (0x2A, 0x9D, 0x3F), (0xD6, 0x27, 0x28)
 
@@ -130,3 +131,13 @@ pictures.learning_curve([{"step": 1, "split": "train", "loss": 1.0}], sys.argv[1
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, tmp_path / "curve.png"], check=True)
+
+
+def test_instance_curves_differ_where_the_scores_do(tmp_path):
+    rising = [Score(20.0 + 7 * i, 1.0) for i in range(10)]
+    pictures.instance_curve({"trained": rising, "untrained": rising[:1] * 10}, tmp_path / "two")
+    pictures.instance_curve({"trained": rising}, tmp_path / "one")
+    assert (pixels(tmp_path / "two") != pixels(tmp_path / "one")).any()
+    with pytest.raises(ValueError, match="no instances"):
+        pictures.instance_curve({"trained": []}, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
