@@ -315,8 +315,9 @@ def test_vmap_over_tasks_equals_a_python_loop(name):
 def test_the_state_keeps_its_structure_shapes_and_types(name, mode, dtype):
     learner = LEARNERS[name].build(mode)
     key = jax.random.key(0)
+    task = episode(name)  # drawn, and kept for the other laws, in double precision
     with jax.enable_x64(dtype == "float64"):
-        example = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), episode(name))
+        example = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), task)
         params, state = jax.eval_shape(learner.init, key, example)
         assert {leaf.dtype for leaf in jax.tree.leaves((params, state))} == {jnp.dtype(dtype)}
         loss, aux = jax.eval_shape(learner.loss, params, state, example, key)
