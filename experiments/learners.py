@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import jax
 import optax
 from absl import flags
 from jax.sharding import Mesh
@@ -33,6 +34,7 @@ from meta_jax.optimization_based.maml_plus_plus import maml_plus_plus
 from meta_jax.optimization_based.meta_sgd import meta_sgd
 from meta_jax.optimization_based.protomaml import protomaml
 from meta_jax.optimization_based.reptile import reptile
+from meta_jax.training.outer_step import task_mesh
 
 
 def _classifies(values: flags.FlagValues, criterion: Criterion) -> None:
@@ -246,6 +248,16 @@ def _entry(values: flags.FlagValues) -> tuple[Callable[..., MetaLearner], str, s
 
 def _default_network(values: flags.FlagValues) -> str:
     return "mlp" if values.dataset == "sinusoid" else _entry(values)[1]
+
+
+def image_mesh(values: flags.FlagValues) -> Mesh | None:
+    """The devices that share the images of a step's one task; None where it is not alone.
+
+    Nor where the network cannot share them: every device would compute the whole task.
+    """
+    name = values.network or _default_network(values)
+    alone = values.task_batch == 1 and name in _SHARING
+    return task_mesh(jax.device_count()) if alone else None
 
 
 def build_network(values: flags.FlagValues, mesh: Mesh | None = None) -> Network:

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     learner, criterion = learners.build_learner(FLAGS)
     # Several devices share the tasks of a step, or else the images of its one task.
     mesh = task_mesh(FLAGS.task_batch)
-    image_mesh = task_mesh(jax.device_count()) if FLAGS.task_batch == 1 else None
+    image_mesh = learners.image_mesh(FLAGS)
     training_learner, _ = learners.build_learner(FLAGS, image_mesh)
     schedule = Schedule(FLAGS.steps, FLAGS.log_every, FLAGS.eval_every, FLAGS.checkpoint_every)
     optimizer = learners.build_optimizer(FLAGS)

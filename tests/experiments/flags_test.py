@@ -156,3 +156,12 @@ class TestClaimWorkdir:
         with pytest.raises(UsageError, match="not empty"):
             command_line.claim_workdir(tmp_path, values())
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_devices_share_the_images_of_a_lone_task_where_the_network_can(values, monkeypatch):
+    meshes = {1: None, 2: "mesh"}
+    monkeypatch.setattr(learners, "task_mesh", meshes.get)
+    monkeypatch.setattr(learners.jax, "device_count", lambda: 2)
+    assert learners.image_mesh(values("--learner=prototypical\n")) == "mesh"
+    assert learners.image_mesh(values("--learner=prototypical\n--task_batch=2\n")) is None
+    assert learners.image_mesh(values("--learner=relation\n")) is None
