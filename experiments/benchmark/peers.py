@@ -1,4 +1,4 @@
-"""The same training steps in PyTorch: TorchOpt, higher, torch.func.vmap and plain autograd.
+"""The same training steps in PyTorch: TorchOpt, higher, torch.func.vmap and plain PyTorch.
 
 Every peer starts from our weights, is asked for the gradient of the same episodes first, and is
 then timed over whole steps: tasks drawn with NumPy, forward, backward, Adam. It is written the way
@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from experiments.benchmark.works import INNER_LEARNING_RATE, Work
+from experiments.benchmark.works import INNER_LEARNING_RATE, REPTILE_BATCH, Work
 from meta_jax.core import Episode, PyTree
 from meta_jax.data.dataset import ImageDataset
 from meta_jax.data.episodes import EpisodeSpec
@@ -72,42 +72,98 @@ class Perceptron(nn.Module):
         return self.head(x)
 
 
+class Relation(nn.Module):
+    """The encoder and the relation module of Relation Networks, as the authors' code has them."""
+
+    def __init__(self, features: int) -> None:
+        """For 28x28 pixels."""
+        super().__init__()
+        paddings, inputs = (0, 0, 1, 1, 1, 1), (1, *[features] * 3, 2 * features, features)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(n, features, 3, padding=pad) for n, pad in zip(inputs, paddings, strict=True)
+        )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(features, track_running_stats=False) for _ in inputs
+        )
+        self.hidden, self.output = nn.Linear(features, 8), nn.Linear(8, 1)
+
+    def _block(self, i: int, x: torch.Tensor, pool: bool) -> torch.Tensor:
+        x = F.relu(self.norms[i](self.convs[i](x)))
+        return F.max_pool2d(x, 2) if pool else x
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [n, 1, 28, 28] -> maps [n, features, 5, 5]."""
+        for i in range(4):
+            x = self._block(i, x, pool=i < 2)
+        return x
+
+    def compare(self, classes: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Maps of the classes and of the queries -> relation scores [queries, classes]."""
+        m, n = queries.shape[0], classes.shape[0]
+        pairs = [
+            classes[None].expand(m, *classes.shape),
+            queries[:, None].expand(m, n, *queries.shape[1:]),
+        ]
+        x = torch.cat(pairs, 2).flatten(0, 1)
+        for i in (4, 5):
+            x = self._block(i, x, pool=True)
+        return torch.sigmoid(self.output(F.relu(self.hidden(x.flatten(1))))).reshape(m, n)
+
+
 # ---- Our arrays in PyTorch's layouts.
 
 
-def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+def named_arrays(work: Work, tree: PyTree) -> dict[str, np.ndarray]:
     """Our parameters, or our gradient, under PyTorch's names.
 
     A strided kernel is turned by half a turn, as `images` turns the images: our SAME padding puts
     the odd pixel at the end, PyTorch's `padding=1` at the beginning, and so both do the same work.
     """
     learner = tree.get("learner", tree)
-    strided = "head" in learner and bool(learner["head"])
-    found = {}
-    for name, block in learner["network"].items():
-        i = int(name.removeprefix("block").removeprefix("layer")) - 1
-        if "conv" in block:
-            kernel = np.asarray(block["conv"]["kernel"])
-            kernel = kernel[::-1, ::-1] if strided else kernel
-            found[f"convs.{i}.weight"] = kernel.transpose(3, 2, 0, 1)
-            found[f"convs.{i}.bias"] = np.asarray(block["conv"]["bias"])
-            found[f"norms.{i}.weight"] = np.asarray(block["batch_norm"]["scale"])
-            found[f"norms.{i}.bias"] = np.asarray(block["batch_norm"]["offset"])
+    found: dict[str, np.ndarray] = {}
+
+    def add_block(i: int, block: PyTree) -> None:
+        kernel = np.asarray(block["conv"]["kernel"])
+        kernel = kernel[::-1, ::-1] if _is_strided(work) else kernel
+        found[f"convs.{i}.weight"] = kernel.transpose(3, 2, 0, 1)
+        found[f"convs.{i}.bias"] = np.asarray(block["conv"]["bias"])
+        found[f"norms.{i}.weight"] = np.asarray(block["batch_norm"]["scale"])
+        found[f"norms.{i}.bias"] = np.asarray(block["batch_norm"]["offset"])
+
+    def add_linear(name: str, layer: PyTree) -> None:
+        found[f"{name}.weight"] = np.asarray(layer["kernel"]).T
+        found[f"{name}.bias"] = np.asarray(layer["bias"])
+
+    network, head = learner["network"], learner["head"]
+    for i, name in enumerate(sorted(network)):
+        if "conv" in network[name]:
+            add_block(i, network[name])
         else:
-            found[f"layers.{i}.weight"] = np.asarray(block["kernel"]).T
-            found[f"layers.{i}.bias"] = np.asarray(block["bias"])
-    if strided:
-        found["head.weight"] = np.asarray(learner["head"]["kernel"]).T
-        found["head.bias"] = np.asarray(learner["head"]["bias"])
+            add_linear(f"layers.{i}", network[name])
+    if work.method == "relation":
+        for i in (1, 2):
+            add_block(len(network) + i - 1, head[f"block{i}"])
+        for name in ("hidden", "output"):
+            add_linear(name, head[name])
+    elif head:
+        add_linear("head", head)
     return found
+
+
+def _is_strided(work: Work) -> bool:
+    return work.spec is not None and work.method in ("maml", "reptile")
 
 
 def _module(work: Work, params: PyTree) -> nn.Module:
     if work.spec is None:
         module: nn.Module = Perceptron()
+    elif work.method == "relation":
+        module = Relation(64)
     else:
-        module = Conv4(64, work.spec.ways if work.inner_steps else None)
-    arrays = {k: torch.tensor(np.ascontiguousarray(v)) for k, v in named_arrays(params).items()}
+        module = Conv4(64, work.spec.ways if _is_strided(work) else None)
+    arrays = {
+        k: torch.tensor(np.ascontiguousarray(v)) for k, v in named_arrays(work, params).items()
+    }
     missing, unexpected = module.load_state_dict(arrays, strict=False)
     if unexpected or any("running" not in n and "batches" not in n for n in missing):
         raise ValueError(f"our parameters do not fit the peer: {missing + unexpected}")
@@ -125,7 +181,7 @@ def tasks_of(work: Work, episodes: list[Episode]) -> list[Task]:
     def batch(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if work.spec is None:
             return torch.tensor(x), torch.tensor(y)
-        return _images(x, bool(work.inner_steps)), torch.tensor(y.argmax(-1))
+        return _images(x, _is_strided(work)), torch.tensor(y.argmax(-1))
 
     return [(*batch(*episode.support), *batch(*episode.query)) for episode in episodes]
 
@@ -163,6 +219,12 @@ def _image_tasks(data: ImageDataset, spec: EpisodeSpec, batch: int, turned: bool
 
     while True:
         yield [draw() for _ in range(batch)]
+
+
+def _shuffled(tasks: list[Task]) -> list[Task]:
+    """Tasks with their support in random order, to be read in mini-batches."""
+    orders = [torch.randperm(len(y)) for _, y, _, _ in tasks]
+    return [(x[o], y[o], *query) for (x, y, *query), o in zip(tasks, orders, strict=True)]
 
 
 def _sinusoid_tasks(batch: int) -> Iterator:
@@ -260,6 +322,47 @@ def _higher(module: nn.Module, work: Work, loss: Callable, rate: float) -> Calla
     return backward
 
 
+def _reptile(module: nn.Module, work: Work, loss: Callable, rate: float) -> Callable:
+    """Steps of Adam with beta_1 = 0 on the module itself, then back; the gradient is the way."""
+
+    def backward(tasks: list[Task]) -> None:
+        start = {k: p.detach().clone() for k, p in module.named_parameters()}
+        way = {k: torch.zeros_like(p) for k, p in start.items()}
+        for x, y, _, _ in tasks:
+            adam = torch.optim.Adam(module.parameters(), lr=rate, betas=(0.0, 0.999))
+            for i in range(work.inner_steps):
+                rows = slice(i * REPTILE_BATCH, (i + 1) * REPTILE_BATCH)
+                adam.zero_grad()
+                loss(module(x[rows]), y[rows]).backward()
+                adam.step()
+            with torch.no_grad():
+                for name, p in module.named_parameters():
+                    way[name] += (start[name] - p) / len(tasks)
+                    p.copy_(start[name])
+        for name, p in module.named_parameters():
+            p.grad = way[name]
+
+    return backward
+
+
+def _relation(module: nn.Module, work: Work, layout: torch.memory_format) -> Callable:
+    spec = work.spec
+    module.to(memory_format=layout)
+
+    def backward(tasks: list[Task]) -> None:
+        for x, y, query_x, query_y in tasks:
+            support = module.encode(x.contiguous(memory_format=layout))
+            queries = module.encode(query_x.contiguous(memory_format=layout))
+            # The examples come in any order; one product with the labels sorts them out.
+            one_hot = F.one_hot(y, spec.ways).to(support.dtype)
+            classes = (one_hot.T @ support.flatten(1)).unflatten(1, support.shape[1:])
+            scores = module.compare(classes, queries)
+            same = F.one_hot(query_y, spec.ways).to(scores.dtype)
+            (F.mse_loss(scores, same) / len(tasks)).backward()
+
+    return backward
+
+
 def _prototypical(module: nn.Module, work: Work, layout: torch.memory_format) -> Callable:
     spec = work.spec
     module.to(memory_format=layout)
@@ -283,7 +386,10 @@ def peers(work: Work, params: PyTree) -> dict[str, Peer]:
         loss, rate = F.mse_loss, INNER_LEARNING_RATE["sinusoid"]
     else:
         loss, rate = F.cross_entropy, INNER_LEARNING_RATE["images"]
-    if work.inner_steps:
+    if work.method == "reptile":
+        module, rate = _module(work, params), INNER_LEARNING_RATE["reptile"]
+        return {"torch": _peer(work, module, _reptile(module, work, loss, rate))}
+    if work.method == "maml":
         builders = {
             "torch_autograd": _plain_autograd,
             "torch_func_vmap": _torch_func_vmap,
@@ -293,13 +399,13 @@ def peers(work: Work, params: PyTree) -> dict[str, Peer]:
             builders["torchopt"] = _torchopt
         made = {k: (_module(work, params), build) for k, build in builders.items()}
         return {k: _peer(work, m, build(m, work, loss, rate)) for k, (m, build) in made.items()}
-    found = {}
+    build, found = {"prototypical": _prototypical, "relation": _relation}[work.method], {}
     for name, layout in (
         ("torch_channels_last", torch.channels_last),
         ("torch", torch.contiguous_format),
     ):
         module = _module(work, params)
-        found[name] = _peer(work, module, _prototypical(module, work, layout))
+        found[name] = _peer(work, module, build(module, work, layout))
     return found
 
 
@@ -308,9 +414,9 @@ def _peer(work: Work, module: nn.Module, backward: Callable[[list[Task]], None])
     if work.spec is None:
         source = _sinusoid_tasks(work.task_batch)
     else:
-        source = _image_tasks(
-            work.tasks.data, work.spec, work.task_batch, turned=bool(work.inner_steps)
-        )
+        source = _image_tasks(work.tasks.data, work.spec, work.task_batch, turned=_is_strided(work))
+        if work.method == "reptile":
+            source = map(_shuffled, source)
 
     def gradient(tasks: list[Task]) -> dict[str, np.ndarray]:
         module.zero_grad()

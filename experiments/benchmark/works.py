@@ -8,24 +8,29 @@ import numpy as np
 import optax
 
 from experiments.tasks import Tasks
-from meta_jax.core import Episode, MetaLearner, cross_entropy, squared_error
+from meta_jax.core import Batch, Episode, MetaLearner, cross_entropy, squared_error
 from meta_jax.data.dataset import ImageDataset
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.metric_based.relation import relation
 from meta_jax.networks.conv4 import conv4, strided_conv4
 from meta_jax.networks.mlp import mlp
+from meta_jax.networks.relation_network import relation_encoder
 from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
 from meta_jax.optimization_based.maml import maml
+from meta_jax.optimization_based.reptile import minibatches, reptile
 from meta_jax.training.outer_step import task_mesh
 
-INNER_LEARNING_RATE = {"images": 0.4, "sinusoid": 0.01}
+INNER_LEARNING_RATE = {"images": 0.4, "sinusoid": 0.01, "reptile": 1e-3}
+REPTILE_BATCH = 10
 _SIDE, _FEATURES = 28, 64
 
 
 class Work(NamedTuple):
     """One training step: sampling, forward, backward, optimizer."""
 
+    method: str  # 'maml', 'reptile', 'prototypical' or 'relation'
     learner: MetaLearner
     tasks: Tasks
     task_batch: int
@@ -73,7 +78,8 @@ def image_maml(
         criterion=cross_entropy,
     )
     flop = task_batch * _maml_flop(spec, inner_steps, first_order)
-    return Work(learner, _images(data, spec), task_batch, flop, spec, inner_steps, first_order)
+    source = _images(data, spec)
+    return Work("maml", learner, source, task_batch, flop, spec, inner_steps, first_order)
 
 
 def image_prototypical(data: ImageDataset, *, ways: int, queries: int, task_batch: int) -> Work:
@@ -83,7 +89,39 @@ def image_prototypical(data: ImageDataset, *, ways: int, queries: int, task_batc
     flop = task_batch * ways * (1 + queries) * (3 * sum(layers) - layers[0])
     mesh = task_mesh(jax.device_count()) if task_batch == 1 else None
     learner = prototypical(conv4(_FEATURES, mesh=mesh))
-    return Work(learner, _images(data, spec), task_batch, flop, spec)
+    return Work("prototypical", learner, _images(data, spec), task_batch, flop, spec)
+
+
+def image_reptile(data: ImageDataset, *, task_batch: int, inner_steps: int = 5) -> Work:
+    """Reptile 5-way: 10 shots, steps of Adam with beta_1 = 0 on mini-batches of 10 images.
+
+    Each task begins with a fresh Adam, so that tasks are independent and any library can take them
+    in any order.
+    """
+    spec = EpisodeSpec(ways=5, shots=10, queries=1, rotations="classes")
+    learner = reptile(
+        strided_conv4(_FEATURES),
+        inner_lr=INNER_LEARNING_RATE["reptile"],
+        steps=inner_steps,
+        batch_size=REPTILE_BATCH,
+        carry=False,
+    )
+    layers = _layers(stride=2, pool=1)
+    flop = task_batch * inner_steps * REPTILE_BATCH * (3 * sum(layers) - layers[0])
+    source = _images(data, spec)
+    return Work("reptile", learner, source, task_batch, flop, spec, inner_steps, first_order=True)
+
+
+def image_relation(data: ImageDataset, *, queries: int = 19) -> Work:
+    """Relation Networks 5-way 1-shot as in the paper: one task, its own batch statistics."""
+    spec = EpisodeSpec(ways=5, shots=1, queries=queries, rotations="classes")
+    images, pairs = spec.ways * (1 + queries), spec.ways**2 * queries
+    product = 2.0 * 9 * _FEATURES**2  # of a 3x3 convolution at one place
+    first = 26**2 * 2.0 * 9 * _FEATURES
+    # Of the first pairwise convolution, each map's half once, not for every pair.
+    flop = images * (2 * first + 3 * product * (11**2 + 2 * 5**2 + 5**2)) + pairs * 3 * product * 4
+    learner = relation(relation_encoder(_FEATURES, batch_norm="batch"))
+    return Work("relation", learner, _images(data, spec), 1, flop, spec)
 
 
 def sinusoid_maml(*, task_batch: int) -> Work:
@@ -95,7 +133,7 @@ def sinusoid_maml(*, task_batch: int) -> Work:
         mlp(), inner_lr=INNER_LEARNING_RATE["sinusoid"], steps=1, mask=None, criterion=squared_error
     )
     source = Tasks(lambda key, _: sample_sinusoid(key, 10, 10), ())
-    return Work(learner, source, task_batch, flop, None, 1)
+    return Work("maml", learner, source, task_batch, flop, None, 1)
 
 
 def works(data: ImageDataset) -> dict[str, Work]:
@@ -109,12 +147,24 @@ def works(data: ImageDataset) -> dict[str, Work]:
             )
     found["prototypical_60way"] = image_prototypical(data, ways=60, queries=5, task_batch=1)
     found["prototypical_5way"] = image_prototypical(data, ways=5, queries=15, task_batch=8)
+    found["reptile"] = image_reptile(data, task_batch=5)
+    found["relation_5way"] = image_relation(data)
     found["maml_sinusoid"] = sinusoid_maml(task_batch=25)
     return found
 
 
 def _images(data: ImageDataset, spec: EpisodeSpec) -> Tasks:
     return Tasks(lambda key, data: sample_episode(key, data, spec), data)
+
+
+def as_seen(work: Work, episode: Episode, key: jax.Array) -> Episode:
+    """An episode with its support in the order in which our loss reads it under a key."""
+    if work.method != "reptile":
+        return episode
+    rows_key = jax.random.split(jax.random.split(key)[0])[0]  # of `adapt`, of its mini-batches
+    n = episode.support.x.shape[0]
+    order = np.asarray(minibatches(rows_key, n, REPTILE_BATCH, work.inner_steps)).ravel()
+    return episode._replace(support=Batch(*(a[order] for a in episode.support)))
 
 
 def parity_episodes(work: Work, seed: int = 0) -> list[Episode]:
