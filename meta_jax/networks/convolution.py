@@ -27,6 +27,7 @@ from jax.custom_batching import custom_vmap
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _SMALL_PATCH = 36  # numbers; 3x3 windows of up to four channels
+_PATCHES_BYTES = 2 << 20  # patches of one chunk of images, where a kernel's gradient needs them
 _CHUNK_BYTES = 4 << 20  # convolution output of one chunk; about a core's share of the cache
 
 
@@ -152,6 +153,18 @@ def _bilinear_maps(
 
         return apply
 
+    def chunks_of(x: jax.Array) -> int:
+        """How many chunks of images have patches that the cache holds."""
+        places = math.prod(
+            (s + sum(p) - window) // stride + 1 for s, p in zip(size, pads, strict=True)
+        )
+        image = places * window**2 * x.shape[-1] * x.dtype.itemsize
+        return math.ceil(x.shape[0] / max(1, _PATCHES_BYTES // image))
+
+    def few_unfolding(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        # The patches of few images are still at hand when the kernel's gradient needs them.
+        return (unfolding if chunks_of(x) == 1 else native)(x, kernel)
+
     def weight_by_patches(x: jax.Array, dy: jax.Array) -> jax.Array:
         unfolded, features = patches(x, window, stride, padding), dy.shape[-1]
         dk = _gram(unfolded.reshape(-1, unfolded.shape[-1]), dy.reshape(-1, features))
@@ -167,24 +180,18 @@ def _bilinear_maps(
             dimension_numbers=_DIMENSIONS,
         )
 
-    def swapped(x: jax.Array, dy: jax.Array) -> jax.Array:
-        """w as a convolution, for stride 1: channels are its images, images its channels."""
-        dk = lax.conv_general_dilated(
-            x.transpose(3, 1, 2, 0),
-            dy.transpose(1, 2, 0, 3),
-            (1, 1),
-            pads,
-            dimension_numbers=_DIMENSIONS,
-        )
-        return dk.transpose(1, 2, 0, 3)
+    def weight_by_chunks(x: jax.Array, dy: jax.Array) -> jax.Array:
+        """w for some images at a time, whose patches fit the cache."""
+        chunks = chunks_of(x)
+        if chunks == 1:
+            return weight_by_patches(x, dy)
+        pairs = _in_chunks(x, chunks), _in_chunks(dy, chunks)
 
-    def by_chunks(apply: Callable, few: int) -> Callable:
-        """w for some images at a time, which fit the cache."""
+        def body(total: jax.Array, pair: tuple) -> tuple[jax.Array, None]:
+            return total + weight_by_patches(*pair), None
 
-        def chunked(x: jax.Array, dy: jax.Array) -> jax.Array:
-            return sum(apply(x[i : i + few], dy[i : i + few]) for i in range(0, x.shape[0], few))
-
-        return chunked
+        zeros = jnp.zeros((window, window, x.shape[-1], dy.shape[-1]), x.dtype)
+        return lax.scan(body, zeros, pairs)[0]
 
     def differentiable(apply: Callable, gradients: Callable) -> Callable:
         function = jax.custom_vjp(apply)
@@ -195,12 +202,10 @@ def _bilinear_maps(
 
     f_apply, t_apply, w_apply = native, transposed(native), weight(native)
     if jax.default_backend() == "cpu":
-        if stride == 1:
-            t_apply, w_apply = turned, by_chunks(swapped, 64)
-        else:
-            t_apply, w_apply = transposed(unfolding), by_chunks(weight_by_patches, 16)
-        if min(size) < window:  # a convolution of nothing but borders is not a fast one
-            f_apply, t_apply = unfolding, transposed(unfolding)
+        border = min(size) < window  # a convolution of nothing but borders is not a fast one
+        f_apply = unfolding if border else few_unfolding
+        t_apply = turned if stride == 1 and not border else transposed(unfolding)
+        w_apply = weight_by_chunks
     f = differentiable(
         _over_tasks(f_apply, unfolding, shared=True), lambda x, k, dy: (t(dy, k), w(x, dy))
     )
@@ -295,7 +300,7 @@ def convolve_pool_moments(
     size = math.ceil(n / chunks)
     chunks = math.ceil(n / size)  # no chunk is all filling
     fill = chunks * size - n
-    xs = jnp.pad(x, ((0, fill), *[(0, 0)] * 3)).reshape(chunks, size, *x.shape[1:])
+    xs = _in_chunks(x, chunks)
     weight = (jnp.arange(chunks * size) < n).astype(x.dtype).reshape(chunks, size, 1, 1, 1)
     # The backward pass computes a chunk's output again, which is cheaper than keeping it.
     body = jax.checkpoint(lambda c: chunk(c[0], c[1] if fill else None), prevent_cse=False)
@@ -343,6 +348,13 @@ def _moments_by_patches(
     weighted = (weight * (unfolded - mean)).reshape(-1, mean.size)
     covariance = centred.T @ weighted / count
     return Moments(mean @ kernel, (kernel * (covariance @ kernel)).sum(0))
+
+
+def _in_chunks(x: jax.Array, chunks: int) -> jax.Array:
+    """Images [n, ...] -> [chunks, ceil(n / chunks), ...], the last ones of zeros."""
+    size = math.ceil(x.shape[0] / chunks)
+    x = jnp.pad(x, ((0, chunks * size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
+    return x.reshape(chunks, size, *x.shape[1:])
 
 
 def _chunks(x: jax.Array, kernel: jax.Array, stride: int) -> int:
