@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.core import Criterion, MetaLearner, PyTree
 from meta_jax.model_based.sequence import as_sequence, sequence_criterion
-from meta_jax.training.compilation import compiled
 from meta_jax.training.outer_step import Sampler
 
 
@@ -116,7 +115,7 @@ def _over_episodes(
             check_vma=False,
         )
 
-    @compiled
+    @jax.jit
     def evaluate(params: PyTree, state: PyTree, data: PyTree, key: jax.Array) -> dict:
         return share(params, state, data, jax.random.split(key, episodes))
 

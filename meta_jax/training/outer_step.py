@@ -16,7 +16,6 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from meta_jax.core import Array, Episode, MetaLearner, PyTree
-from meta_jax.training.compilation import compiled
 
 Sampler = Callable[[Array, PyTree], Episode]  # (key, data) -> one episode
 
@@ -214,7 +213,7 @@ def make_run(
         done = jnp.maximum(train_state.step - first, 1)
         return train_state, jax.tree.map(lambda t: t / done, total), finite
 
-    return compiled(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0)
 
 
 def task_mesh(tasks: int, devices: list[jax.Device] | None = None) -> Mesh | None:
