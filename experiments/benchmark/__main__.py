@@ -42,13 +42,14 @@ flags.DEFINE_string("output", None, "Where to write; default: results/benchmark_
 _TASKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _INNER_STEPS = (1, 2, 5, 10, 20, 50)
 _TOLERANCE = 0.02  # of a gradient, relative; in float32 some ReLUs turn
+_STEPS = 4  # in one timed call; training makes many in a call
 _SAMPLINGS = 20  # in one call, whose overhead must not count
 
 
 class Ours(NamedTuple):
     """Our side of a work, compiled."""
 
-    step: Callable[[], None]  # one whole training step
+    steps: Callable[[], None]  # `_STEPS` whole training steps
     sampling: Callable[[], None]  # the drawing of `_SAMPLINGS` steps' tasks
     compiled: measure.Compiled
 
@@ -113,8 +114,8 @@ def _ours(work: Work) -> Ours:
         compiled = measure.compile_timed(run, start, data, until)
     carry = [start]
 
-    def one_step() -> None:
-        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(carry[0].step + 1))
+    def steps() -> None:
+        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(carry[0].step + _STEPS))
         jax.block_until_ready(metrics)
 
     @jax.jit
@@ -127,17 +128,17 @@ def _ours(work: Work) -> Ours:
         return jax.lax.scan(body, 0.0, jax.random.split(key, _SAMPLINGS * work.task_batch))[0]
 
     key = jax.random.key(0)
-    return Ours(one_step, lambda: draw(key, work.tasks.data).block_until_ready(), compiled)
+    return Ours(steps, lambda: draw(key, work.tasks.data).block_until_ready(), compiled)
 
 
 def _row(name: str, work: Work, gflops: float, peers: bool) -> dict:
     ours = _ours(work)
-    contenders = {"ours": ours.step}
+    contenders = {"ours": ours.steps}
     agreement = {}
     if peers:
         theirs, agreement = _agreeing_peers(work)
-        contenders |= {peer: made.step for peer, made in theirs.items()}
-    times = measure.alternate(contenders, FLAGS.rounds)
+        contenders |= {peer: _several(made.step) for peer, made in theirs.items()}
+    times = _step_times(contenders, FLAGS.rounds)
     sampling = measure.alternate({"draw": ours.sampling}, FLAGS.rounds)["draw"]
     spreads = {contender: measure.spread(values) for contender, values in times.items()}
     row = {
@@ -167,6 +168,20 @@ def _row(name: str, work: Work, gflops: float, peers: bool) -> dict:
             print(f"  {peer}: {values} ms, gradient within {agreement[peer]}")
         print(f"  {fastest} / ours: {row['ratio_to_fastest_peer']}")
     return row
+
+
+def _several(step: Callable[[], None]) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(_STEPS):
+            step()
+
+    return steps
+
+
+def _step_times(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a step in every round."""
+    times = measure.alternate(contenders, rounds)
+    return {name: [value / _STEPS for value in values] for name, values in times.items()}
 
 
 def _agreeing_peers(work: Work) -> tuple[dict, dict[str, float]]:
@@ -220,7 +235,7 @@ def _scaling(data: object) -> dict[str, list[dict]]:
         for value in values:
             settings = {"task_batch": 8} | {name: value}
             ours = _ours(works.image_maml(data, **settings))
-            times = measure.alternate({"ours": ours.step}, 3)["ours"]
+            times = _step_times({"ours": ours.steps}, 3)["ours"]
             found[name].append(
                 {
                     name: value,
@@ -235,13 +250,12 @@ def _scaling(data: object) -> dict[str, list[dict]]:
 
 
 def _profile(chosen: dict[str, Work], folder: Path) -> None:
-    """Three steps of each work as a trace that TensorBoard's profiler opens."""
+    """Some steps of each work as a trace that TensorBoard's profiler opens."""
     for name, work in chosen.items():
         ours = _ours(work)
-        ours.step()
+        ours.steps()
         with jax.profiler.trace(str(folder / name)):
-            for _ in range(3):
-                ours.step()
+            ours.steps()
         print(f"{name}: {folder / name}")
 
 
