@@ -32,7 +32,7 @@ def main(names: list[str]) -> None:
     for name in names:
         if name not in ROWS:
             raise UsageError(f"unknown row '{name}': choose from {', '.join(ROWS)}")
-    commit = _commit()  # before ledger and README are written
+    commit = _commit()
     for name in names:
         _reproduce(name, ROWS[name], commit)
 
@@ -96,14 +96,16 @@ def _ship_weights(workdir: Path, folder: Path) -> Path:
 
 
 def _commit() -> str:
-    """The commit that the code was at, marked where the tree had changes in the code."""
+    """The commit that the code is at, marked where the code differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ledger.ROOT), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "-C", str(ledger.ROOT), "describe", "--always", "--abbrev=12", "--dirty"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        # Results and README change with every row that is made.
+        changed = git("status", "--porcelain", "--", "meta_jax", "experiments")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
