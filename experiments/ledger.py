@@ -13,7 +13,9 @@ from meta_jax.training.writers import write_text
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "results" / "ledger.json"
 README = ROOT / "README.md"
-_BEGIN = "<!-- table of results: written by experiments.reproduce -->"
+# Where a table of README lies; the binary that writes it is named in its first line.
+RESULTS = "<!-- table of results: written by experiments.reproduce -->"
+SPEED = "<!-- table of speed: written by experiments.benchmark -->"
 _END = "<!-- end of table -->"
 
 
@@ -46,17 +48,22 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, rows: list[dict]) -> str:
-    """README's text with its table replaced.
+def with_table(readme: str, place: str, table: str) -> str:
+    """README's text with one of its tables replaced.
+
+    Args:
+      readme: the text.
+      place: `RESULTS` or `SPEED`.
+      table: the new one, in Markdown.
 
     Raises:
       ValueError: the text has no place marked for the table.
     """
-    before, begin, rest = readme.partition(_BEGIN)
+    before, begin, rest = readme.partition(place)
     _, end, after = rest.partition(_END)
     if not (begin and end):
-        raise ValueError(f"README has no '{_BEGIN}' ... '{_END}': put the two lines back")
-    return f"{before}{begin}\n{table(rows)}{end}{after}"
+        raise ValueError(f"README has no '{place}' ... '{_END}': put the two lines back")
+    return f"{before}{begin}\n{table}{end}{after}"
 
 
 def machine() -> str:

@@ -6,7 +6,8 @@
 
 With requirements-benchmark.txt installed the peers run too: gradients are compared on the same
 weights and tasks first, then whole steps are timed in alternation. Nothing else should compute on
-the machine meanwhile. Writes results/benchmark_cpu.json (or _gpu, _tpu).
+the machine meanwhile. Writes results/benchmark_cpu.json (or _gpu, _tpu), and from the former
+README's table of speed; with --output only the file named there.
 """
 
 import gc
@@ -24,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from experiments import ledger
-from experiments.benchmark import measure, works
+from experiments.benchmark import measure, report, works
 from experiments.benchmark.works import Work
 from experiments.command_line import UsageError, run_main
 from meta_jax.data.glyphs import load_glyphs
@@ -84,6 +85,9 @@ def main(arguments: list[str]) -> None:
         found["scaling"] = _scaling(data)
     output = FLAGS.output or ledger.ROOT / "results" / f"benchmark_{backend}.json"
     write_text(Path(output), json.dumps(found, indent=1) + "\n")
+    if backend == "cpu" and not FLAGS.output:
+        readme = ledger.README.read_text(encoding="utf-8")
+        write_text(ledger.README, ledger.with_table(readme, ledger.SPEED, report.table(found)))
 
 
 def _peers_installed() -> bool:

@@ -1,8 +1,11 @@
 """The ledger, the table made from it, and the weights that ship with it."""
 
+import json
+
 import pytest
 
 from experiments import ledger
+from experiments.benchmark import report
 from experiments.rows import ROWS
 from experiments.testing import evaluate
 
@@ -16,7 +19,14 @@ KEYS = {
 
 def test_readme_table_is_the_ledger():
     readme = ledger.README.read_text(encoding="utf-8")
-    assert ledger.with_table(readme, ROWS_IN_LEDGER) == readme
+    table = ledger.table(ROWS_IN_LEDGER)
+    assert ledger.with_table(readme, ledger.RESULTS, table) == readme
+
+
+def test_readme_table_of_speed_is_the_benchmarks():
+    readme = ledger.README.read_text(encoding="utf-8")
+    found = json.loads((ledger.ROOT / "results" / "benchmark_cpu.json").read_text(encoding="utf-8"))
+    assert ledger.with_table(readme, ledger.SPEED, report.table(found)) == readme
 
 
 def test_every_row_can_be_made_again():
@@ -61,4 +71,4 @@ def test_a_row_takes_the_place_of_its_older_self(tmp_path):
 
 def test_a_readme_without_a_place_for_the_table_is_refused():
     with pytest.raises(ValueError, match="put the two lines back"):
-        ledger.with_table("# meta_jax\n", [])
+        ledger.with_table("# meta_jax\n", ledger.RESULTS, "")
