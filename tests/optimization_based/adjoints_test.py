@@ -20,19 +20,11 @@ from meta_jax.optimization_based.adjoints import (
 from meta_jax.optimization_based.inner_loop import proximal, unroll
 from meta_jax.optimization_based.maml import maml
 from meta_jax.optimization_based.update_rules import from_optax
+from tests.optimization_based.tasks import THETA, A, B, C, D
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 ALPHA = 0.1
-
-
-def positive_definite(seed):
-    m = np.random.default_rng(seed).normal(size=(4, 4))
-    return m @ m.T / 4 + np.eye(4)
-
-
-A, B = positive_definite(0), positive_definite(1)
-C, D, THETA = np.random.default_rng(2).normal(size=(3, 4))
 EYE = np.eye(4)
 
 

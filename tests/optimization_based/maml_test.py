@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, Network, cross_entropy, squared_error
+from meta_jax.core import Batch, Episode, cross_entropy, squared_error
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.layers import linear
 from meta_jax.networks.mlp import mlp
@@ -11,39 +11,9 @@ from meta_jax.optimization_based.adjoints import CHECKPOINTED, FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import partition
 from meta_jax.optimization_based.learner import all_but_batch_norm
 from meta_jax.optimization_based.maml import first_order_maml, maml
+from tests.optimization_based.tasks import KEY, images, tanh_network, vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-KEY = jax.random.key(0)
-
-
-def tanh_network(width=6):
-    """Smooth, for finite differences."""
-
-    def init(key, x):
-        return {"w": jax.random.normal(key, (x.shape[1], width)), "b": jnp.zeros(width)}, {}
-
-    def apply(params, state, x, *, key, train):
-        return jnp.tanh(x @ params["w"] + params["b"]), state
-
-    return Network(init, apply)
-
-
-def vectors(seed=0, ways=3):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return Episode(
-        *(Batch(jax.random.normal(k, (2 * ways, 4)), jnp.tile(jnp.eye(ways), (2, 1))) for k in keys)
-    )
-
-
-def images(seed=0, ways=3):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return Episode(
-        *(
-            Batch(jax.random.normal(k, (2 * ways, 8, 8, 1)), jnp.tile(jnp.eye(ways), (2, 1)))
-            for k in keys
-        )
-    )
 
 
 def gradient_of(learner):

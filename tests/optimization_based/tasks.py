@@ -9,6 +9,16 @@ from meta_jax.core import Batch, Episode, Network
 KEY = jax.random.key(0)
 
 
+def positive_definite(seed):
+    m = np.random.default_rng(seed).normal(size=(4, 4))
+    return m @ m.T / 4 + np.eye(4)
+
+
+# Support 1/2 (p - c)'A(p - c), query 1/2 (p - d)'B(p - d); A and B do not commute.
+A, B = positive_definite(0), positive_definite(1)
+C, D, THETA = np.random.default_rng(2).normal(size=(3, 4))
+
+
 def tanh_network(width=6):
     """Smooth, for identities between derivatives."""
 
