@@ -11,6 +11,7 @@ import pytest
 collect_ignore_glob = ["golden/*.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share compiled programs run in one process: those of a module, or of a learner."""
     for item in items:
