@@ -13,14 +13,14 @@ def table(found: dict) -> str:
     ]
     for row in found["rows"]:
         ours, ratio = row["ours_ms"]["median"], row["ratio_to_fastest_peer"]
-        tasks = row["tasks_per_second"]
+        tasks = f"{row['tasks_per_second']:,.{0 if row['tasks_per_second'] > 100 else 1}f}"
         peer = speed = "not run"
         if ratio is not None:
             name = row["fastest_peer"]
             peer = f"`{name}` {row['peers_ms'][name]['median']:.4g} ms"
             speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         lines.append(
-            f"| `{row['work']}` | {ours:.4g} ms | {tasks:,.{0 if tasks > 100 else 1}f} | {peer} | {speed} "
+            f"| `{row['work']}` | {ours:.4g} ms | {tasks} | {peer} | {speed} "
             f"| {row['floor_ms'] / ours:.0%} |"
         )
     return "\n".join(lines) + "\n"
