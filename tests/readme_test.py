@@ -32,4 +32,5 @@ def test_binaries_exist():
     names = set(re.findall(r"python -m (experiments\.\w+)", README))
     assert len(names) >= 3
     for name in names:
-        assert (ROOT / (name.replace(".", "/") + ".py")).is_file()
+        binary = ROOT / name.replace(".", "/")
+        assert binary.with_suffix(".py").is_file() or (binary / "__main__.py").is_file()
