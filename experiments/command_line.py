@@ -104,14 +104,21 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("seed", 0, "Of initial parameters, training tasks and random class splits.")
 
 
-def run_flag_values(path: Path) -> flags.FlagValues:
+DefineFlags = Callable[[flags.FlagValues], None]
+
+
+def run_flag_values(path: Path, define: DefineFlags = define_run_flags) -> flags.FlagValues:
     """Reads a flagfile, or the flags.txt of a workdir.
+
+    Args:
+      path: the file.
+      define: defines the flags that it may have.
 
     Raises:
       UsageError: it cannot be read, or a line of it is not a flag of a run.
     """
     values = flags.FlagValues()
-    define_run_flags(values)
+    define(values)
     try:
         values(["", f"--flagfile={path}"])
     except flags.Error as error:
@@ -119,10 +126,10 @@ def run_flag_values(path: Path) -> flags.FlagValues:
     return values
 
 
-def run_flag_lines(values: flags.FlagValues) -> str:
+def run_flag_lines(values: flags.FlagValues, define: DefineFlags = define_run_flags) -> str:
     """The run's flags as the contents of a flags.txt; unset ones are left out."""
     names = flags.FlagValues()
-    define_run_flags(names)
+    define(names)
     return "".join(
         f"--{name}={values[name].value}\n"
         for name in sorted(names)
@@ -130,17 +137,24 @@ def run_flag_lines(values: flags.FlagValues) -> str:
     )
 
 
-def claim_workdir(workdir: Path, values: flags.FlagValues) -> None:
+def claim_workdir(
+    workdir: Path, values: flags.FlagValues, define: DefineFlags = define_run_flags
+) -> None:
     """Writes flags.txt into a new workdir, or checks that an old one was made with the same flags.
+
+    Args:
+      workdir: the folder.
+      values: flags of the run.
+      define: defines those that make the run what it is.
 
     Raises:
       UsageError: the workdir holds something else, or was trained with other flags.
     """
     path = workdir / "flags.txt"
-    wanted = run_flag_lines(values)
+    wanted = run_flag_lines(values, define)
     if path.exists():
         # Read, not compared as text: flags that are newer than the workdir have their defaults.
-        found = run_flag_lines(run_flag_values(path))
+        found = run_flag_lines(run_flag_values(path, define), define)
         if found != wanted:
             difference = sorted(set(found.splitlines()) ^ set(wanted.splitlines()))
             names = sorted({line[2:].split("=")[0] for line in difference})

@@ -121,7 +121,6 @@ from meta_jax.optimization_based.learner import (
     reduced,
 )
 from meta_jax.optimization_based.lstm_meta_learner import (
-    log_and_sign,
     lstm_meta_learner,
     lstm_rule,
     per_task_statistics,
@@ -135,6 +134,7 @@ from meta_jax.optimization_based.update_rules import (
     UpdateRule,
     from_optax,
     learned_sgd,
+    log_and_sign,
     per_step_sgd,
 )
 

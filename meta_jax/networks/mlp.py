@@ -1,6 +1,6 @@
 """The multi-layer perceptron."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -8,13 +8,16 @@ from meta_jax.core import Network, PyTree
 from meta_jax.networks.layers import init_linear, linear
 
 
-def mlp(widths: Sequence[int] = (40, 40)) -> Network:
-    """Fully connected layers, each followed by a ReLU, on flattened inputs.
+def mlp(
+    widths: Sequence[int] = (40, 40), *, activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+) -> Network:
+    """Fully connected layers, each followed by a nonlinearity, on flattened inputs.
 
     With widths (40, 40) and a linear output it is the sinusoid network of Finn et al. (2017).
 
     Args:
       widths: units of every layer.
+      activation: of every layer.
 
     Returns:
       A stateless network from [n, ...] to [n, widths[-1]].
@@ -36,7 +39,7 @@ def mlp(widths: Sequence[int] = (40, 40)) -> Network:
         del key, train
         x = x.reshape(x.shape[0], -1)
         for i in range(len(widths)):
-            x = jax.nn.relu(linear(params[f"layer{i + 1}"], x))
+            x = activation(linear(params[f"layer{i + 1}"], x))
         return x, state
 
     return Network(init, apply)

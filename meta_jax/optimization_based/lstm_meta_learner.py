@@ -1,7 +1,6 @@
 """The LSTM Meta-Learner: optimization as a model (Ravi and Larochelle 2017, ICLR)."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from meta_jax.core import (
 from meta_jax.networks.layers import linear
 from meta_jax.optimization_based.adjoints import FIRST_ORDER, Adjoint
 from meta_jax.optimization_based.learner import gradient_learner
-from meta_jax.optimization_based.update_rules import UpdateRule
+from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
 
 
 class MetaLSTMState(NamedTuple):
@@ -30,22 +29,6 @@ class MetaLSTMState(NamedTuple):
     cell: jax.Array  # [n, units]
     input_gate: jax.Array  # [n], before the sigmoid
     forget_gate: jax.Array  # [n], before the sigmoid
-
-
-def log_and_sign(x: jax.Array, p: float = 10.0) -> jax.Array:
-    """(log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x): [...] -> [..., 2] (section 3.3).
-
-    Examples:
-      >>> log_and_sign(jnp.array([1.0, -1.0, 0.0])).tolist()
-      [[0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]]
-    """
-    size = jnp.abs(x)
-    large = size >= math.exp(-p)
-    # The logarithm's gradient at zero would be NaN even where it is not chosen.
-    logarithm = jnp.log(jnp.where(large, size, 1.0)) / p
-    return jnp.stack(
-        [jnp.where(large, logarithm, -1.0), jnp.where(large, jnp.sign(x), math.exp(p) * x)], -1
-    )
 
 
 def lstm_rule(units: int = 20) -> UpdateRule:

@@ -1,5 +1,6 @@
 """Update rules: optax with meta-parameters. What an inner loop does with a gradient."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -107,3 +108,25 @@ def per_step_sgd(rate: float, steps: int) -> UpdateRule:
         return jax.tree.map(lambda m, g: -m[now] * g, meta, gradient), state + 1
 
     return UpdateRule(init_meta, init, update)
+
+
+def log_and_sign(x: jax.Array, p: float = 10.0) -> jax.Array:
+    """(log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x): [...] -> [..., 2].
+
+    Andrychowicz et al. (2016), appendix A; Ravi and Larochelle (2017), section 3.3.
+
+    Args:
+      x: gradients or losses.
+      p: how many powers of e below 1 are told apart by their logarithm.
+
+    Examples:
+      >>> log_and_sign(jnp.array([1.0, -1.0, 0.0])).tolist()
+      [[0.0, 1.0], [0.0, -1.0], [-1.0, 0.0]]
+    """
+    size = jnp.abs(x)
+    large = size >= math.exp(-p)
+    # The logarithm's gradient at zero would be NaN even where it is not chosen.
+    logarithm = jnp.log(jnp.where(large, size, 1.0)) / p
+    return jnp.stack(
+        [jnp.where(large, logarithm, -1.0), jnp.where(large, jnp.sign(x), math.exp(p) * x)], -1
+    )

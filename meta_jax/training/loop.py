@@ -16,7 +16,7 @@ from meta_jax.training.outer_step import TrainState
 from meta_jax.training.writers import MetricsWriter, Progress, read_metrics
 
 # How validation metrics are compared: True where more is better.
-_BETTER = {"accuracy": True, "mse": False}
+_BETTER = {"accuracy": True, "mse": False, "last_loss": False}
 
 
 class TrainingDivergedError(RuntimeError):
@@ -61,6 +61,7 @@ def fit(
     workdir: Path,
     tasks_per_step: int,
     validate: Callable[[TrainState], dict[str, float]] | None = None,
+    keep_state: bool = True,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Trains from the newest intact checkpoint of a workdir, or from `train_state`.
@@ -77,8 +78,9 @@ def fit(
       schedule: when things happen.
       workdir: where everything is written.
       tasks_per_step: the task batch, for the progress bar.
-      validate: gives metrics of the present state, of which `accuracy` (or else `mse`) selects
-        the best checkpoint.
+      validate: gives metrics of the present state, of which `accuracy` (or else `mse`, or else
+        `last_loss`) selects the best checkpoint.
+      keep_state: whether the best checkpoint holds the learner's state beside its parameters.
       say: takes lines meant for the user.
 
     Returns:
@@ -147,7 +149,10 @@ def fit(
                     writer.write(step, "val", scores)
                     if _is_better(scores, best):
                         best = scores
-                        learned = {"params": train_state.params, "state": train_state.state}
+                        # A state of scope 'task' is of tasks that were trained on: not learned.
+                        learned = {"params": train_state.params}
+                        if keep_state:
+                            learned["state"] = train_state.state
                         checkpoints.save(folder, "best", learned, {**metadata, **scores})
                 if last or stopped or step % schedule.checkpoint_every == 0:
                     checkpoints.save_step(folder, step, train_state, metadata)

@@ -6,6 +6,7 @@ over chunks with the gradient taken INSIDE the scan's body and accumulated, so m
 with the task batch and, on a CPU, activations stay in the cache.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
 
     step: Array  # int32 scalar, outer steps done
     params: PyTree
-    state: PyTree
+    state: PyTree  # the learner's; of scope 'task' with a leading axis [task_batch]
     opt_state: PyTree
     key: Array  # never advances: step s draws from fold_in(key, s)
 
@@ -36,6 +37,8 @@ def init_train_state(
     sampler: Sampler,
     data: PyTree,
     seed: int,
+    *,
+    task_batch: int = 1,
 ) -> TrainState:
     """The state before the first step.
 
@@ -45,10 +48,13 @@ def init_train_state(
       sampler: draws one episode, whose shapes size the parameters.
       data: the sampler's second argument.
       seed: of everything: initial parameters and all tasks.
+      task_batch: tasks in a step; a learner of state scope 'task' has one state for each.
     """
     key = jax.random.key(seed)
     init_key, episode_key, run_key = jax.random.split(key, 3)
     params, state = learner.init(init_key, sampler(episode_key, data))
+    if learner.state_scope == "task":
+        state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
     train_state = TrainState(
         jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key
     )
@@ -75,65 +81,85 @@ def task_gradients(
     """Gradient of the mean loss over a batch of freshly drawn tasks.
 
     Args:
-      learner: the method; its `state_scope` must be 'shared'.
+      learner: the method.
       sampler: draws one episode.
-      params, state: the learner's.
+      params, state: the learner's; a state of scope 'task' has a leading axis [task_batch].
       data: the sampler's second argument.
       keys: one random key for each task, [task_batch].
       task_chunk: tasks vmapped at a time, on all devices together; divides the task batch.
       mesh: devices to share each chunk among, along an axis 'task'.
 
     Returns:
-      The gradient, the state averaged over tasks, and metrics averaged over tasks (with 'loss').
+      The gradient, the state (averaged over tasks, or one for each in scope 'task'), and metrics
+      averaged over tasks (with 'loss').
     """
+    per_task = learner.state_scope == "task"
     if mesh is not None:
 
         def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> tuple:
             chunk = task_chunk // mesh.size
             found = task_gradients(learner, sampler, params, state, data, keys, task_chunk=chunk)
-            return jax.lax.pmean(found, "task")
+            mean = functools.partial(jax.lax.pmean, axis_name="task")
+            gradient, state, metrics = found
+            return mean(gradient), state if per_task else mean(state), mean(metrics)
 
         # Every device runs the program of one, and they meet once. With the default check, JAX
         # would sum gradients of replicated parameters over the devices, the INNER ones too.
-        everywhere = PartitionSpec()
+        everywhere, each = PartitionSpec(), PartitionSpec("task")
+        of_state = each if per_task else everywhere
         return jax.shard_map(
             share,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, everywhere, PartitionSpec("task")),
-            out_specs=everywhere,
+            in_specs=(everywhere, of_state, everywhere, each),
+            out_specs=(everywhere, of_state, everywhere),
             check_vma=False,
         )(params, state, data, keys)
 
-    def task(params: PyTree, key: Array) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
+    # What a chunk returns: its gradient; what is averaged over chunks; one state for each task.
+    Found = tuple[PyTree, tuple[PyTree, dict[str, Array]], PyTree]
+
+    def task(params: PyTree, state: PyTree, key: Array) -> tuple[Array, tuple]:
         episode_key, loss_key = jax.random.split(key)
         loss, aux = learner.loss(params, state, sampler(episode_key, data), loss_key)
         return loss, (aux.state, {"loss": loss, **aux.metrics})
 
-    def chunk(params: PyTree, keys: Array) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
-        losses, aux = jax.vmap(task, (None, 0))(params, keys)
-        return losses.mean(), jax.tree.map(lambda a: a.mean(0), aux)
+    def chunk(params: PyTree, states: PyTree, keys: Array) -> tuple[Array, tuple]:
+        axes = (None, 0 if per_task else None, 0)
+        losses, (states, metrics) = jax.vmap(task, axes)(params, states, keys)
+        mean = functools.partial(jax.tree.map, lambda a: a.mean(0))
+        return losses.mean(), (states if per_task else mean(states), mean(metrics))
 
-    def one(params: PyTree, keys: Array) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
-        return task(params, keys[0])
+    def one(params: PyTree, states: PyTree, keys: Array) -> tuple[Array, tuple]:
+        first = jax.tree.map(lambda s: s[0], states) if per_task else states
+        loss, (after, metrics) = task(params, first, keys[0])
+        return loss, (jax.tree.map(lambda s: s[None], after) if per_task else after, metrics)
 
-    def gradients(keys: Array) -> tuple[PyTree, tuple[PyTree, dict[str, Array]]]:
+    def gradients(keys: Array, states: PyTree) -> Found:
         # A batch axis of one would cost the compiler its plain matrix products.
-        return jax.grad(one if task_chunk == 1 else chunk, has_aux=True)(params, keys)
+        grad = jax.grad(one if task_chunk == 1 else chunk, has_aux=True)
+        gradient, (states, metrics) = grad(params, states if per_task else state, keys)
+        return gradient, ({} if per_task else states, metrics), states if per_task else {}
 
     chunks = keys.shape[0] // task_chunk
-    keys = keys.reshape(chunks, task_chunk)
+
+    def split(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), tree)
+
+    def body(total: PyTree, inputs: tuple[Array, PyTree]) -> tuple[PyTree, PyTree]:
+        *found, states = gradients(*inputs)
+        return jax.tree.map(jnp.add, total, tuple(found)), states
+
+    inputs = split((keys, state if per_task else {}))
     if chunks == 1:
-        gradient, (state, metrics) = gradients(keys[0])
-        return gradient, state, metrics
-
-    def body(total: PyTree, keys: Array) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, gradients(keys)), None
-
-    shapes = jax.eval_shape(gradients, keys[0])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, keys)
-    gradient, (state, metrics) = jax.tree.map(lambda t: t / chunks, total)
-    return gradient, state, metrics
+        gradient, (shared, metrics), states = gradients(*jax.tree.map(lambda a: a[0], inputs))
+        return gradient, states if per_task else shared, metrics
+    *shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda a: a[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
+    total, states = jax.lax.scan(body, zeros, inputs)
+    gradient, (shared, metrics) = jax.tree.map(lambda t: t / chunks, total)
+    if per_task:
+        shared = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), states)
+    return gradient, shared, metrics
 
 
 def make_outer_step(

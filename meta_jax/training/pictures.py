@@ -123,6 +123,34 @@ def instance_curve(curves: Mapping[str, Sequence[Score]], path: Path | str) -> N
     _write(figure, path)
 
 
+def loss_curves(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None:
+    """Draws losses of optimizers over their steps, each with its interval as a band.
+
+    Args:
+      curves: by name, scores of the loss after the first step, after the second, and so on.
+      path: the PNG to write, in place of an older one.
+
+    Raises:
+      ValueError: there is nothing to draw.
+    """
+    if not any(curves.values()):
+        raise ValueError("there are no losses to draw")
+    figure = _figure(5.8, 4.0)
+    axes = figure.subplots()
+    for name, scores in curves.items():
+        steps = range(1, len(scores) + 1)
+        mean, ci95 = np.array(scores).T
+        (line,) = axes.plot(steps, mean, label=name, linewidth=1.6)
+        # On a logarithmic axis a band cannot reach zero.
+        low = np.maximum(mean - ci95, mean / 100)
+        axes.fill_between(steps, low, mean + ci95, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
 def _draw_images(
     support: tuple[np.ndarray, np.ndarray],
     query: tuple[np.ndarray, np.ndarray],

@@ -11,12 +11,11 @@ from meta_jax.networks.conv4 import conv4, strided_conv4
 from meta_jax.optimization_based.adjoints import FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import unroll
 from meta_jax.optimization_based.lstm_meta_learner import (
-    log_and_sign,
     lstm_meta_learner,
     lstm_rule,
     per_task_statistics,
 )
-from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.optimization_based.update_rules import from_optax, log_and_sign
 from tests.optimization_based.tasks import KEY, assert_trees_close, images, tanh_network, vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

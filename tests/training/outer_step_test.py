@@ -240,6 +240,7 @@ def test_one_device_needs_no_mesh():
 EIGHT_DEVICES = """
 import json
 import jax, jax.numpy as jnp, numpy as np, optax
+from meta_jax.core import Aux
 from meta_jax.data.dataset import ImageDataset
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.metric_based.prototypical import prototypical
@@ -259,15 +260,28 @@ def shared(mesh):
 def unshared(learner):
     return lambda mesh: learner
 
+# One state for each task: how many it has seen, and the last one's first image, summed up.
+def counting_loss(params, state, episode, key):
+    loss, aux = shared(None).loss(params, state["network"], episode, key)
+    seen = {"tasks": state["tasks"] + 1, "ink": state["ink"] + episode.support.x[0].sum()}
+    return loss * (1 + state["ink"]), Aux({"network": aux.state, **seen}, aux.metrics)
+
+def counting_init(key, episode):
+    params, network = shared(None).init(key, episode)
+    return params, {"network": network, "tasks": jnp.zeros((), int), "ink": jnp.zeros(())}
+
+counting = shared(None)._replace(init=counting_init, loss=counting_loss, state_scope="task")
+
 # Name: (the learner of a mesh, tasks in a step, task chunk). The last one's 16 images
 # are shared, not its one task.
 learners = {
     "prototypical": (unshared(shared(None)), 8, None),
     "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), 16, 8),
+    "state of a task": (unshared(counting), 16, 8),
     "images": (shared, 1, None),
 }
 def largest(a, b):
-    gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), a, b)
+    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), a, b)
     return max(jax.tree.leaves(gaps))
 
 results = {"devices": jax.device_count()}
@@ -278,7 +292,7 @@ for name, (learner_of, batch, chunk) in learners.items():
         step = make_outer_step(
             learner, optimizer, sampler, task_batch=batch, task_chunk=chunk, mesh=mesh
         )
-        train_state = init_train_state(learner, optimizer, sampler, data, 0)
+        train_state = init_train_state(learner, optimizer, sampler, data, 0, task_batch=batch)
         start = jax.tree.map(np.asarray, train_state.params)
         run = make_run(step).lower(train_state, data, 20).compile()
         train_state, metrics, finite = run(train_state, data, 20)
@@ -315,7 +329,7 @@ def test_eight_devices_train_as_one_does():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["devices"] == 8
-    for name in ("prototypical", "maml", "images"):
+    for name in ("prototypical", "maml", "state of a task", "images"):
         assert results[name]["apart"] < 1e-9, results
         assert results[name]["moved"] > 1e-2, results
         assert results[name]["shared"], results

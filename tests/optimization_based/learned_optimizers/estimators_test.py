@@ -1,0 +1,129 @@
+"""The estimators on a run whose gradients are known: s <- 0.9 s + theta, four losses s^2."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.optimization_based.learned_optimizers.estimators import (
+    Run,
+    full_unroll,
+    persistent_es,
+    truncated_es,
+    truncated_gradient,
+    with_gradient,
+)
+
+THETA, STEPS = 0.3, 4
+EXACT = 14.2685  # sum_t 2 theta a_t^2, a_t = (1 - 0.9^t) / 0.1
+TRUNCATED = 5.429  # sum_t 2 theta a_t: what is known of one step alone
+TASKS = 100_000
+
+
+def scalar_run():
+    def go_on(theta, s, key, steps):
+        def step(s, _):
+            s = 0.9 * s + theta
+            return s, s**2
+
+        return jax.lax.scan(step, s, None, steps)
+
+    return Run(lambda theta, task, key: jnp.asarray(task), go_on)
+
+
+def gradients(estimator, tasks, segments, seed=0):
+    """The estimates of every task, summed over the segments of a run, and what is carried."""
+    run = scalar_run()
+    carried = estimator.init(run, THETA, 0.0, jax.random.key(0))
+    carried = jax.tree.map(lambda c: jnp.broadcast_to(c, (tasks, *jnp.shape(c))), carried)
+
+    @jax.jit
+    @jax.vmap
+    def outer_step(carried, key):
+        return jax.value_and_grad(
+            lambda theta: estimator.loss(run, theta, carried, 0.0, key), has_aux=True
+        )(THETA)
+
+    total, losses = 0.0, []
+    for i in range(segments):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), tasks)
+        (loss, carried), gradient = outer_step(carried, keys)
+        total = total + np.asarray(gradient, np.float64)
+        losses.append(np.asarray(loss))
+    return total, losses, carried
+
+
+def standard_error(values):
+    return values.std() / np.sqrt(values.size)
+
+
+def test_the_whole_run_has_the_exact_gradient():
+    total, losses, _ = gradients(full_unroll(STEPS), 1, 1)
+    np.testing.assert_allclose(STEPS * total, EXACT, rtol=1e-5)
+    np.testing.assert_allclose(losses[0], 0.09 * 23.7808 / 4, rtol=1e-4)
+
+
+def test_truncation_forgets_what_came_before():
+    total, _, _ = gradients(truncated_gradient(STEPS, 1), 1, STEPS)
+    np.testing.assert_allclose(total, TRUNCATED, rtol=1e-4)
+    total, _, _ = gradients(truncated_gradient(STEPS, STEPS), 1, 1)
+    np.testing.assert_allclose(STEPS * total, EXACT, rtol=1e-5)
+
+
+def test_persistent_evolution_strategies_are_unbiased():
+    total, _, _ = gradients(persistent_es(STEPS, 1), TASKS, STEPS)
+    error = standard_error(total)
+    assert error < 0.06
+    assert abs(total.mean() - EXACT) < 3 * error
+
+
+def test_truncated_evolution_strategies_are_as_biased_as_the_truncated_gradient():
+    total, _, _ = gradients(truncated_es(STEPS, 1), TASKS, STEPS)
+    error = standard_error(total)
+    assert error < 0.06
+    assert abs(total.mean() - TRUNCATED) < 3 * error
+    assert abs(total.mean() - EXACT) > 30 * error
+
+
+@pytest.mark.parametrize("make", [truncated_gradient, truncated_es, persistent_es])
+def test_a_run_that_has_ended_begins_anew(make):
+    _, losses, carried = gradients(make(STEPS, 2), 3, 5)
+    # Four steps are a run, so segments 1 and 3 begin one; with noise of 0.01 they differ little.
+    np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[3], losses[1], rtol=0.05)
+    assert (losses[1] > 2 * losses[0]).all()
+    assert carried.age.tolist() == [2, 2, 2]
+
+
+def test_persistent_perturbations_are_those_of_this_run():
+    estimator = persistent_es(STEPS, 1)
+    _, _, carried = gradients(estimator, 5, 1)
+    plus, minus = carried.states
+    # After one step from zero, s is theta perturbed.
+    np.testing.assert_allclose(plus - THETA, carried.perturbations, atol=1e-7)
+    np.testing.assert_allclose(minus - THETA, -carried.perturbations, atol=1e-7)
+    # The fifth segment begins a run: nothing is left of the first four.
+    _, _, carried = gradients(estimator, 5, 5)
+    np.testing.assert_allclose(carried.states[0] - THETA, carried.perturbations, atol=1e-7)
+
+
+def test_every_task_has_a_perturbation_of_its_own():
+    _, _, carried = gradients(persistent_es(STEPS, 1), 5, 1)
+    assert len(np.unique(carried.perturbations)) == 5
+
+
+def test_a_gradient_may_be_given():
+    params = {"a": jnp.ones(2), "b": jnp.array(3.0)}
+    given = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(-1.0)}
+    value, gradient = jax.value_and_grad(lambda p: with_gradient((p["a"] ** 5).sum(), p, given))(
+        params
+    )
+    assert value == 2
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), gradient, given))
+
+
+@pytest.mark.parametrize("make", [truncated_gradient, truncated_es, persistent_es])
+@pytest.mark.parametrize("truncation", [3, 0, 8])
+def test_segments_that_do_not_fit_are_refused(make, truncation):
+    with pytest.raises(ValueError, match="divides the steps"):
+        make(4, truncation)

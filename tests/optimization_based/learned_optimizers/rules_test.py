@@ -1,0 +1,268 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.learned_optimizers.export import as_optax
+from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
+from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
+from meta_jax.optimization_based.learned_optimizers.mlp import (
+    adafactor_mlp_rule,
+    factored_axes,
+    mlp_rule,
+    time_features,
+)
+from meta_jax.optimization_based.lstm_meta_learner import lstm_rule
+from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
+from tests.optimization_based.tasks import KEY, assert_trees_close
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RULES = {"lstm": coordinatewise_lstm(), "mlp": mlp_rule(), "adafactor_mlp": adafactor_mlp_rule()}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+def some_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((3, 4), (4,), (2, 2, 3))
+    return {
+        name: jax.random.normal(k, s)
+        for name, k, s in zip(("p0", "p1", "p2"), keys, shapes, strict=True)
+    }
+
+
+def meta_of(rule, seed=1):
+    """Meta-parameters away from their initial values, decays only a little."""
+    meta = rule.init_meta(KEY, some_params())
+    leaves, treedef = jax.tree.flatten(meta)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [m + 0.03 * jax.random.normal(k, m.shape) for m, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def run(rule, meta, params, steps=4, permute=lambda tree: tree):
+    """Updates after some steps on gradients that differ from step to step."""
+    state = rule.init(meta, params)
+    for step in range(steps):
+        gradient = permute(some_params(10 + step))
+        updates, state = rule.update(meta, gradient, state, params, loss=None)
+        params = optax.apply_updates(params, updates)
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        (coordinatewise_lstm(), 5141),
+        (coordinatewise_lstm(preprocessing=None), 5061),
+        (mlp_rule(), 19 * 32 + 32 + 32 * 32 + 32 + 32 * 2 + 2),
+        (adafactor_mlp_rule(), 197),
+    ],
+)
+def test_numbers_of_meta_parameters(rule, count):
+    meta = rule.init_meta(KEY, some_params())
+    assert sum(leaf.size for leaf in jax.tree.leaves(meta)) == count
+
+
+@pytest.mark.parametrize(
+    ("x", "wanted"),
+    [(-0.1, (-0.460517, -1)), (0.01, (-0.921034, 1)), (1e-3, (-1, 0.1484132)), (0.0, (-1, 0))],
+)
+def test_preprocessed_gradients_with_p_of_five(x, wanted):
+    np.testing.assert_allclose(log_and_sign(jnp.asarray(x), 5.0), wanted, atol=1e-6)
+
+
+@every_rule
+def test_permuted_coordinates_have_permuted_updates(name):
+    rule, params = RULES[name], some_params()
+    meta = meta_of(rule)
+
+    def permute(tree):
+        # Rows and columns of a matrix: what Adafactor's averages allow too.
+        return {**tree, "p0": tree["p0"][jnp.array([2, 0, 1])][:, jnp.array([3, 0, 2, 1])]}
+
+    wanted = permute(run(rule, meta, params))
+    assert_trees_close(run(rule, meta, permute(params), permute=permute), wanted)
+    assert abs(wanted["p0"] - run(rule, meta, params)["p0"]).max() > 1e-9
+
+
+@pytest.mark.parametrize("name", ["lstm", "mlp"])
+def test_any_permutation_of_a_leaf_s_coordinates_will_do(name):
+    rule, params = RULES[name], some_params()
+    meta, order = meta_of(rule), jax.random.permutation(KEY, 12)
+
+    def permute(tree):
+        return {**tree, "p0": tree["p0"].reshape(-1)[order].reshape(3, 4)}
+
+    assert_trees_close(
+        run(rule, meta, permute(params), permute=permute), permute(run(rule, meta, params))
+    )
+
+
+@every_rule
+def test_every_meta_parameter_has_a_part_in_the_updates(name):
+    rule = RULES[name]
+    gradient = jax.jit(
+        jax.grad(
+            lambda meta: sum((u**2).sum() for u in run(rule, meta, some_params(), steps=2).values())
+        )
+    )(meta_of(rule))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_the_lstm_keeps_a_state_for_every_coordinate():
+    rule = coordinatewise_lstm((5, 3))
+    state = rule.init(meta_of(rule), some_params())
+    assert state["lstm1"][0].shape == (28, 5)
+    assert state["lstm2"][1].shape == (28, 3)
+
+
+def test_the_lstm_of_plain_gradients_by_hand():
+    rule = coordinatewise_lstm((2,), preprocessing=None, scale=3.0)
+    zeros = jax.tree.map(jnp.zeros_like, rule.init_meta(KEY, jnp.zeros(2)))
+    # Gates i, f, u, o of two units each: only u sees the gradient; the output sums h.
+    kernel = zeros["lstm1"]["kernel"].at[0, 4:6].set(1.0)
+    meta = {
+        "lstm1": {**zeros["lstm1"], "kernel": kernel},
+        "output": {**zeros["output"], "kernel": jnp.ones((2, 1))},
+    }
+    gradient = jnp.array([0.3, -2.0])
+    updates, _ = rule.update(meta, gradient, rule.init(meta, gradient), None, loss=None)
+    np.testing.assert_allclose(updates, 3 * 2 * 0.5 * jnp.tanh(0.5 * jnp.tanh(gradient)))
+
+
+def test_features_of_time():
+    np.testing.assert_allclose(time_features(jnp.array(10))[:3], np.tanh([9, 7 / 3, 0]), rtol=1e-6)
+    assert time_features(jnp.array(0)).shape == (11,)
+
+
+def test_the_first_step_of_the_mlp_by_hand():
+    rule, params = mlp_rule(), {"w": jnp.array([3.0, -4.0])}
+    meta = meta_of(rule)
+    gradient = {"w": jnp.array([0.5, 0.1])}
+    g, p = gradient["w"], params["w"]
+    decays = np.array([0.1, 0.5, 0.9, 0.99, 0.999, 0.9999])
+    seen = np.concatenate([np.stack([g, p], -1), (1 - decays) * np.asarray(g)[:, None]], -1)
+    seen = seen / np.sqrt(1e-5 + (seen**2).mean(0))
+    x = np.concatenate([seen, np.full((2, 11), np.tanh(-1))], -1)
+    for layer in ("layer1", "layer2"):
+        x = np.maximum(x @ meta[layer]["kernel"] + meta[layer]["bias"], 0)
+    d, m = (x @ meta["layer3"]["kernel"] + meta["layer3"]["bias"]).T
+    updates, _ = rule.update(meta, gradient, rule.init(meta, params), params, loss=None)
+    np.testing.assert_allclose(updates["w"], -1e-3 * d * np.exp(1e-3 * m), rtol=1e-6)
+
+
+def test_adafactor_s_statistics():
+    rule = adafactor_mlp_rule()
+    meta = rule.init_meta(KEY, some_params())
+    g = {"w": jnp.arange(1.0, 7).reshape(2, 3), "b": jnp.array([2.0, 3.0])}
+    _, state = rule.update(meta, g, rule.init(meta, g), g, loss=None)
+    new, share = state.moments["w"], 1 - np.array([0.9, 0.99, 0.999])
+    np.testing.assert_allclose(new.momentum, g["w"][..., None] * share, rtol=1e-6)
+    np.testing.assert_allclose(new.square[..., 0], g["w"] ** 2 * 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(new.row, (g["w"] ** 2).mean(1)[:, None] * share, rtol=1e-6)
+    np.testing.assert_allclose(new.column, (g["w"] ** 2).mean(0)[:, None] * share, rtol=1e-6)
+    np.testing.assert_allclose(state.moments["b"].row, (g["b"] ** 2)[:, None] * share, rtol=1e-6)
+
+
+def test_learned_decays_move_by_powers_of_e_to_the_tenth():
+    rule = adafactor_mlp_rule()
+    meta = rule.init_meta(KEY, some_params())
+    meta["decays"]["momentum"] += jnp.array([0.0, 0.1, -0.1])
+    g = {"b": jnp.array([1.0])}
+    _, state = rule.update(meta, g, rule.init(meta, g), g, loss=None)
+    wanted = [0.1, 0.01 * np.e, 0.001 / np.e]
+    np.testing.assert_allclose(state.moments["b"].momentum[0], wanted, rtol=1e-6)
+
+
+def test_the_two_longest_axes_are_factored():
+    assert factored_axes((7, 2, 5)) == (2, 0)
+    assert factored_axes(()) is None
+
+
+OPTAX = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "rmsprop": lambda rate: optax.rmsprop(rate),
+    "adam": lambda rate: optax.adam(rate),
+}
+
+
+@pytest.mark.parametrize("name", HAND_DESIGNED)
+def test_hand_designed_rules_train_as_optax_does(name):
+    rule, rate = with_rate(HAND_DESIGNED[name](), 1.0), 0.03
+
+    def problem(params, state, step):
+        return sum((p**4).sum() for p in params.values()), state
+
+    params = some_params()
+    end = unroll(problem, rule, {"rate": jnp.asarray(rate)}, params, {}, steps=20)
+    optimizer, wanted = OPTAX[name](rate), params
+    state = optimizer.init(wanted)
+    for _ in range(20):
+        gradient = jax.grad(lambda p: problem(p, {}, 0)[0])(wanted)
+        updates, state = optimizer.update(gradient, state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+    assert_trees_close(end.params, wanted)
+
+
+def test_adam_written_as_a_rule_equals_optax():
+    """A rule from its equations, through the same interface."""
+
+    def update(meta, gradient, state, params, *, loss):
+        del meta, params, loss
+        t, m, v = state
+        t = t + 1
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
+        v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, gradient)
+        updates = jax.tree.map(
+            lambda m, v: -0.05 * m / (1 - 0.9**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
+        )
+        return updates, (t, m, v)
+
+    def init(meta, params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return 0, zeros, zeros
+
+    rule = UpdateRule(lambda key, params: {}, init, update)
+    ours, theirs = as_optax(rule, {}), optax.adam(0.05)
+    params = some_params()
+    states = [ours.init(params), theirs.init(params)]
+    for step in range(5):
+        gradient = some_params(20 + step)
+        (a, states[0]), (b, states[1]) = (
+            o.update(gradient, s, params) for o, s in zip((ours, theirs), states, strict=True)
+        )
+        assert_trees_close(a, b)
+
+
+@every_rule
+def test_as_optax_is_exact_to_the_rule(name):
+    rule, params = RULES[name], some_params()
+    meta = meta_of(rule)
+    optimizer = as_optax(rule, meta)
+    theirs, state = params, optimizer.init(params)
+    for step in range(4):
+        updates, state = optimizer.update(some_params(10 + step), state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    assert_trees_close(updates, run(rule, meta, params), rtol=0, atol=0)
+
+
+def test_the_loss_reaches_rules_that_look_at_it():
+    rule, params = lstm_rule(3), {"w": jnp.ones(2)}
+    meta = rule.init_meta(KEY, params)
+    optimizer = as_optax(rule, meta)
+    ours, _ = optimizer.update(params, optimizer.init(params), params, value=jnp.asarray(2.0))
+    state = rule.init(meta, params)
+    wanted, _ = rule.update(meta, params, state, params, loss=jnp.asarray(2.0))
+    assert_trees_close(ours, wanted)
+
+
+def test_an_lstm_without_units_is_refused():
+    with pytest.raises(ValueError, match="at least one LSTM"):
+        coordinatewise_lstm(())
