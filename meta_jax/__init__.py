@@ -113,6 +113,34 @@ from meta_jax.optimization_based.anil import anil
 from meta_jax.optimization_based.boil import boil
 from meta_jax.optimization_based.imaml import imaml
 from meta_jax.optimization_based.inner_loop import Unrolled, merge, partition, proximal, unroll
+
+# Learned optimizers.
+from meta_jax.optimization_based.learned_optimizers.estimators import (
+    Estimator,
+    Run,
+    full_unroll,
+    persistent_es,
+    truncated_es,
+    truncated_gradient,
+    with_gradient,
+)
+from meta_jax.optimization_based.learned_optimizers.export import as_optax
+from meta_jax.optimization_based.learned_optimizers.families import (
+    ProblemFamily,
+    classification,
+    quadratics,
+    sample_quadratic,
+    with_output_layer,
+)
+from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
+from meta_jax.optimization_based.learned_optimizers.learner import (
+    learned_optimizer,
+    make_training_curves,
+    training_run,
+)
+from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
+from meta_jax.optimization_based.learned_optimizers.mlp import adafactor_mlp_rule, mlp_rule
+from meta_jax.optimization_based.learned_optimizers.tuning import Tuned, tune_rate
 from meta_jax.optimization_based.learner import (
     all_but_batch_norm,
     body_only,
@@ -160,6 +188,7 @@ __all__ = [
     "ADJOINTS",
     "CHECKPOINTED",
     "FIRST_ORDER",
+    "HAND_DESIGNED",
     "MIXED_MODE",
     "UNROLLED",
     "Adjoint",
@@ -170,6 +199,7 @@ __all__ = [
     "DataError",
     "Episode",
     "EpisodeSpec",
+    "Estimator",
     "FastWeightMemory",
     "Head",
     "ImageDataset",
@@ -177,17 +207,22 @@ __all__ = [
     "MetaLearner",
     "Network",
     "Outcome",
+    "ProblemFamily",
+    "Run",
     "Schedule",
     "Score",
     "Splits",
     "TrainState",
     "TrainingDivergedError",
+    "Tuned",
     "Unrolled",
     "UpdateRule",
     "access_memory",
+    "adafactor_mlp_rule",
     "all_but_batch_norm",
     "anil",
     "annealed",
+    "as_optax",
     "as_sequence",
     "attend",
     "attention",
@@ -195,10 +230,12 @@ __all__ = [
     "boil",
     "check_spec",
     "class_maps",
+    "classification",
     "confidence_interval",
     "content_address",
     "conv4",
     "convolve",
+    "coordinatewise_lstm",
     "cosine_similarity",
     "cross_entropy",
     "decay_usage",
@@ -213,6 +250,7 @@ __all__ = [
     "from_linen",
     "from_optax",
     "full_context_head",
+    "full_unroll",
     "gradient_learner",
     "head_only",
     "imaml",
@@ -227,6 +265,7 @@ __all__ = [
     "kernel_logits",
     "kernel_regression",
     "koch",
+    "learned_optimizer",
     "learned_sgd",
     "least_used",
     "linear_head",
@@ -244,6 +283,7 @@ __all__ = [
     "make_evaluate_sequences",
     "make_outer_step",
     "make_run",
+    "make_training_curves",
     "maml",
     "maml_plus_plus",
     "manhattan_distance",
@@ -256,6 +296,7 @@ __all__ = [
     "metric_learner",
     "minibatches",
     "mlp",
+    "mlp_rule",
     "multi_step_weights",
     "nearest_neighbour",
     "pair_cross_entropy",
@@ -265,6 +306,7 @@ __all__ = [
     "partition",
     "per_step_sgd",
     "per_task_statistics",
+    "persistent_es",
     "preprocess_gradient",
     "protomaml",
     "prototype_head",
@@ -272,6 +314,7 @@ __all__ = [
     "prototypes",
     "prototypical",
     "proximal",
+    "quadratics",
     "quarter_turns",
     "read_memory",
     "reduced",
@@ -286,6 +329,7 @@ __all__ = [
     "ridge_head",
     "ridge_solve",
     "sample_episode",
+    "sample_quadratic",
     "sample_sinusoid",
     "save",
     "sequence_learner",
@@ -297,8 +341,15 @@ __all__ = [
     "strided_conv4",
     "task_gradients",
     "task_mesh",
+    "training_run",
     "truncated",
+    "truncated_es",
+    "truncated_gradient",
+    "tune_rate",
     "unroll",
+    "with_gradient",
+    "with_output_layer",
+    "with_rate",
     "write_memory",
     "write_weights",
 ]

@@ -32,6 +32,15 @@ def test_inputs_are_flattened_and_the_sinusoid_network_has_its_size():
     assert z.shape == (3, 5)
 
 
+def test_the_nonlinearity_may_be_another():
+    x, key = jnp.array([[1.0, -2.0]]), jax.random.key(0)
+    for activation in (jax.nn.sigmoid, jnp.tanh):
+        network = mlp((2,), activation=activation)
+        params, _ = network.init(key, x)
+        z, _ = network.apply(params, {}, x, key=None, train=True)
+        np.testing.assert_allclose(z, activation(x @ params["layer1"]["kernel"]), rtol=1e-6)
+
+
 def test_no_layer_is_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         mlp(())

@@ -141,3 +141,12 @@ def test_instance_curves_differ_where_the_scores_do(tmp_path):
     with pytest.raises(ValueError, match="no instances"):
         pictures.instance_curve({"trained": []}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_loss_curves_differ_where_the_losses_do(tmp_path):
+    falling = [Score(1 / step, 0.1) for step in range(1, 9)]
+    pictures.loss_curves({"ours": falling, "adam": falling[:1] * 8}, tmp_path / "two")
+    pictures.loss_curves({"ours": falling}, tmp_path / "one")
+    assert (tmp_path / "two").read_bytes() != (tmp_path / "one").read_bytes()
+    with pytest.raises(ValueError, match="no losses"):
+        pictures.loss_curves({"ours": []}, tmp_path / "none")
