@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import PyTree
+from meta_jax.core import Aux, PyTree
 
 
 class Run(NamedTuple):
@@ -33,9 +33,10 @@ class Estimator(NamedTuple):
     """How the outer gradient of a run is estimated."""
 
     init: Callable[..., PyTree]  # (run, meta, task, key) -> what one task carries, at first
-    # (run, meta, carried, task, key) -> (loss, new carried); the task is that of the next run, for
-    # where the last one has ended. The loss's gradient in meta is the estimate.
-    loss: Callable[..., tuple[jax.Array, PyTree]]
+    # (run, meta, carried, task, key) -> (loss, Aux(new carried, metrics)); the task is that of the
+    # next run, for where the last one has ended. The loss's gradient in meta is the estimate, its
+    # metric `last_loss` the loss after the last step taken.
+    loss: Callable[..., tuple[jax.Array, Aux]]
 
 
 class Carried(NamedTuple):
@@ -74,10 +75,10 @@ def full_unroll(steps: int) -> Estimator:
 
     def loss(
         run: Run, meta: PyTree, carried: PyTree, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
+    ) -> tuple[jax.Array, Aux]:
         begin_key, run_key = jax.random.split(key)
         _, losses = run.go_on(meta, run.begin(meta, task, begin_key), run_key, steps)
-        return losses.mean(), carried
+        return losses.mean(), Aux(carried, {"last_loss": losses[-1]})
 
     return Estimator(lambda run, meta, task, key: {}, loss)
 
@@ -127,12 +128,13 @@ def truncated_gradient(horizon: int, truncation: int) -> Estimator:
 
     def loss(
         run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, Carried]:
+    ) -> tuple[jax.Array, Aux]:
         begin_key, run_key = jax.random.split(key)
         # Where a run begins does not depend on the segment's meta-parameters.
         carried = _renew(run, jax.lax.stop_gradient(meta), carried, task, begin_key, horizon)
         state, losses = run.go_on(meta, carried.state, run_key, truncation)
-        return losses.mean(), Carried(state, carried.age + truncation)
+        new = Carried(state, carried.age + truncation)
+        return losses.mean(), Aux(new, {"last_loss": losses[-1]})
 
     return Estimator(init, loss)
 
@@ -172,20 +174,21 @@ def truncated_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Estim
 
     def loss(
         run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, Carried]:
+    ) -> tuple[jax.Array, Aux]:
         begin_key, run_key, noise_key = jax.random.split(key, 3)
         centre = jax.lax.stop_gradient(meta)
         carried = _renew(run, centre, carried, task, begin_key, horizon)
         epsilon = _perturbation(noise_key, centre, sigma)
 
         def segment(meta: PyTree) -> tuple[PyTree, jax.Array]:
-            state, losses = run.go_on(meta, carried.state, run_key, truncation)
-            return state, losses.mean()
+            return run.go_on(meta, carried.state, run_key, truncation)
 
-        plus, minus = (segment(m)[1] for m in _pair(centre, epsilon))
+        plus, minus = (segment(m)[1].mean() for m in _pair(centre, epsilon))
         slope = (plus - minus) / (2 * sigma**2)
         value = with_gradient((plus + minus) / 2, meta, jax.tree.map(lambda e: slope * e, epsilon))
-        return value, Carried(segment(centre)[0], carried.age + truncation)
+        state, losses = segment(centre)
+        new = Carried(state, carried.age + truncation)
+        return value, Aux(new, {"last_loss": losses[-1]})
 
     return Estimator(init, loss)
 
@@ -213,7 +216,7 @@ def persistent_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Esti
 
     def loss(
         run: Run, meta: PyTree, carried: PersistentlyCarried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, PersistentlyCarried]:
+    ) -> tuple[jax.Array, Aux]:
         begin_key, run_key, noise_key = jax.random.split(key, 3)
         centre = jax.lax.stop_gradient(meta)
         epsilon = _perturbation(noise_key, centre, sigma)
@@ -233,6 +236,7 @@ def persistent_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Esti
         value = with_gradient(
             (plus.mean() + minus.mean()) / 2, meta, jax.tree.map(lambda x: slope * x, xi)
         )
-        return value, PersistentlyCarried((after_plus, after_minus), xi, age + truncation)
+        new = PersistentlyCarried((after_plus, after_minus), xi, age + truncation)
+        return value, Aux(new, {"last_loss": (plus[-1] + minus[-1]) / 2})
 
     return Estimator(init, loss)

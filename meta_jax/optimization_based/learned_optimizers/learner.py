@@ -1,12 +1,13 @@
 """A learned optimizer as a meta-learner: its rule is what is learned, a training run the task."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Aux, Batch, Episode, MetaLearner, PyTree
+from meta_jax.core import Batch, Episode, MetaLearner, PyTree
 from meta_jax.optimization_based.adjoints import FIRST_ORDER, Adjoint
 from meta_jax.optimization_based.inner_loop import unroll
 from meta_jax.optimization_based.learned_optimizers.estimators import Estimator, Run
@@ -21,6 +22,13 @@ class Training(NamedTuple):
     state: PyTree  # the network's
     rule_state: PyTree
     batch: Batch  # the training set
+
+
+class Trained(NamedTuple):
+    """What `adapt` of a learned optimizer gives."""
+
+    training: Training
+    state: PyTree  # the learner's own, which `adapt` does not touch
 
 
 def training_run(family: ProblemFamily, rule: UpdateRule, *, adjoint: Adjoint = FIRST_ORDER) -> Run:
@@ -107,24 +115,21 @@ def learned_optimizer(
 
     def adapt(
         params: PyTree, state: PyTree, support: Batch, key: jax.Array, *, train: bool
-    ) -> Training:
-        del state, train
+    ) -> Trained:
+        del train
         begin_key, run_key = jax.random.split(key)
         training = run.begin(params, Episode(support, support), begin_key)
-        return run.go_on(params, training, run_key, test_steps)[0]
+        return Trained(run.go_on(params, training, run_key, test_steps)[0], state)
 
     def predict(
-        params: PyTree, adapted: Training, x: jax.Array, key: jax.Array, *, train: bool
+        params: PyTree, adapted: Trained, x: jax.Array, key: jax.Array, *, train: bool
     ) -> tuple[jax.Array, PyTree]:
         del params
-        return family.network.apply(adapted.params, adapted.state, x, key=key, train=train)
+        network = adapted.training
+        y, _ = family.network.apply(network.params, network.state, x, key=key, train=train)
+        return y, adapted.state
 
-    def loss(
-        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        value, state = estimator.loss(run, params, state, episode, key)
-        return value, Aux(state, {})
-
+    loss = functools.partial(estimator.loss, run)
     return MetaLearner(init, adapt, predict, loss, state_scope="task")
 
 

@@ -52,9 +52,9 @@ def coordinatewise_lstm(
         return {**stack, "output": init_linear(output, units[-1], 1)}
 
     def init(meta: PyTree, params: PyTree) -> PyTree:
-        del meta
-        theta, _ = ravel_pytree(params)
-        zeros = [jnp.zeros((theta.size, width), theta.dtype) for width in units]
+        # Whatever the precision of what is trained, the rule works in its own.
+        dtype, size = meta["output"]["bias"].dtype, sum(p.size for p in jax.tree.leaves(params))
+        zeros = [jnp.zeros((size, width), dtype) for width in units]
         return {name: (zero, zero) for name, zero in zip(names, zeros, strict=True)}
 
     # Kept for the backward pass, its values would be some hundred times the parameters.
@@ -72,7 +72,7 @@ def coordinatewise_lstm(
     ) -> tuple[PyTree, PyTree]:
         del params, loss
         flat, unravel = ravel_pytree(gradient)
-        step_taken, state = step(meta, flat, state)
-        return unravel(step_taken), state
+        step_taken, state = step(meta, flat.astype(meta["output"]["bias"].dtype), state)
+        return unravel(step_taken.astype(flat.dtype)), state
 
     return UpdateRule(init_meta, init, update)

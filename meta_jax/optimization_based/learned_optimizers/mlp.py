@@ -65,7 +65,7 @@ def _updates(mlp: PyTree, features: jax.Array, step: jax.Array) -> jax.Array:
     x = jnp.concatenate([features, time], -1)
     for i in range(len(mlp)):
         x = linear(mlp[f"layer{i + 1}"], x if i == 0 else jax.nn.relu(x))
-    return -1e-3 * x[..., 0] * jnp.exp(1e-3 * x[..., 1])
+    return (-1e-3 * x[..., 0] * jnp.exp(1e-3 * x[..., 1])).astype(features.dtype)
 
 
 def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
@@ -98,7 +98,7 @@ def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
     ) -> tuple[PyTree, MLPState]:
         del loss
         momenta = jax.tree.map(
-            lambda m, g: _average(decays.astype(g.dtype), m, g[..., None]), state.momenta, gradient
+            lambda m, g: _average(decays, m, g[..., None]), state.momenta, gradient
         )
 
         def of_leaf(g: jax.Array, p: jax.Array, m: jax.Array) -> jax.Array:
@@ -112,7 +112,8 @@ def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
 
 
 def _average(decay: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    return decay * old + (1 - decay) * new
+    decay = decay.astype(old.dtype)
+    return decay * old + (1 - decay) * new.astype(old.dtype)
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:

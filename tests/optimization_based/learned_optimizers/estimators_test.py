@@ -40,14 +40,15 @@ def gradients(estimator, tasks, segments, seed=0):
     @jax.jit
     @jax.vmap
     def outer_step(carried, key):
-        return jax.value_and_grad(
+        (loss, aux), gradient = jax.value_and_grad(
             lambda theta: estimator.loss(run, theta, carried, 0.0, key), has_aux=True
         )(THETA)
+        return loss, aux.state, gradient
 
     total, losses = 0.0, []
     for i in range(segments):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), tasks)
-        (loss, carried), gradient = outer_step(carried, keys)
+        loss, carried, gradient = outer_step(carried, keys)
         total = total + np.asarray(gradient, np.float64)
         losses.append(np.asarray(loss))
     return total, losses, carried

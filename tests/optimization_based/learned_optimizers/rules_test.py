@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,8 @@ from meta_jax.optimization_based.learned_optimizers.mlp import (
 )
 from meta_jax.optimization_based.lstm_meta_learner import lstm_rule
 from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
-from tests.optimization_based.tasks import KEY, assert_trees_close
+from meta_jax.training.checkpoints import restore, save
+from tests.optimization_based.tasks import KEY, assert_trees_close, vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -266,3 +268,35 @@ def test_the_loss_reaches_rules_that_look_at_it():
 def test_an_lstm_without_units_is_refused():
     with pytest.raises(ValueError, match="at least one LSTM"):
         coordinatewise_lstm(())
+
+
+@every_rule
+def test_an_exported_rule_trains_a_flax_model_and_checkpoints(name, tmp_path):
+    rule = RULES[name]
+    # Flax's parameters are in single precision, the rule's in double.
+    optimizer = as_optax(rule, rule.init_meta(KEY, None))
+    model = nn.Sequential([nn.Dense(4), nn.sigmoid, nn.Dense(3)])
+    x, y = vectors().support
+
+    @jax.jit
+    def step(params, state):
+        loss, gradient = jax.value_and_grad(
+            lambda params: optax.softmax_cross_entropy(model.apply(params, x), y).mean()
+        )(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = model.init(KEY, x)
+    state = optimizer.init(params)
+    ends = params, state
+    for number in range(4):
+        *ends, loss = step(*ends)
+        if number == 1:
+            path = save(tmp_path, "half", {"params": ends[0], "state": ends[1]}, {})
+    assert step._cache_size() == 1
+    assert jnp.isfinite(loss)
+    half, _ = restore(path, {"params": params, "state": state})
+    again = half["params"], half["state"]
+    for _ in range(2):
+        *again, _ = step(*again)
+    assert_trees_close(again, ends, rtol=0, atol=0)
