@@ -70,6 +70,12 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("memory_width", 40, "Of mann: width of a row.", 1)
     integer("read_heads", 4, "Of mann: reads, and writes, at a step.", 1)
     number("usage_decay", 0.95, "Of mann: decay of the slots' usage.")
+    flags.DEFINE_boolean(
+        "memory_values",
+        False,
+        "Of mann: write values of their own, not the keys.",
+        flag_values=values,
+    )
     number("key_strength", 1.0, "Of mann: what the cosines are multiplied by; 1 in the paper.")
     number("inner_learning_rate", 2.0, "Of the inner loop, for a loss averaged over examples.")
     integer("inner_steps", 1, "Inner steps in training.", 0)

@@ -102,6 +102,7 @@ def _sequence_learner(
         heads=values.read_heads,
         decay=values.usage_decay,
         strength=values.key_strength,
+        values=values.memory_values,
     )
 
 

@@ -31,6 +31,7 @@ def mann(
     heads: int = 4,
     decay: float = 0.95,
     strength: float = 1.0,
+    values: bool = False,
 ) -> MetaLearner:
     """An LSTM with an external memory that it writes to where it has not been for long.
 
@@ -46,6 +47,8 @@ def mann(
       heads: reads, and writes, at a step.
       decay: gamma of the usage; public implementations have 0.95 or 0.99.
       strength: what the cosines are multiplied by; 1 in the paper; larger ones read more sharply.
+      values: whether what is written are values tanh(W h_t) of their own, as in public
+        implementations, and not the keys, as in the paper.
 
     Returns:
       The learner; see `sequence_learner`.
@@ -80,7 +83,7 @@ def mann(
         lstm_key, access_key = jax.random.split(key)
         return {
             "lstm": init_lstm(lstm_key, inputs + ways, units, recurrent=recurrent),
-            "access": init_linear(access_key, units, heads * (width + 1)),
+            "access": init_linear(access_key, units, heads * (width + 1 + values * width)),
         }
 
     def start(params: PyTree) -> MannCarry:
@@ -96,9 +99,12 @@ def mann(
     def step(params: PyTree, carry: MannCarry, drive: jax.Array) -> tuple[MannCarry, jax.Array]:
         back = jnp.concatenate([carry.what, carry.hidden])
         hidden, cell = lstm_gates(drive + back @ params["lstm"]["kernel"][-recurrent:], carry.cell)
-        interface = linear(params["access"], hidden).reshape(heads, width + 1)
+        interface = linear(params["access"], hidden).reshape(heads, -1)
         memory, what = remembered_access(
-            carry.memory, jnp.tanh(interface[:, :width]), jax.nn.sigmoid(interface[:, width])
+            carry.memory,
+            jnp.tanh(interface[:, :width]),
+            jax.nn.sigmoid(interface[:, width]),
+            values=jnp.tanh(interface[:, width + 1 :]) if values else None,
         )
         what = what.reshape(-1)
         return MannCarry(hidden, cell, memory, what), jnp.concatenate([hidden, what])

@@ -130,7 +130,13 @@ def decay_usage(
 
 
 def access_memory(
-    memory: Memory, keys: jax.Array, gate: jax.Array, *, decay: float, strength: float = 1.0
+    memory: Memory,
+    keys: jax.Array,
+    gate: jax.Array,
+    *,
+    decay: float,
+    strength: float = 1.0,
+    values: jax.Array | None = None,
 ) -> tuple[Memory, jax.Array]:
     """One step: write, then read what is there now.
 
@@ -140,6 +146,8 @@ def access_memory(
       gate: sigmoid(alpha) [heads]; see `write_weights`.
       decay: gamma; see `decay_usage`.
       strength: of the keys; see `content_address`.
+      values: what is written instead of the keys [heads, width]. A key that has just been written
+        is its own best match; public implementations therefore write values of their own.
 
     Returns:
       The memory M_t, w^r_t, w^u_t and what was read, r_t [heads, width].
@@ -153,7 +161,7 @@ def access_memory(
     """
     least = least_used(memory.usage, keys.shape[0])
     weights = write_weights(gate, memory.read_weights, least)
-    rows = write_memory(memory.rows, weights, keys, least)
+    rows = write_memory(memory.rows, weights, keys if values is None else values, least)
     read_weights = content_address(keys, rows, strength=strength)
     usage = decay_usage(memory.usage, read_weights, weights, decay)
     return Memory(rows, read_weights, usage), read_memory(rows, read_weights)

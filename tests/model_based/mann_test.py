@@ -16,6 +16,9 @@ KEY = jax.random.key(0)
 UNITS, SLOTS, WIDTH, HEADS = 5, 6, 3, 2
 LEARNERS = {
     "mann": mann(flatten(), units=UNITS, slots=SLOTS, width=WIDTH, heads=HEADS, decay=0.9),
+    "mann_values": mann(
+        flatten(), units=UNITS, slots=SLOTS, width=WIDTH, heads=HEADS, decay=0.9, values=True
+    ),
     "lstm": lstm_learner(flatten(), units=UNITS),
 }
 every_learner = pytest.mark.parametrize("name", LEARNERS)
@@ -58,7 +61,7 @@ def norm(x):
     return np.sqrt((x**2).sum(-1, keepdims=True) + 1e-8)
 
 
-def access(rows, read_weights, usage, keys, gate):
+def access(rows, read_weights, usage, keys, gate, values):
     """One step of the memory, head by head."""
     least, written = np.argsort(usage, kind="stable")[:HEADS], []
     rows = rows.copy()
@@ -67,7 +70,7 @@ def access(rows, read_weights, usage, keys, gate):
         weights = gate[head] * read_weights[head]
         weights[least[head]] += 1 - gate[head]
         written.append(weights)
-    rows = rows + sum(np.outer(w, k) for w, k in zip(written, keys, strict=True))
+    rows = rows + sum(np.outer(w, v) for w, v in zip(written, values, strict=True))
     read_weights = softmax((keys / norm(keys)) @ (rows / norm(rows)).T)
     usage = 0.9 * usage + sum(written) + read_weights.sum(0)
     return rows, read_weights, usage, (read_weights @ rows).reshape(-1)
@@ -87,10 +90,12 @@ def by_hand(name, params, batch):
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(u)
         h = sigmoid(o) * np.tanh(c)
         output = h
-        if name == "mann":
+        if name != "lstm":
             interface = params["cell"]["access"]
-            out = (h @ interface["kernel"] + interface["bias"]).reshape(HEADS, WIDTH + 1)
-            *memory, what = access(*memory, np.tanh(out[:, :WIDTH]), sigmoid(out[:, WIDTH]))
+            out = (h @ interface["kernel"] + interface["bias"]).reshape(HEADS, -1)
+            keys = np.tanh(out[:, :WIDTH])
+            values = np.tanh(out[:, WIDTH + 1 :]) if name == "mann_values" else keys
+            *memory, what = access(*memory, keys, sigmoid(out[:, WIDTH]), values)
             output = np.concatenate([h, what])
         logits.append(output @ params["output"]["kernel"] + params["output"]["bias"])
         label = y
