@@ -7,7 +7,7 @@ import pytest
 
 import meta_jax as mj
 from meta_jax.optimization_based.learned_optimizers.tuning import RATES
-from tests.experiments.command_line_test import assert_refused, command
+from tests.experiments.command_line_test import ROOT, assert_refused, command
 
 TINY = [
     *("--rule=mlp", "--estimator=pes", "--horizon=4", "--truncation=2", "--task_batch=4"),
@@ -90,3 +90,16 @@ def test_a_workdir_trained_with_other_flags_is_refused(trained):
     found = command("learn_optimizer", *TINY, "--sigma=0.02", f"--workdir={workdir}")
     assert_refused(found, "sigma")
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_the_shipped_optimizer_still_beats_tuned_ones(tmp_path):
+    output = tmp_path / "shipped.json"
+    found = command(
+        *("learn_optimizer", f"--weights={ROOT / 'results' / 'weights' / 'lstm_quadratics'}"),
+        *("--test_tasks=128", f"--output={output}"),
+    )
+    assert found.returncode == 0, found.stderr
+    losses = {
+        name: found["loss"] for name, found in json.loads(output.read_text())["losses"].items()
+    }
+    assert losses["lstm"] < min(loss for name, loss in losses.items() if name != "lstm")
