@@ -17,7 +17,7 @@ from experiments.command_line import UsageError, claim_workdir, run_flag_values,
 from experiments.tasks import Tasks
 from meta_jax.core import PyTree
 from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
-from meta_jax.optimization_based.learned_optimizers.learner import make_training_curves
+from meta_jax.optimization_based.learned_optimizers.learned_optimizer import make_training_curves
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_rate
 from meta_jax.training import checkpoints, pictures
 from meta_jax.training.evaluation import confidence_interval

@@ -29,7 +29,7 @@ from meta_jax.optimization_based.learned_optimizers.families import (
     quadratics,
     sample_quadratic,
 )
-from meta_jax.optimization_based.learned_optimizers.learner import learned_optimizer
+from meta_jax.optimization_based.learned_optimizers.learned_optimizer import learned_optimizer
 from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
 from meta_jax.optimization_based.learned_optimizers.mlp import adafactor_mlp_rule, mlp_rule
 from meta_jax.optimization_based.update_rules import UpdateRule

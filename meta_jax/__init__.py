@@ -133,7 +133,7 @@ from meta_jax.optimization_based.learned_optimizers.families import (
     with_output_layer,
 )
 from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
-from meta_jax.optimization_based.learned_optimizers.learner import (
+from meta_jax.optimization_based.learned_optimizers.learned_optimizer import (
     learned_optimizer,
     make_training_curves,
     training_run,

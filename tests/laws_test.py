@@ -36,7 +36,7 @@ from meta_jax.optimization_based.boil import boil
 from meta_jax.optimization_based.imaml import imaml
 from meta_jax.optimization_based.learned_optimizers.estimators import truncated_gradient
 from meta_jax.optimization_based.learned_optimizers.families import classification
-from meta_jax.optimization_based.learned_optimizers.learner import learned_optimizer
+from meta_jax.optimization_based.learned_optimizers.learned_optimizer import learned_optimizer
 from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
 from meta_jax.optimization_based.lstm_meta_learner import lstm_meta_learner
 from meta_jax.optimization_based.maml import first_order_maml, maml

@@ -70,10 +70,7 @@ def test_weights_are_compared_elsewhere_without_training(trained, tmp_path):
     [
         ((), ("--workdir", "--weights")),
         (("--rule=adamw", "--workdir=W"), ("adamw", "adafactor_mlp")),
-        (("--family=resnet", "--workdir=W"), ("resnet", "convnet")),
         (("--family=mlp", "--activation=gelu", "--workdir=W"), ("gelu", "sigmoid")),
-        (("--distribution=cauchy", "--workdir=W"), ("cauchy", "uniform")),
-        (("--estimator=reinforce", "--workdir=W"), ("reinforce", "truncated_es")),
         (("--truncation=30", "--workdir=W"), ("30", "divides")),
         (("--weights=W",), ("flags.txt",)),
     ],

@@ -47,6 +47,7 @@ def quadratics() -> ProblemFamily:
     """f(theta) = ||W theta - y||^2 from theta ~ N(0, 0.01^2) (Andrychowicz et al. 2016, 3.1).
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> family, (system, _) = quadratics(), sample_quadratic(jax.random.key(0))
       >>> theta, _ = family.network.init(jax.random.key(1), system.x)
       >>> outputs, _ = family.network.apply(theta, {}, system.x, key=None, train=True)

@@ -11,7 +11,7 @@ import optax
 from meta_jax.core import Episode, PyTree
 from meta_jax.optimization_based.learned_optimizers.families import ProblemFamily
 from meta_jax.optimization_based.learned_optimizers.hand_designed import with_rate
-from meta_jax.optimization_based.learned_optimizers.learner import make_training_curves
+from meta_jax.optimization_based.learned_optimizers.learned_optimizer import make_training_curves
 
 # Half decades from 1e-4 to 10.
 RATES = tuple(float(rate) for rate in 10 ** np.arange(-4, 1.5, 0.5))
