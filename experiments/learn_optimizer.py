@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import optimizers
 from experiments.command_line import UsageError, claim_workdir, run_flag_values, run_main
@@ -21,12 +20,13 @@ from meta_jax.optimization_based.learned_optimizers.learned_optimizer import mak
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_rate
 from meta_jax.training import checkpoints, pictures
 from meta_jax.training.evaluation import confidence_interval
-from meta_jax.training.loop import Schedule, fit
+from meta_jax.training.loop import Outcome, Schedule, fit
 from meta_jax.training.outer_step import (
     TrainState,
     init_train_state,
     make_outer_step,
     make_run,
+    place,
     task_mesh,
 )
 from meta_jax.training.writers import read_metrics, write_text
@@ -61,14 +61,21 @@ def main(arguments: list[str]) -> None:
     else:
         folder, values = Path(FLAGS.workdir), FLAGS
     problems = _problems(values)
-    if FLAGS.workdir and not _train(values, problems, folder):
-        return
-    learner = optimizers.build_learner(values)
-    example = problems["train"].sampler(jax.random.key(0), problems["train"].data)
-    like, _ = jax.eval_shape(learner.init, jax.random.key(0), example)
-    best = "best" if values.eval_every else "latest"
-    meta, _ = checkpoints.restore(folder / "checkpoints" / best, {"params": like})
-    _compare(values, problems, meta["params"], folder)
+    meta = None
+    if FLAGS.workdir:
+        outcome = _train(values, problems, folder)
+        if not outcome.finished:
+            return
+        meta = outcome.train_state.params
+    elif not values.eval_every:
+        raise UsageError(f"the run of {folder} had no validation, so it left no best checkpoint")
+    if values.eval_every:
+        learner = optimizers.build_learner(values)
+        example = problems["train"].sampler(jax.random.key(0), problems["train"].data)
+        like, _ = jax.eval_shape(learner.init, jax.random.key(0), example)
+        best, _ = checkpoints.restore(folder / "checkpoints" / "best", {"params": like})
+        meta = best["params"]
+    _compare(values, problems, meta, folder)
 
 
 def _problems(values: flags.FlagValues) -> dict[str, Tasks]:
@@ -78,8 +85,8 @@ def _problems(values: flags.FlagValues) -> dict[str, Tasks]:
         raise UsageError(str(error)) from error
 
 
-def _train(values: flags.FlagValues, problems: dict[str, Tasks], workdir: Path) -> bool:
-    """Trains from where the workdir stands; whether the training came to its end."""
+def _train(values: flags.FlagValues, problems: dict[str, Tasks], workdir: Path) -> Outcome:
+    """Trains from where the workdir stands."""
     learner, optimizer = optimizers.build_learner(values), optimizers.build_outer_optimizer(values)
     schedule = Schedule(values.steps, values.log_every, values.eval_every, values.checkpoint_every)
     mesh = task_mesh(values.task_batch)
@@ -101,10 +108,7 @@ def _train(values: flags.FlagValues, problems: dict[str, Tasks], workdir: Path) 
         raise UsageError(str(error)) from error
     claim_workdir(workdir, values, optimizers.define_optimizer_flags)
     if mesh is not None:
-        state = jax.device_put(initial.state, NamedSharding(mesh, PartitionSpec("task")))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        initial, data = jax.device_put((initial._replace(state=()), data), everywhere)
-        initial = initial._replace(state=state)
+        initial, data = place(initial, data, mesh, per_task=True)
     curves = make_training_curves(
         optimizers.build_family(values),
         optimizers.build_rule(values),
@@ -131,7 +135,7 @@ def _train(values: flags.FlagValues, problems: dict[str, Tasks], workdir: Path) 
         keep_state=False,
     )
     pictures.learning_curve(read_metrics(workdir), workdir / "learning_curve.png")
-    return outcome.finished
+    return outcome
 
 
 def _compare(

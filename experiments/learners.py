@@ -321,25 +321,41 @@ def build_optimizer(values: flags.FlagValues) -> optax.GradientTransformation:
     Raises:
       UsageError: an unknown optimizer or decay, or two schedules at once.
     """
-    rate = values.learning_rate
-    decays = {
-        "linear": lambda: optax.linear_schedule(rate, 0.0, values.steps),
-        "cosine": lambda: optax.cosine_decay_schedule(rate, values.steps),
-    }
-    if values.decay not in (None, *decays):
-        raise UsageError(f"unknown decay '{values.decay}': choose one of {', '.join(decays)}")
-    if values.decay and values.halve_every:
-        raise UsageError("--decay and --halve_every exclude each other: give one of the two")
-    if values.halve_every:
-        schedule = optax.exponential_decay(rate, values.halve_every, 0.5, staircase=True)
-    else:
-        schedule = decays[values.decay]() if values.decay else rate
     # Reptile's learning rate is its epsilon, the share of the way that a plain step goes.
     name = values.optimizer or ("sgd" if values.learner == "reptile" else "adam")
     optimizers = {"adam": optax.adam, "sgd": optax.sgd}
     if name not in optimizers:
         raise UsageError(f"unknown optimizer '{name}': choose one of {', '.join(optimizers)}")
-    optimizer = optimizers[name](schedule)
-    if values.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(values.clip_norm), optimizer)
+    if values.decay and values.halve_every:
+        raise UsageError("--decay and --halve_every exclude each other: give one of the two")
+    if values.halve_every:
+        rate = optax.exponential_decay(
+            values.learning_rate, values.halve_every, 0.5, staircase=True
+        )
+    else:
+        rate = decayed_rate(values)
+    return clipped(optimizers[name](rate), values.clip_norm)
+
+
+def decayed_rate(values: flags.FlagValues) -> optax.ScalarOrSchedule:
+    """The outer learning rate, or its way to zero at the last step.
+
+    Raises:
+      UsageError: an unknown decay.
+    """
+    rate, steps = values.learning_rate, values.steps
+    decays = {
+        None: lambda: rate,
+        "linear": lambda: optax.linear_schedule(rate, 0.0, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, steps),
+    }
+    if values.decay not in decays:
+        raise UsageError(f"unknown decay '{values.decay}': choose linear or cosine")
+    return decays[values.decay]()
+
+
+def clipped(
+    optimizer: optax.GradientTransformation, norm: float | None
+) -> optax.GradientTransformation:
+    """An optimizer that sees gradients of at most this norm; None leaves them as they are."""
+    return optimizer if norm is None else optax.chain(optax.clip_by_global_norm(norm), optimizer)

@@ -9,6 +9,7 @@ import optax
 from absl import flags
 
 from experiments.command_line import UsageError
+from experiments.learners import clipped, decayed_rate
 from experiments.tasks import Tasks, tasks
 from meta_jax.core import MetaLearner, Network
 from meta_jax.data.episodes import EpisodeSpec
@@ -181,13 +182,4 @@ def build_outer_optimizer(values: flags.FlagValues) -> optax.GradientTransformat
     Raises:
       UsageError: an unknown decay.
     """
-    rate = values.learning_rate
-    decays = {
-        "linear": lambda: optax.linear_schedule(rate, 0.0, values.steps),
-        "cosine": lambda: optax.cosine_decay_schedule(rate, values.steps),
-        None: lambda: rate,
-    }
-    optimizer = optax.adam(_one_of("decay", values.decay, decays)())
-    if values.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(values.clip_norm), optimizer)
+    return clipped(optax.adam(decayed_rate(values)), values.clip_norm)

@@ -23,6 +23,7 @@ from meta_jax.training.outer_step import (
     init_train_state,
     make_outer_step,
     make_run,
+    place,
     task_mesh,
 )
 from meta_jax.training.writers import read_metrics, write_text
@@ -74,8 +75,7 @@ def main(arguments: list[str]) -> None:
     data = training.data
     devices = mesh or image_mesh
     if devices is not None:
-        everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-        initial, data = jax.device_put((initial, data), everywhere)
+        initial, data = place(initial, data, devices)
     evaluate = testing.make_evaluation(
         learner, criterion, validation, protocol=FLAGS.protocol, episodes=FLAGS.val_episodes
     )

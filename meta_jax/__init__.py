@@ -95,6 +95,7 @@ from meta_jax.networks.koch import koch
 from meta_jax.networks.linen import from_linen
 from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.networks.mlp import mlp
+from meta_jax.networks.output_layer import with_output_layer
 from meta_jax.networks.relation_network import relation_encoder
 
 # Optimization-based methods and their primitives.
@@ -130,7 +131,6 @@ from meta_jax.optimization_based.learned_optimizers.families import (
     classification,
     quadratics,
     sample_quadratic,
-    with_output_layer,
 )
 from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
 from meta_jax.optimization_based.learned_optimizers.learned_optimizer import (
@@ -180,6 +180,7 @@ from meta_jax.training.outer_step import (
     init_train_state,
     make_outer_step,
     make_run,
+    place,
     task_gradients,
     task_mesh,
 )
@@ -307,6 +308,7 @@ __all__ = [
     "per_step_sgd",
     "per_task_statistics",
     "persistent_es",
+    "place",
     "preprocess_gradient",
     "protomaml",
     "prototype_head",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.core import Array, Episode, MetaLearner, PyTree
 
@@ -240,6 +240,24 @@ def make_run(
         return train_state, jax.tree.map(lambda t: t / done, total), finite
 
     return jax.jit(run, donate_argnums=0)
+
+
+def place(
+    train_state: TrainState, data: PyTree, mesh: Mesh, *, per_task: bool = False
+) -> tuple[TrainState, PyTree]:
+    """Puts a train state and the data on every device of a mesh.
+
+    Args:
+      train_state: of `init_train_state`.
+      data: the sampler's second argument.
+      mesh: of `task_mesh`.
+      per_task: whether the learner's state scope is 'task': each device has its own tasks' states.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = NamedSharding(mesh, PartitionSpec("task")) if per_task else everywhere
+    placed = jax.device_put(train_state._replace(state=()), everywhere)
+    placed = placed._replace(state=jax.device_put(train_state.state, state))
+    return placed, jax.device_put(data, everywhere)
 
 
 def task_mesh(tasks: int, devices: list[jax.Device] | None = None) -> Mesh | None:

@@ -55,9 +55,7 @@ def learning_curve(metrics: Sequence[dict[str, Any]], path: Path | str) -> None:
                     marker="o" if len(lines) == 1 else None,
                 )
         axes.set(xlabel="outer step", ylabel=_LABELS[name])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _finish(axes)
     _write(figure, path)
 
 
@@ -117,9 +115,7 @@ def instance_curve(curves: Mapping[str, Sequence[Score]], path: Path | str) -> N
             capsize=2,
         )
     axes.set(xlabel="instance of a class", ylabel=_LABELS["accuracy"], ylim=(0, 100))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _finish(axes)
     _write(figure, path)
 
 
@@ -145,9 +141,7 @@ def loss_curves(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None
         low = np.maximum(mean - ci95, mean / 100)
         axes.fill_between(steps, low, mean + ci95, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _finish(axes)
     _write(figure, path)
 
 
@@ -239,6 +233,12 @@ def _draw_curve(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def _finish(axes: "Axes") -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def _figure(width: float, height: float, layout: str = "constrained") -> "Figure":

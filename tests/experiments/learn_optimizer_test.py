@@ -81,6 +81,14 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, culprits):
     assert not (tmp_path / "w").exists()
 
 
+def test_without_validation_the_last_rule_is_compared(tmp_path):
+    flags = [*TINY, "--eval_every=0", "--steps=2", "--test_tasks=2", f"--workdir={tmp_path / 'w'}"]
+    found = command("learn_optimizer", *flags)
+    assert found.returncode == 0, found.stderr
+    assert "mlp: loss" in found.stdout
+    assert_refused(command("learn_optimizer", f"--weights={tmp_path / 'w'}"), "no best checkpoint")
+
+
 def test_a_workdir_trained_with_other_flags_is_refused(trained):
     workdir, _ = trained
     before = sorted(workdir.rglob("*"))

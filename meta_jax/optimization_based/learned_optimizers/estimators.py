@@ -40,18 +40,18 @@ class Estimator(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """Of `truncated_gradient` and `truncated_es`."""
+    """What one task carries from an outer step to the next, where a run has several segments."""
 
-    state: PyTree  # of the run
+    state: PyTree  # of the run; a `Pair` for `persistent_es`
     age: jax.Array  # int32, steps since it began; the horizon where it has ended
 
 
-class PersistentlyCarried(NamedTuple):
+class Pair(NamedTuple):
     """Of `persistent_es`."""
 
-    states: tuple[PyTree, PyTree]  # of the run perturbed by +epsilon and by -epsilon
+    plus: PyTree  # of the run perturbed by +epsilon
+    minus: PyTree  # of the run perturbed by -epsilon
     perturbations: PyTree  # xi, the sum of all epsilons since the run began
-    age: jax.Array
 
 
 def with_gradient(value: jax.Array, params: PyTree, gradient: PyTree) -> jax.Array:
@@ -83,30 +83,49 @@ def full_unroll(steps: int) -> Estimator:
     return Estimator(lambda run, meta, task, key: {}, loss)
 
 
-def _check(horizon: int, truncation: int) -> None:
+def _in_segments(
+    horizon: int,
+    truncation: int,
+    begin: Callable[..., PyTree],
+    segment: Callable[..., tuple[jax.Array, PyTree, jax.Array]],
+) -> Estimator:
+    """One segment for each outer step, and a new run where the last one has ended.
+
+    Args:
+      horizon, truncation: steps of a run and of a segment.
+      begin: (run, meta, task, key) -> the state in which a run begins.
+      segment: (run, meta, state, key) -> (loss, state after it, the last step's loss).
+
+    Raises:
+      ValueError: where the truncation does not divide the horizon.
+    """
     if not 1 <= truncation <= horizon or horizon % truncation:
         raise ValueError(
             f"a run of {horizon} steps is not a whole number of segments of {truncation}: choose a "
             "truncation that divides the steps"
         )
 
+    def init(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> Carried:
+        # A run that has ended: the first step begins one.
+        return Carried(begin(run, meta, task, key), jnp.array(horizon, jnp.int32))
 
-def _choose(renew: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(renew, a, b), new, old)
+    def loss(
+        run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        begin_key, segment_key = jax.random.split(key)
+        # Where a run begins does not depend on the segment's meta-parameters.
+        state = begin(run, jax.lax.stop_gradient(meta), task, begin_key)
+        fresh = Carried(state, jnp.zeros_like(carried.age))
+        ended = carried.age >= horizon
+        state, age = jax.tree.map(lambda new, old: jnp.where(ended, new, old), fresh, carried)
+        value, state, last_loss = segment(run, meta, state, segment_key)
+        return value, Aux(Carried(state, age + truncation), {"last_loss": last_loss})
+
+    return Estimator(init, loss)
 
 
-def _init_carried(run: Run, meta: PyTree, task: PyTree, key: jax.Array, horizon: int) -> Carried:
-    # A run that has ended: the first step begins one.
-    return Carried(run.begin(meta, task, key), jnp.array(horizon, jnp.int32))
-
-
-def _renew(
-    run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array, horizon: int
-) -> Carried:
-    """A new run where the last one has ended."""
-    ended = carried.age >= horizon
-    fresh = Carried(run.begin(meta, task, key), jnp.zeros_like(carried.age))
-    return _choose(ended, fresh, carried)
+def _begin(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> PyTree:
+    return run.begin(meta, task, key)
 
 
 def truncated_gradient(horizon: int, truncation: int) -> Estimator:
@@ -121,22 +140,14 @@ def truncated_gradient(horizon: int, truncation: int) -> Estimator:
     Raises:
       ValueError: where the truncation does not divide the horizon.
     """
-    _check(horizon, truncation)
 
-    def init(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> Carried:
-        return _init_carried(run, meta, task, key, horizon)
+    def segment(
+        run: Run, meta: PyTree, state: PyTree, key: jax.Array
+    ) -> tuple[jax.Array, PyTree, jax.Array]:
+        state, losses = run.go_on(meta, state, key, truncation)
+        return losses.mean(), state, losses[-1]
 
-    def loss(
-        run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        begin_key, run_key = jax.random.split(key)
-        # Where a run begins does not depend on the segment's meta-parameters.
-        carried = _renew(run, jax.lax.stop_gradient(meta), carried, task, begin_key, horizon)
-        state, losses = run.go_on(meta, carried.state, run_key, truncation)
-        new = Carried(state, carried.age + truncation)
-        return losses.mean(), Aux(new, {"last_loss": losses[-1]})
-
-    return Estimator(init, loss)
+    return _in_segments(horizon, truncation, _begin, segment)
 
 
 def _perturbation(key: jax.Array, meta: PyTree, sigma: float) -> PyTree:
@@ -146,11 +157,6 @@ def _perturbation(key: jax.Array, meta: PyTree, sigma: float) -> PyTree:
         sigma * jax.random.normal(k, m.shape, m.dtype) for k, m in zip(keys, leaves, strict=True)
     ]
     return treedef.unflatten(noise)
-
-
-def _pair(meta: PyTree, epsilon: PyTree) -> tuple[PyTree, PyTree]:
-    add, subtract = jnp.add, jnp.subtract
-    return jax.tree.map(add, meta, epsilon), jax.tree.map(subtract, meta, epsilon)
 
 
 def truncated_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Estimator:
@@ -167,30 +173,31 @@ def truncated_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Estim
     Raises:
       ValueError: where the truncation does not divide the horizon.
     """
-    _check(horizon, truncation)
 
-    def init(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> Carried:
-        return _init_carried(run, meta, task, key, horizon)
-
-    def loss(
-        run: Run, meta: PyTree, carried: Carried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        begin_key, run_key, noise_key = jax.random.split(key, 3)
+    def segment(
+        run: Run, meta: PyTree, state: PyTree, key: jax.Array
+    ) -> tuple[jax.Array, PyTree, jax.Array]:
+        run_key, noise_key = jax.random.split(key)
         centre = jax.lax.stop_gradient(meta)
-        carried = _renew(run, centre, carried, task, begin_key, horizon)
         epsilon = _perturbation(noise_key, centre, sigma)
+        _, plus = run.go_on(jax.tree.map(jnp.add, centre, epsilon), state, run_key, truncation)
+        _, minus = run.go_on(
+            jax.tree.map(jnp.subtract, centre, epsilon), state, run_key, truncation
+        )
+        value = _antithetic(plus, minus, meta, epsilon, sigma)
+        state, losses = run.go_on(centre, state, run_key, truncation)
+        return value, state, losses[-1]
 
-        def segment(meta: PyTree) -> tuple[PyTree, jax.Array]:
-            return run.go_on(meta, carried.state, run_key, truncation)
+    return _in_segments(horizon, truncation, _begin, segment)
 
-        plus, minus = (segment(m)[1].mean() for m in _pair(centre, epsilon))
-        slope = (plus - minus) / (2 * sigma**2)
-        value = with_gradient((plus + minus) / 2, meta, jax.tree.map(lambda e: slope * e, epsilon))
-        state, losses = segment(centre)
-        new = Carried(state, carried.age + truncation)
-        return value, Aux(new, {"last_loss": losses[-1]})
 
-    return Estimator(init, loss)
+def _antithetic(
+    plus: jax.Array, minus: jax.Array, meta: PyTree, direction: PyTree, sigma: float
+) -> jax.Array:
+    """The mean of a pair's losses [steps], whose gradient is their difference's in a direction."""
+    slope = (plus.mean() - minus.mean()) / (2 * sigma**2)
+    gradient = jax.tree.map(lambda d: slope * d, direction)
+    return with_gradient((plus.mean() + minus.mean()) / 2, meta, gradient)
 
 
 def persistent_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Estimator:
@@ -207,36 +214,25 @@ def persistent_es(horizon: int, truncation: int, *, sigma: float = 0.01) -> Esti
     Raises:
       ValueError: where the truncation does not divide the horizon.
     """
-    _check(horizon, truncation)
 
-    def init(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> PersistentlyCarried:
+    def begin(run: Run, meta: PyTree, task: PyTree, key: jax.Array) -> Pair:
         state = run.begin(meta, task, key)
-        zeros = jax.tree.map(jnp.zeros_like, meta)
-        return PersistentlyCarried((state, state), zeros, jnp.array(horizon, jnp.int32))
+        return Pair(state, state, jax.tree.map(jnp.zeros_like, meta))
 
-    def loss(
-        run: Run, meta: PyTree, carried: PersistentlyCarried, task: PyTree, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        begin_key, run_key, noise_key = jax.random.split(key, 3)
+    def segment(
+        run: Run, meta: PyTree, pair: Pair, key: jax.Array
+    ) -> tuple[jax.Array, Pair, jax.Array]:
+        run_key, noise_key = jax.random.split(key)
         centre = jax.lax.stop_gradient(meta)
         epsilon = _perturbation(noise_key, centre, sigma)
-        state = run.begin(centre, task, begin_key)
-        fresh = PersistentlyCarried(
-            (state, state),
-            jax.tree.map(jnp.zeros_like, carried.perturbations),
-            jnp.zeros_like(carried.age),
+        after_plus, plus = run.go_on(
+            jax.tree.map(jnp.add, centre, epsilon), pair.plus, run_key, truncation
         )
-        states, xi, age = _choose(carried.age >= horizon, fresh, carried)
-        xi = jax.tree.map(jnp.add, xi, epsilon)
-        (after_plus, plus), (after_minus, minus) = (
-            run.go_on(m, s, run_key, truncation)
-            for m, s in zip(_pair(centre, epsilon), states, strict=True)
+        after_minus, minus = run.go_on(
+            jax.tree.map(jnp.subtract, centre, epsilon), pair.minus, run_key, truncation
         )
-        slope = (plus.mean() - minus.mean()) / (2 * sigma**2)
-        value = with_gradient(
-            (plus.mean() + minus.mean()) / 2, meta, jax.tree.map(lambda x: slope * x, xi)
-        )
-        new = PersistentlyCarried((after_plus, after_minus), xi, age + truncation)
-        return value, Aux(new, {"last_loss": (plus[-1] + minus[-1]) / 2})
+        xi = jax.tree.map(jnp.add, pair.perturbations, epsilon)
+        value = _antithetic(plus, minus, meta, xi, sigma)
+        return value, Pair(after_plus, after_minus, xi), (plus[-1] + minus[-1]) / 2
 
-    return Estimator(init, loss)
+    return _in_segments(horizon, truncation, begin, segment)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from meta_jax.core import Batch, Criterion, Episode, Network, PyTree, cross_entropy
-from meta_jax.networks.layers import init_linear, linear
+from meta_jax.networks.output_layer import with_output_layer
 
 
 class ProblemFamily(NamedTuple):
@@ -70,29 +70,6 @@ def quadratics() -> ProblemFamily:
         return loss, {"squares": loss}
 
     return ProblemFamily(Network(init, apply), criterion)
-
-
-def with_output_layer(network: Network, outputs: int) -> Network:
-    """A network followed by a linear layer of its own: parameters {'network', 'head'}.
-
-    Args:
-      network: from [n, ...] to [n, features].
-      outputs: of the linear layer.
-    """
-
-    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        network_key, head_key = jax.random.split(key)
-        params, state = network.init(network_key, x)
-        z, _ = network.apply(params, state, x, key=head_key, train=True)
-        return {"network": params, "head": init_linear(head_key, z.shape[-1], outputs)}, state
-
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        z, state = network.apply(params["network"], state, x, key=key, train=train)
-        return linear(params["head"], z), state
-
-    return Network(init, apply, network.batch_norm)
 
 
 def classification(network: Network, *, ways: int, minibatch: int | None) -> ProblemFamily:

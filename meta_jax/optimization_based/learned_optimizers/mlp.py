@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import PyTree
-from meta_jax.networks.layers import linear
+from meta_jax.core import Network, PyTree
+from meta_jax.networks.mlp import mlp
+from meta_jax.networks.output_layer import with_output_layer
 from meta_jax.optimization_based.update_rules import UpdateRule
 
 _MOMENTA = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -49,23 +50,19 @@ def normalised(features: jax.Array) -> jax.Array:
     return features * jax.lax.rsqrt(1e-5 + (features**2).mean(axes, keepdims=True))
 
 
-def _init_mlp(key: jax.Array, sizes: tuple[int, ...]) -> PyTree:
-    keys = jax.random.split(key, len(sizes) - 1)
-    init = jax.nn.initializers.lecun_normal()
-    return {
-        f"layer{i + 1}": {"kernel": init(k, sizes[i : i + 2]), "bias": jnp.zeros(sizes[i + 1])}
-        for i, k in enumerate(keys)
-    }
+def _network(units: tuple[int, ...]) -> Network:
+    """From the features of one parameter to d and m."""
+    return with_output_layer(mlp(units), 2)
 
 
-def _updates(mlp: PyTree, features: jax.Array, step: jax.Array) -> jax.Array:
-    """-1e-3 d exp(1e-3 m) of an MLP's two outputs d and m, for features [..., features]."""
+def _updates(network: Network, weights: PyTree, features: jax.Array, step: jax.Array) -> jax.Array:
+    """-1e-3 d exp(1e-3 m) of a network's two outputs d and m, for features [..., features]."""
     time = time_features(step).astype(features.dtype)
     time = jnp.broadcast_to(time, (*features.shape[:-1], time.size))
     x = jnp.concatenate([features, time], -1)
-    for i in range(len(mlp)):
-        x = linear(mlp[f"layer{i + 1}"], x if i == 0 else jax.nn.relu(x))
-    return (-1e-3 * x[..., 0] * jnp.exp(1e-3 * x[..., 1])).astype(features.dtype)
+    y, _ = network.apply(weights, {}, x.reshape(-1, x.shape[-1]), key=None, train=True)
+    updates = -1e-3 * y[:, 0] * jnp.exp(1e-3 * y[:, 1])
+    return updates.reshape(features.shape[:-1]).astype(features.dtype)
 
 
 def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
@@ -82,11 +79,11 @@ def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
       >>> sum(leaf.size for leaf in jax.tree.leaves(meta))
       1762
     """
-    decays = jnp.array(_MOMENTA)
+    network, decays = _network(units), jnp.array(_MOMENTA)
 
     def init_meta(key: jax.Array, params: PyTree) -> PyTree:
         del params
-        return _init_mlp(key, (2 + len(_MOMENTA) + len(_TIMES), *units, 2))
+        return network.init(key, jnp.zeros((1, 2 + len(_MOMENTA) + len(_TIMES))))[0]
 
     def init(meta: PyTree, params: PyTree) -> MLPState:
         del meta
@@ -103,7 +100,7 @@ def mlp_rule(units: tuple[int, ...] = (32, 32)) -> UpdateRule:
 
         def of_leaf(g: jax.Array, p: jax.Array, m: jax.Array) -> jax.Array:
             seen = jnp.concatenate([jnp.stack([g, p], -1), m], -1)
-            return _updates(meta, normalised(seen), state.step)
+            return _updates(network, meta, normalised(seen), state.step)
 
         updates = jax.tree.map(of_leaf, gradient, params, momenta)
         return updates, MLPState(state.step + 1, momenta)
@@ -159,11 +156,13 @@ def adafactor_mlp_rule(units: tuple[int, ...] = (4, 4)) -> UpdateRule:
       >>> sum(leaf.size for leaf in jax.tree.leaves(meta))
       197
     """
+    network = _network(units)
 
     def init_meta(key: jax.Array, params: PyTree) -> PyTree:
         del params
         offsets = {name: jnp.zeros(len(decays)) for name, decays in _DECAYS.items()}
-        return {"mlp": _init_mlp(key, (28 + len(_TIMES), *units, 2)), "decays": offsets}
+        weights, _ = network.init(key, jnp.zeros((1, 28 + len(_TIMES))))
+        return {"mlp": weights, "decays": offsets}
 
     def decay(meta: PyTree, name: str) -> jax.Array:
         # 1 - decay changes by a factor of e^10 for one unit of the meta-parameter.
@@ -236,7 +235,8 @@ def adafactor_mlp_rule(units: tuple[int, ...] = (4, 4)) -> UpdateRule:
                 new.momentum * factors,
             ]
             wide = [jnp.broadcast_to(f, (*g.shape, f.shape[-1])) for f in features]
-            return _updates(meta["mlp"], normalised(jnp.concatenate(wide, -1)), state.step)
+            seen = normalised(jnp.concatenate(wide, -1))
+            return _updates(network, meta["mlp"], seen, state.step)
 
         moments = jax.tree.map(new_moments, gradient, state.moments)
         updates = jax.tree.map(of_leaf, gradient, params, moments)

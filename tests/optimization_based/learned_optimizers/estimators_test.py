@@ -99,18 +99,18 @@ def test_a_run_that_has_ended_begins_anew(make):
 def test_persistent_perturbations_are_those_of_this_run():
     estimator = persistent_es(STEPS, 1)
     _, _, carried = gradients(estimator, 5, 1)
-    plus, minus = carried.states
+    plus, minus, perturbations = carried.state
     # After one step from zero, s is theta perturbed.
-    np.testing.assert_allclose(plus - THETA, carried.perturbations, atol=1e-7)
-    np.testing.assert_allclose(minus - THETA, -carried.perturbations, atol=1e-7)
+    np.testing.assert_allclose(plus - THETA, perturbations, atol=1e-7)
+    np.testing.assert_allclose(minus - THETA, -perturbations, atol=1e-7)
     # The fifth segment begins a run: nothing is left of the first four.
     _, _, carried = gradients(estimator, 5, 5)
-    np.testing.assert_allclose(carried.states[0] - THETA, carried.perturbations, atol=1e-7)
+    np.testing.assert_allclose(carried.state.plus - THETA, carried.state.perturbations, atol=1e-7)
 
 
 def test_every_task_has_a_perturbation_of_its_own():
     _, _, carried = gradients(persistent_es(STEPS, 1), 5, 1)
-    assert len(np.unique(carried.perturbations)) == 5
+    assert len(np.unique(carried.state.perturbations)) == 5
 
 
 def test_a_gradient_may_be_given():

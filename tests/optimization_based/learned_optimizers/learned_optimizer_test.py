@@ -267,4 +267,4 @@ def test_a_chunk_of_tasks_keeps_each_its_state():
             (end.params, end.state), (ends[0].params, ends[0].state), rtol=1e-9, atol=1e-9
         )
     # Each task's state is what the task alone would have.
-    assert len(np.unique(ends[0].state.states[0].params[:, 0])) == 4
+    assert len(np.unique(ends[0].state.state.plus.params[:, 0])) == 4

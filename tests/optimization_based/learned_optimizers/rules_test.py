@@ -152,8 +152,8 @@ def test_the_first_step_of_the_mlp_by_hand():
     seen = seen / np.sqrt(1e-5 + (seen**2).mean(0))
     x = np.concatenate([seen, np.full((2, 11), np.tanh(-1))], -1)
     for layer in ("layer1", "layer2"):
-        x = np.maximum(x @ meta[layer]["kernel"] + meta[layer]["bias"], 0)
-    d, m = (x @ meta["layer3"]["kernel"] + meta["layer3"]["bias"]).T
+        x = np.maximum(x @ meta["network"][layer]["kernel"] + meta["network"][layer]["bias"], 0)
+    d, m = (x @ meta["head"]["kernel"] + meta["head"]["bias"]).T
     updates, _ = rule.update(meta, gradient, rule.init(meta, params), params, loss=None)
     np.testing.assert_allclose(updates["w"], -1e-3 * d * np.exp(1e-3 * m), rtol=1e-6)
 
