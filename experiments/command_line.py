@@ -77,6 +77,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     number("key_strength", 1.0, "Of mann: what the cosines are multiplied by; 1 in the paper.")
+    number("neighbour_weight", 0.0, "Of mann and lstm: of a loss of the encoder's own; 0: none.")
     number("inner_learning_rate", 2.0, "Of the inner loop, for a loss averaged over examples.")
     integer("inner_steps", 1, "Inner steps in training.", 0)
     integer("eval_inner_steps", 3, "Inner steps in validation and tests.", 0)

@@ -93,9 +93,10 @@ def _sequence_learner(
     _classifies(values, criterion)
     _one_output_for_each_way(values)
     if values.learner == "lstm":
-        return lstm_learner(network, units=values.units)
+        return lstm_learner(network, units=values.units, neighbour_weight=values.neighbour_weight)
     return mann(
         network,
+        neighbour_weight=values.neighbour_weight,
         units=values.units,
         slots=values.memory_slots,
         width=values.memory_width,

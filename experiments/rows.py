@@ -78,6 +78,9 @@ ROWS: dict[str, Row] = {
     "meta_networks/omniglot_5w1s": Row(
         "meta_networks_omniglot", 5, 1, 98.95, "Munkhdalai and Yu 2017, table 1"
     ),
+    "mann/omniglot_5w1s": Row(
+        "mann_omniglot", 5, 1, None, "Santoro et al. 2016 have sequences only"
+    ),
     "mann/omniglot_sequence_2nd": Row("mann_omniglot", 5, 1, 82.8, _SANTORO, instance=2),
     "mann/omniglot_sequence_5th": Row("mann_omniglot", 5, 1, 94.9, _SANTORO, instance=5),
     "mann/omniglot_sequence_10th": Row("mann_omniglot", 5, 1, 98.1, _SANTORO, instance=10),

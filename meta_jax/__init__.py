@@ -84,6 +84,7 @@ from meta_jax.model_based.sequence import (
     as_sequence,
     instance_accuracy,
     instance_numbers,
+    neighbour_loss,
     sequence_learner,
 )
 
@@ -300,6 +301,7 @@ __all__ = [
     "mlp_rule",
     "multi_step_weights",
     "nearest_neighbour",
+    "neighbour_loss",
     "pair_cross_entropy",
     "pair_logits",
     "pairwise_distance",

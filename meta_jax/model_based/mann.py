@@ -32,6 +32,7 @@ def mann(
     decay: float = 0.95,
     strength: float = 1.0,
     values: bool = False,
+    neighbour_weight: float = 0.0,
 ) -> MetaLearner:
     """An LSTM with an external memory that it writes to where it has not been for long.
 
@@ -49,6 +50,7 @@ def mann(
       strength: what the cosines are multiplied by; 1 in the paper; larger ones read more sharply.
       values: whether what is written are values tanh(W h_t) of their own, as in public
         implementations, and not the keys, as in the paper.
+      neighbour_weight: of the encoder's own loss; 0 in the paper; see `sequence_learner`.
 
     Returns:
       The learner; see `sequence_learner`.
@@ -109,15 +111,19 @@ def mann(
         what = what.reshape(-1)
         return MannCarry(hidden, cell, memory, what), jnp.concatenate([hidden, what])
 
-    return sequence_learner(network, Cell(init, start, drive, step, units + heads * width))
+    cell = Cell(init, start, drive, step, units + heads * width)
+    return sequence_learner(network, cell, neighbour_weight=neighbour_weight)
 
 
-def lstm_learner(network: Network, *, units: int = 200) -> MetaLearner:
+def lstm_learner(
+    network: Network, *, units: int = 200, neighbour_weight: float = 0.0
+) -> MetaLearner:
     """The baseline of Santoro et al.: the same sequences, an LSTM and no external memory.
 
     Args:
       network: embeds the inputs.
       units: of the LSTM.
+      neighbour_weight: of the encoder's own loss; see `sequence_learner`.
 
     Returns:
       The learner; see `sequence_learner`.
@@ -140,4 +146,5 @@ def lstm_learner(network: Network, *, units: int = 200) -> MetaLearner:
         carry = lstm_gates(drive + hidden @ params["kernel"][-units:], cell)
         return carry, carry[0]
 
-    return sequence_learner(network, Cell(init, start, drive, step, units))
+    cell = Cell(init, start, drive, step, units)
+    return sequence_learner(network, cell, neighbour_weight=neighbour_weight)

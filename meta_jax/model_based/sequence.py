@@ -94,7 +94,35 @@ def sequence_criterion(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, dict
     return loss, {**metrics, **{f"instance_{i + 1}": value for i, value in enumerate(each)}}
 
 
-def sequence_learner(network: Network, cell: Cell) -> MetaLearner:
+def neighbour_loss(z: jax.Array, y: jax.Array) -> jax.Array:
+    """Neighbourhood components analysis: -log of the share of z's neighbours in its own class.
+
+    The mean over i of -log sum_{j: y_j = y_i} p_ij, p_ij = softmax_{j != i}(-||z_i - z_j||^2)
+    (Goldberger et al. 2004, eqs. 2 and 9, the log of them).
+
+    Args:
+      z: embedded inputs [n, D].
+      y: one-hot labels [n, ways], two of each class at least; all-zero rows are padding.
+
+    Returns:
+      The loss, in nats.
+
+    Examples:
+      >>> z, y = jnp.array([[0.0], [0.0], [1.0], [1.0]]), jnp.eye(2)[jnp.array([0, 0, 1, 1])]
+      >>> round(float(neighbour_loss(z, y)), 4)  # -log(1 / (1 + 2 / e))
+      0.5514
+    """
+    squares = (z * z).sum(-1)
+    distances = squares[:, None] + squares - 2 * z @ z.T
+    real = y.any(-1)
+    others = real[None] & ~jnp.eye(y.shape[0], dtype=bool)
+    logits = jnp.where(others, -distances, -jnp.inf)
+    same = ((y @ y.T > 0) | ~real[:, None]) & others  # all are neighbours of padding: it loses 0
+    near = jax.nn.logsumexp(jnp.where(same, logits, -jnp.inf), -1)
+    return (jax.nn.logsumexp(logits, -1) - near).sum() / real.sum()
+
+
+def sequence_learner(network: Network, cell: Cell, *, neighbour_weight: float = 0.0) -> MetaLearner:
     """A cell that reads embedded inputs, each with the label of the one before, and answers.
 
     `adapt` reads the support set in the order given; its `logits` are the answers on the way, so
@@ -106,6 +134,9 @@ def sequence_learner(network: Network, cell: Cell) -> MetaLearner:
       network: the embedding network. Where its batch norm takes statistics, it takes those of the
         whole sequence at once (in the mode 'running': in training alone).
       cell: the recurrent cell.
+      neighbour_weight: of the encoder's own loss, `neighbour_loss`, which is added to the
+        sequence's: a memory is of no use before the encoder tells classes apart, and the encoder
+        learns nothing from a memory that is of no use.
 
     Returns:
       The learner; its parameters are {'network', 'cell', 'output'}. Labels are inputs and outputs,
@@ -173,6 +204,9 @@ def sequence_learner(network: Network, cell: Cell) -> MetaLearner:
             lambda carry, d: cell.step(params["cell"], carry, d), cell.start(params["cell"]), drive
         )
         value, metrics = sequence_criterion(answer(params, outputs), y)
+        if neighbour_weight:
+            near = neighbour_loss(z, y)
+            value, metrics = value + neighbour_weight * near, {**metrics, "neighbour_loss": near}
         return value, Aux(state, metrics)
 
     return MetaLearner(init, adapt, predict, loss)

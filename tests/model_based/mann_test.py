@@ -7,7 +7,12 @@ import pytest
 
 from meta_jax.core import Batch, Episode, cross_entropy
 from meta_jax.model_based.mann import lstm_learner, mann
-from meta_jax.model_based.sequence import as_sequence, instance_accuracy, instance_numbers
+from meta_jax.model_based.sequence import (
+    as_sequence,
+    instance_accuracy,
+    instance_numbers,
+    neighbour_loss,
+)
 from meta_jax.networks.flatten import flatten
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -185,6 +190,33 @@ def test_the_gradient_agrees_with_central_differences(name):
         for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
     )
     np.testing.assert_allclose((ahead - behind) / (2 * step), along, rtol=1e-6)
+
+
+def test_the_neighbour_loss_is_the_share_of_the_own_class_among_all_neighbours():
+    z = np.random.default_rng(0).normal(size=(7, 3))
+    labels = np.array([0, 1, 0, 2, 1, 2, 0])
+    lost = []
+    for i in range(7):
+        near = np.exp(-((z[i] - z) ** 2).sum(1)) * (np.arange(7) != i)
+        lost.append(-np.log(near[labels == labels[i]].sum() / near.sum()))
+    y = jnp.eye(3)[labels]
+    np.testing.assert_allclose(neighbour_loss(jnp.asarray(z), y), np.mean(lost), atol=1e-12)
+    # Padding is nobody's neighbour and has none to find; its gradient is zero, not NaN.
+    padded = jnp.concatenate([z, 9 * jnp.ones((2, 3))]), jnp.concatenate([y, jnp.zeros((2, 3))])
+    loss, gradient = jax.value_and_grad(neighbour_loss)(*padded)
+    np.testing.assert_allclose(loss, np.mean(lost), atol=1e-12)
+    np.testing.assert_array_equal(gradient[7:], 0)
+
+
+def test_the_encoders_own_loss_is_added_with_its_weight():
+    x, y = sequence()
+    episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
+    plain, _ = LEARNERS["lstm"].loss(params_of("lstm"), {}, episode, KEY)
+    learner = lstm_learner(flatten(), units=UNITS, neighbour_weight=0.5)
+    loss, aux = learner.loss(params_of("lstm"), {}, episode, KEY)
+    near = neighbour_loss(x.reshape(12, 4), y)
+    np.testing.assert_allclose(loss, plain + 0.5 * near, atol=1e-12)
+    np.testing.assert_allclose(aux.metrics["neighbour_loss"], near, atol=1e-12)
 
 
 def test_a_shuffled_sequence_is_the_episode_with_its_padding_last():
