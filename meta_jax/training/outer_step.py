@@ -115,9 +115,6 @@ def task_gradients(
             check_vma=False,
         )(params, state, data, keys)
 
-    # What a chunk returns: its gradient; what is averaged over chunks; one state for each task.
-    Found = tuple[PyTree, tuple[PyTree, dict[str, Array]], PyTree]
-
     def task(params: PyTree, state: PyTree, key: Array) -> tuple[Array, tuple]:
         episode_key, loss_key = jax.random.split(key)
         loss, aux = learner.loss(params, state, sampler(episode_key, data), loss_key)
@@ -134,32 +131,32 @@ def task_gradients(
         loss, (after, metrics) = task(params, first, keys[0])
         return loss, (jax.tree.map(lambda s: s[None], after) if per_task else after, metrics)
 
-    def gradients(keys: Array, states: PyTree) -> Found:
+    def gradients(keys: Array, states: PyTree) -> tuple[PyTree, PyTree, dict[str, Array]]:
         # A batch axis of one would cost the compiler its plain matrix products.
         grad = jax.grad(one if task_chunk == 1 else chunk, has_aux=True)
         gradient, (states, metrics) = grad(params, states if per_task else state, keys)
-        return gradient, ({} if per_task else states, metrics), states if per_task else {}
+        return gradient, states, metrics
 
     chunks = keys.shape[0] // task_chunk
 
     def split(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), tree)
 
-    def body(total: PyTree, inputs: tuple[Array, PyTree]) -> tuple[PyTree, PyTree]:
-        *found, states = gradients(*inputs)
-        return jax.tree.map(jnp.add, total, tuple(found)), states
-
     inputs = split((keys, state if per_task else {}))
     if chunks == 1:
-        gradient, (shared, metrics), states = gradients(*jax.tree.map(lambda a: a[0], inputs))
-        return gradient, states if per_task else shared, metrics
-    *shapes, _ = jax.eval_shape(gradients, *jax.tree.map(lambda a: a[0], inputs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
-    total, states = jax.lax.scan(body, zeros, inputs)
-    gradient, (shared, metrics) = jax.tree.map(lambda t: t / chunks, total)
+        return gradients(*jax.tree.map(lambda a: a[0], inputs))
+
+    def body(total: PyTree, inputs: tuple[Array, PyTree]) -> tuple[PyTree, PyTree]:
+        gradient, states, metrics = gradients(*inputs)
+        summed = gradient, {} if per_task else states
+        return jax.tree.map(jnp.add, total, summed), (states if per_task else {}, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, {} if per_task else state))
+    total, (states, metrics) = jax.lax.scan(body, zeros, inputs)
+    gradient, shared = jax.tree.map(lambda t: t / chunks, total)
     if per_task:
         shared = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), states)
-    return gradient, shared, metrics
+    return gradient, shared, jax.tree.map(lambda m: m.mean(0), metrics)
 
 
 def make_outer_step(
@@ -222,14 +219,16 @@ def make_run(
         train_state: TrainState, data: PyTree, until: Array
     ) -> tuple[TrainState, dict[str, Array], Array]:
         first = train_state.step
+        # Traced once for the shapes and the loop alike.
+        traced_step = jax.jit(outer_step, inline=True)
 
         def body(carry: tuple) -> tuple:
             train_state, total, _ = carry
-            train_state, metrics = outer_step(train_state, data)
+            train_state, metrics = traced_step(train_state, data)
             finite = jnp.isfinite(metrics["loss"])
             return train_state, jax.tree.map(jnp.add, total, metrics), finite
 
-        metrics = jax.eval_shape(outer_step, train_state, data)[1]
+        metrics = jax.eval_shape(traced_step, train_state, data)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
         train_state, total, finite = jax.lax.while_loop(
             lambda carry: (carry[0].step < until) & carry[2],
