@@ -84,7 +84,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
     readme = ledger.README.read_text(encoding="utf-8")
     write_text(ledger.README, ledger.with_table(readme, ledger.RESULTS, ledger.table(rows)))
     paper = "" if row.paper_accuracy is None else f"; the paper reports {row.paper_accuracy} %"
-    print(f"{name}: {testing.line(found)}{paper}")
+    print(f"{name}: {testing.line({**found, **row.accuracy(found)})}{paper}")
 
 
 def _ship_weights(workdir: Path, folder: Path) -> Path:
