@@ -5,6 +5,7 @@ coordinate by coordinate, into fast weights. Gradients are constants to the trai
 second derivatives.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ from jax.flatten_util import ravel_pytree
 
 from meta_jax.core import Batch, Episode, MetaLearner, PyTree, cross_entropy, episode_loss
 from meta_jax.networks.augmented import classify, init_augmented, represent
-from meta_jax.networks.layers import init_linear, linear
-from meta_jax.networks.lstm import init_lstm, lstm
+from meta_jax.networks.layers import init_linear
+from meta_jax.networks.lstm import init_lstm, lstm_gates
 
 _UNITS = 20  # of the meta-networks
 _K = 7  # of the preprocessing: gradients below e^-7 are small
+_CHUNK = 512  # coordinates at a time, with activations that a CPU's cache holds
 
 
 class FastWeightMemory(NamedTuple):
@@ -173,17 +175,19 @@ def _init_d(key: jax.Array) -> PyTree:
 
 def _d(params: PyTree, inputs: jax.Array, real: jax.Array) -> jax.Array:
     """An LSTM over the examples, for each coordinate: [n, coordinates, 2] -> [coordinates]."""
-    start = jnp.zeros((inputs.shape[1], _UNITS), inputs.dtype)
+    gates = jax.vmap(lstm_gates, (1, 1), (1, 1))
 
-    def step(carry: tuple, example: tuple) -> tuple[tuple, None]:
-        x, real = example
-        new = lstm(params["lstm"], x, *carry)
-        return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), None
+    def network(examples: jax.Array) -> jax.Array:
+        def step(carry: tuple, example: tuple) -> tuple[tuple, None]:
+            (h, c), (x, real) = carry, example
+            new = gates(_across(params["lstm"], jnp.concatenate([x, h])), c)
+            return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), None
 
-    # Gates of all steps would be the largest arrays of all: they are worked out again.
-    step = jax.checkpoint(step, prevent_cse=False)
-    (h, _), _ = jax.lax.scan(step, (start, start), (inputs, real))
-    return linear(params["output"], h)[:, 0]
+        start = jnp.zeros((_UNITS, examples.shape[-1]), examples.dtype)
+        (h, _), _ = jax.lax.scan(step, (start, start), (examples, real))
+        return _across(params["output"], h)[0]
+
+    return _by_chunks(network, inputs)
 
 
 def _init_m(key: jax.Array) -> PyTree:
@@ -201,10 +205,36 @@ def _zeros(layer: PyTree) -> PyTree:
 def _m(params: PyTree, inputs: jax.Array) -> jax.Array:
     """A small network, for each example and coordinate: [n, coordinates, 2] -> [n, coordinates]."""
 
-    @jax.checkpoint
-    def network(x: jax.Array) -> jax.Array:
-        x = jax.nn.relu(linear(params["layer1"], x))
-        x = jax.nn.relu(linear(params["layer2"], x))
-        return linear(params["layer3"], x)[..., 0]
+    def network(examples: jax.Array) -> jax.Array:
+        x = jax.nn.relu(_across(params["layer1"], examples))
+        x = jax.nn.relu(_across(params["layer2"], x))
+        return _across(params["layer3"], x)[:, 0]
 
-    return network(inputs)
+    return _by_chunks(network, inputs)
+
+
+def _across(params: PyTree, x: jax.Array) -> jax.Array:
+    """`linear` on columns: x [..., inputs, coordinates] -> [..., outputs, coordinates]."""
+    return jnp.einsum("io,...ic->...oc", params["kernel"], x) + params["bias"][:, None]
+
+
+def _by_chunks(network: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
+    """A meta-network on some coordinates at a time, [n, 2, chunk] -> [..., chunk].
+
+    Coordinates come last, for vectors of 20 units fill no register; and activations, by far the
+    largest arrays of all, are worked out again in the backward pass. Four times as fast on a CPU.
+
+    Args:
+      network: the meta-network.
+      inputs: [n, coordinates, 2].
+
+    Returns:
+      [..., coordinates].
+    """
+    n, count, _ = inputs.shape
+    size = min(_CHUNK, count) if jax.default_backend() == "cpu" else count
+    chunks = math.ceil(count / size)
+    padded = jnp.pad(inputs, ((0, 0), (0, chunks * size - count), (0, 0)))
+    split = padded.reshape(n, chunks, size, 2).transpose(1, 0, 3, 2)
+    out = jax.lax.map(jax.checkpoint(network, prevent_cse=False), split)
+    return jnp.moveaxis(out, 0, -2).reshape(*out.shape[1:-1], -1)[..., :count]
