@@ -1,10 +1,11 @@
 """The ledger, the table made from it, and the weights that ship with it."""
 
+import functools
 import json
 
 import pytest
 
-from experiments import ledger
+from experiments import ledger, tasks
 from experiments.benchmark import report
 from experiments.rows import ROWS
 from experiments.testing import evaluate
@@ -41,6 +42,9 @@ def test_every_row_can_be_made_again():
         assert 0 < size <= 1 << 20
 
 
+load_once = functools.cache(tasks.load_splits)  # the whole Omniglot takes seconds
+
+
 def rows_by_test():
     """Rows of the same weights and settings, such as the instances of a sequence, share a test."""
     tests = {}
@@ -51,7 +55,8 @@ def rows_by_test():
 
 
 @pytest.mark.parametrize("rows", rows_by_test(), ids=lambda rows: rows[0]["row"])
-def test_weights_give_the_accuracy_again(rows, omniglot_zips):
+def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
+    monkeypatch.setattr(tasks, "load_splits", load_once)
     first = ROWS[rows[0]["row"]]
     found = evaluate(
         ledger.ROOT / rows[0]["weights"],
