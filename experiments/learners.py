@@ -96,7 +96,6 @@ def _sequence_learner(
         return lstm_learner(network, units=values.units, neighbour_weight=values.neighbour_weight)
     return mann(
         network,
-        neighbour_weight=values.neighbour_weight,
         units=values.units,
         slots=values.memory_slots,
         width=values.memory_width,
@@ -104,6 +103,7 @@ def _sequence_learner(
         decay=values.usage_decay,
         strength=values.key_strength,
         values=values.memory_values,
+        neighbour_weight=values.neighbour_weight,
     )
 
 

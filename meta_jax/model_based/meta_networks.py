@@ -222,7 +222,8 @@ def _by_chunks(network: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> 
     """A meta-network on some coordinates at a time, [n, 2, chunk] -> [..., chunk].
 
     Coordinates come last, for vectors of 20 units fill no register; and activations, by far the
-    largest arrays of all, are worked out again in the backward pass. Four times as fast on a CPU.
+    largest arrays of all, are worked out again in the backward pass. On a CPU this is three to four
+    times as fast.
 
     Args:
       network: the meta-network.

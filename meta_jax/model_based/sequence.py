@@ -98,7 +98,7 @@ def neighbour_loss(z: jax.Array, y: jax.Array) -> jax.Array:
     """Neighbourhood components analysis: -log of the share of z's neighbours in its own class.
 
     The mean over i of -log sum_{j: y_j = y_i} p_ij, p_ij = softmax_{j != i}(-||z_i - z_j||^2)
-    (Goldberger et al. 2004, eqs. 2 and 9, the log of them).
+    (Goldberger et al. 2004, the variant with the logarithm).
 
     Args:
       z: embedded inputs [n, D].
