@@ -58,9 +58,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("features", 64, "Channels of each block of the network.", 1)
     string("batch_norm", None, "batch, running or support; default: the method's own.")
     string("distance", "squared_euclidean", "Of prototypical: squared_euclidean or cosine.")
-    flags.DEFINE_boolean(
-        "distort", False, "Of siamese: distort training images.", flag_values=values
-    )
+    flags.DEFINE_boolean("distort", False, "Distort training images.", flag_values=values)
     number("temperature", 0.1, "Of matching and matching_fce: what cosines are divided by.")
     integer("full_context_steps", 3, "Of matching_fce: steps of the queries' LSTM.", 1)
     string("relation_criterion", "squared_error", "Of relation; or cross_entropy.")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments.command_line import UsageError
 from meta_jax.core import Criterion, MetaLearner, Network, cross_entropy, squared_error
-from meta_jax.data.distortions import distort_affine
+from meta_jax.data.distortions import distorted_training
 from meta_jax.metric_based.kernel import kernel_learner
 from meta_jax.metric_based.matching import matching
 from meta_jax.metric_based.prototypical import prototypical
@@ -44,7 +44,7 @@ def _classifies(values: flags.FlagValues, criterion: Criterion) -> None:
 
 def _siamese(values: flags.FlagValues, network: Network, criterion: Criterion) -> MetaLearner:
     _classifies(values, criterion)
-    return siamese(network, distortion=distort_affine if values.distort else None)
+    return siamese(network)
 
 
 def _matching(values: flags.FlagValues, network: Network, criterion: Criterion) -> MetaLearner:
@@ -310,10 +310,13 @@ def build_learner(
             f"--protocol=sequence tests learners that answer while they adapt "
             f"({', '.join(SEQUENCE_LEARNERS)}), not {values.learner}"
         )
+    if values.distort and criterion is not cross_entropy:
+        raise UsageError("--distort distorts images: give it a dataset of them, not sinusoid")
     try:
-        return build(values, build_network(values, mesh), criterion), criterion
+        learner = build(values, build_network(values, mesh), criterion)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    return distorted_training(learner) if values.distort else learner, criterion
 
 
 def build_optimizer(values: flags.FlagValues) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ from meta_jax.core import (
 
 # Where tasks come from.
 from meta_jax.data.dataset import DataError, ImageDataset, Splits, stack_classes
-from meta_jax.data.distortions import distort_affine
+from meta_jax.data.distortions import distort_affine, distorted_training
 from meta_jax.data.episodes import EpisodeSpec, check_spec, quarter_turns, sample_episode
 from meta_jax.data.glyphs import load_glyphs
 from meta_jax.data.image_folder import load_image_folder
@@ -242,6 +242,7 @@ __all__ = [
     "cross_entropy",
     "decay_usage",
     "distort_affine",
+    "distorted_training",
     "embed_queries_in_context",
     "embed_support_in_context",
     "empty_memory",

@@ -41,11 +41,13 @@ def omniglot_tfds() -> Path:
     return _real_data("tensorflow_datasets")
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def forget_compiled_programs() -> Iterator[None]:
-    """Thousands of programs kept by one process exhaust its memory maps."""
+    """Thousands of programs kept by one process exhaust its memory maps; Linux allows 65,530."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,7 +1,13 @@
 """Random distortions of images, on the device."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from meta_jax.core import Aux, Batch, Episode, MetaLearner, PyTree
+
+Distortion = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images [n, ...]) -> images
 
 
 def distort_affine(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -33,6 +39,36 @@ def distort_affine(key: jax.Array, images: jax.Array) -> jax.Array:
     values = jax.random.uniform(value_key, (n, 7), minval=low, maxval=high)
     values = jnp.where(jax.random.bernoulli(use_key, 0.5, (n, 7)), values, neutral)
     return jax.vmap(_distort)(images, affine_matrices(values), values[:, 5:])
+
+
+def distorted_training(
+    learner: MetaLearner, distortion: Distortion = distort_affine
+) -> MetaLearner:
+    """A learner that is trained on distorted images, as Koch et al. (2015) do.
+
+    Args:
+      learner: any learner of images.
+      distortion: (key, images [n, ...]) -> images of the same shape.
+
+    Returns:
+      The learner, whose `loss` distorts support and queries before it looks at them. Its `adapt`
+      and `predict`, and so validation and tests, see the images as they are.
+
+    Examples:
+      >>> import meta_jax as mj
+      >>> learner = distorted_training(mj.prototypical(mj.conv4(8)))
+    """
+
+    def loss(
+        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        loss_key, *keys = jax.random.split(key, 3)
+        distorted = [
+            Batch(distortion(k, batch.x), batch.y) for k, batch in zip(keys, episode, strict=True)
+        ]
+        return learner.loss(params, state, Episode(*distorted), loss_key)
+
+    return learner._replace(loss=loss)
 
 
 def affine_matrices(values: jax.Array) -> jax.Array:

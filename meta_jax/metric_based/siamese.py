@@ -1,15 +1,11 @@
 """Convolutional Siamese Networks (Koch, Zemel and Salakhutdinov 2015)."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Aux, Batch, Episode, MetaLearner, Network, PyTree, cross_entropy
+from meta_jax.core import MetaLearner, Network, PyTree, cross_entropy
 from meta_jax.metric_based.heads import Head, stateless_head
 from meta_jax.metric_based.learner import metric_learner
-
-Distortion = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images [n, ...]) -> images
 
 
 def pair_logits(params: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -98,16 +94,14 @@ def pairwise_head(*, init_scale: float = 0.02) -> Head:
     return stateless_head(fit, predict, init=init, loss=loss)
 
 
-def siamese(
-    network: Network, *, distortion: Distortion | None = None, joint_encoding: bool = True
-) -> MetaLearner:
+def siamese(network: Network, *, joint_encoding: bool = True) -> MetaLearner:
     """p(x, x') = sigma(sum_j alpha_j |f_j(x) - f_j(x')| + beta), f the twins.
 
-    A query takes the class of its best pair.
+    A query takes the class of its best pair. Koch et al. train on distorted images:
+    `distorted_training`.
 
     Args:
       network: the twins' embedding network f: `koch` in the paper, `conv4` for small images.
-      distortion: applied to support and queries in training, for example `distort_affine`.
       joint_encoding: embed support and queries as one batch in training.
 
     Returns:
@@ -126,17 +120,4 @@ def siamese(
       >>> logits.shape
       (2, 2)
     """
-    learner = metric_learner(network, pairwise_head(), joint_encoding=joint_encoding)
-    if distortion is None:
-        return learner
-
-    def loss(
-        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        loss_key, *keys = jax.random.split(key, 3)
-        distorted = [
-            Batch(distortion(k, batch.x), batch.y) for k, batch in zip(keys, episode, strict=True)
-        ]
-        return learner.loss(params, state, Episode(*distorted), loss_key)
-
-    return learner._replace(loss=loss)
+    return metric_learner(network, pairwise_head(), joint_encoding=joint_encoding)

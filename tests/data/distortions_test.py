@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.data.distortions import _distort, affine_matrices, distort_affine
+from meta_jax.core import Batch, Episode
+from meta_jax.data.distortions import (
+    _distort,
+    affine_matrices,
+    distort_affine,
+    distorted_training,
+)
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.networks.mlp import mlp
 
 KEY = jax.random.key(0)
 IDENTITY = jnp.eye(2)
@@ -71,3 +79,28 @@ def test_shifts_stay_within_two_pixels():
         assert abs(mean).max() < 2.5
         assert mean.max() > 1.5 > -1.5 > mean.min()
         assert 0.3 < (abs(mean) < 0.01).mean() < 0.7
+
+
+def test_distortions_are_for_training_alone_and_differ_between_support_and_queries():
+    drawn = []
+
+    def distortion(key, x):
+        drawn.append(jax.random.key_data(key).tolist())
+        return 2 * x
+
+    plain = prototypical(mlp((6, 4)))
+    learner = distorted_training(plain, distortion)
+    support, query = (
+        Batch(jax.random.normal(key, (3, 5)), jnp.eye(3)) for key in jax.random.split(KEY)
+    )
+    episode = Episode(support, query)
+    params, state = learner.init(KEY, episode)
+    distorted = Episode(Batch(2 * support.x, support.y), Batch(2 * query.x, query.y))
+    np.testing.assert_allclose(
+        learner.loss(params, state, episode, KEY)[0], plain.loss(params, state, distorted, KEY)[0]
+    )
+    assert len(drawn) == 2
+    assert drawn[0] != drawn[1]
+    adapted = learner.adapt(params, state, support, KEY, train=False)
+    learner.predict(params, adapted, query.x, KEY, train=False)
+    assert len(drawn) == 2

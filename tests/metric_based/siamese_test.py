@@ -132,24 +132,3 @@ def test_a_stuck_network_gets_no_point_for_the_first_class():
     outputs, _ = learner.predict(stuck, adapted, query.x, KEY, train=False)
     first = jnp.tile(jnp.eye(3)[:1], (6, 1))
     assert cross_entropy(outputs, first)[1]["accuracy"] == 0
-
-
-def test_distortions_are_for_training_alone_and_differ_between_the_twins():
-    drawn = []
-
-    def distortion(key, x):
-        drawn.append(jax.random.key_data(key).tolist())
-        return 2 * x
-
-    plain, params, state = built()
-    learner = siamese(mlp((6, 4)), distortion=distortion)
-    support, query = episode()
-    distorted = Episode(Batch(2 * support.x, support.y), Batch(2 * query.x, query.y))
-    np.testing.assert_allclose(
-        learner.loss(params, state, episode(), KEY)[0],
-        plain.loss(params, state, distorted, KEY)[0],
-    )
-    assert len(drawn) == 2
-    assert drawn[0] != drawn[1]
-    learner.adapt(params, state, support, KEY, train=False)
-    assert len(drawn) == 2
