@@ -93,6 +93,7 @@ def _conv4(
                 batch_norm=batch_norm,
                 train=train,
                 axis=axis,
+                defer=name == names[0],
             )
         return (x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)), new_state
 

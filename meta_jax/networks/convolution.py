@@ -1,6 +1,6 @@
 """Convolutions that stay fast when every task has its own kernel.
 
-Nothing else in the library knows how a convolution is computed. Four facts shape this file:
+Nothing else in the library knows how a convolution is computed. Five facts shape this file:
 
 - A convolution, its input's gradient and its kernel's gradient are three bilinear maps, and each
   one's derivatives are the other two. Written so, every order of reverse differentiation runs
@@ -12,6 +12,9 @@ Nothing else in the library knows how a convolution is computed. Four facts shap
 - With one to four input channels, patches are small, and patches times a matrix are faster.
   Batch-norm moments then follow from the mean and covariance of the patches, nine numbers wide,
   without a look at the output.
+- Those moments are known before the output is. A first block can thus be worked out, normalised,
+  for a few images at a time, just before the second convolution needs them, and again in the
+  backward pass: its large, cheap output never leaves a core's cache.
 - Max-pooling commutes with batch norm and ReLU up to the sign of the scale, so a chunk of images
   leaves the cache already pooled, a quarter of the data, with the moments that batch norm needs.
 """
@@ -28,6 +31,7 @@ from jax.custom_batching import custom_vmap
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _SMALL_PATCH = 36  # numbers; 3x3 windows of up to four channels
 _PATCHES_BYTES = 2 << 20  # patches of one chunk of images, where a kernel's gradient needs them
+_PREPARED_BYTES = 1 << 18  # inputs of one chunk; they stay in a core's own cache
 _CHUNK_BYTES = 4 << 20  # convolution output of one chunk; about a core's share of the cache
 
 
@@ -310,6 +314,70 @@ def convolve_pool_moments(
     mean = (share * parts.mean).sum(0)
     var = (share * (parts.var + (parts.mean - mean) ** 2)).sum(0)
     return y.reshape(chunks * size, *y.shape[2:])[:n], Moments(mean, var)
+
+
+def first_moments(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: str = "SAME"
+) -> Moments:
+    """The moments of a convolution with few input channels, without its output.
+
+    Args:
+      x: images [n, height, width, channels].
+      kernel: [window, window, channels, features].
+      stride: step between windows, in pixels.
+      padding: 'SAME' or 'VALID'.
+    """
+    return _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
+
+
+def first_output(
+    x: jax.Array, kernel: jax.Array, sign: jax.Array, *, stride: int, pool: bool, padding: str
+) -> jax.Array:
+    """A convolution with few input channels, pooled as in `convolve_pool_moments`, no moments."""
+    return _signed_pool(convolve(x, kernel, stride=stride, padding=padding), sign, pool)
+
+
+def prepared_chunks(x: jax.Array, kernel: jax.Array, *, stride: int, pool: bool) -> int:
+    """In how many chunks of images a first block pays that is worked out twice; 1: it does not.
+
+    Args:
+      x: images [n, height, width, channels].
+      kernel: of the first convolution, [window, window, channels, features].
+      stride: of the first convolution, in pixels.
+      pool: whether 2x2 pooling follows.
+    """
+    if jax.default_backend() != "cpu" or not _small_patches(kernel):
+        return 1
+    side = stride * (2 if pool else 1)
+    places = math.ceil(x.shape[1] / side) * math.ceil(x.shape[2] / side)
+    image = places * kernel.shape[3] * x.dtype.itemsize
+    return math.ceil(x.shape[0] / max(1, _PREPARED_BYTES // image))
+
+
+def convolve_prepared(
+    prepare: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    chunks: int,
+    stride: int,
+    padding: str = "SAME",
+) -> jax.Array:
+    """`convolve(prepare(x), kernel)` for some images at a time, prepared again for the gradient.
+
+    Args:
+      prepare: images [n, ...] -> inputs [n, height, width, channels], each image by itself.
+      x: images [n, ...].
+      kernel: [window, window, channels, features].
+      chunks: how many.
+      stride: step between windows, in pixels.
+      padding: 'SAME' or 'VALID'.
+    """
+    body = jax.checkpoint(
+        lambda x: convolve(prepare(x), kernel, stride=stride, padding=padding), prevent_cse=False
+    )
+    y = lax.map(body, _in_chunks(x, chunks))
+    return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
 
 def pool_moments(y: jax.Array, sign: jax.Array, *, pool: bool) -> tuple[jax.Array, Moments]:

@@ -10,11 +10,22 @@ Batch norm has named modes, and every reported accuracy names its own:
   (inductive). In this mode `train=True` means "these are support images: take their statistics".
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from meta_jax.core import PyTree
-from meta_jax.networks.convolution import Moments, convolve_pool_moments
+from meta_jax.networks.convolution import (
+    Moments,
+    convolve_pool_moments,
+    convolve_prepared,
+    first_moments,
+    first_output,
+    pool_moments,
+    prepared_chunks,
+)
 
 BATCH_NORM_MODES = ("batch", "running", "support")
 _EPSILON = 1e-5
@@ -61,10 +72,18 @@ def init_conv_block(key: jax.Array, inputs: int, features: int) -> tuple[PyTree,
     return params, {"mean": zeros, "var": ones}
 
 
+class Deferred(NamedTuple):
+    """A block's output that the next block works out for some images at a time."""
+
+    images: jax.Array  # the block's input, [n, ...]
+    apply: Callable[[jax.Array], jax.Array]  # some of the images -> their features
+    chunks: int  # in how many parts they fit the cache
+
+
 def conv_block(
     params: PyTree,
     stats: PyTree,
-    x: jax.Array,
+    x: jax.Array | Deferred,
     *,
     stride: int,
     pool: bool,
@@ -72,34 +91,50 @@ def conv_block(
     train: bool,
     padding: str = "SAME",
     axis: str | None = None,
-) -> tuple[jax.Array, PyTree]:
+    defer: bool = False,
+) -> tuple[jax.Array | Deferred, PyTree]:
     """3x3 convolution -> batch norm -> ReLU -> optional 2x2 max-pooling.
 
     Args:
       params, stats: from `init_conv_block`.
-      x: images [n, height, width, inputs].
+      x: images [n, height, width, inputs], or what another block deferred.
       stride: of the convolution, in pixels.
       pool: whether to max-pool at the end.
       batch_norm: a mode of this module.
       train: whether the batch's own statistics are taken (`batch` always takes them).
       padding: of the convolution, 'SAME' or 'VALID'.
       axis: of the devices that share the images evenly, inside `jax.shard_map`.
+      defer: whether the features may be left to the next block, where that is faster.
 
     Returns:
       The features [n, out_height, out_width, features] and the new statistics.
     """
-    y, moments = convolve_pool_moments(
-        x,
-        params["conv"]["kernel"],
-        scale_sign(params),
-        stride=stride,
-        pool=pool,
-        padding=padding,
-    )
-    if axis is not None:
+    kernel, sign = params["conv"]["kernel"], scale_sign(params)
+    convolution = {"stride": stride, "padding": padding}
+
+    def everywhere(moments: Moments) -> Moments:
+        if axis is None:
+            return moments
         mean = jax.lax.pmean(moments.mean, axis)
-        moments = Moments(mean, jax.lax.pmean(moments.var + (moments.mean - mean) ** 2, axis))
-    return normalise(params, stats, y, moments, batch_norm=batch_norm, train=train)
+        return Moments(mean, jax.lax.pmean(moments.var + (moments.mean - mean) ** 2, axis))
+
+    mode = {"batch_norm": batch_norm, "train": train}
+    if isinstance(x, Deferred):
+        y = convolve_prepared(x.apply, x.images, kernel, chunks=x.chunks, **convolution)
+        y, moments = pool_moments(y, sign, pool=pool)
+        return normalise(params, stats, y, everywhere(moments), **mode)
+    chunks = prepared_chunks(x, kernel, stride=stride, pool=pool) if defer else 1
+    if chunks > 1:
+        moments = everywhere(first_moments(x, kernel, **convolution))
+        used, stats = _statistics(params, stats, moments, **mode)
+
+        def features(x: jax.Array) -> jax.Array:
+            y = first_output(x, kernel, sign, pool=pool, **convolution)
+            return _normalised(params, y, used)
+
+        return Deferred(x, features, chunks), stats
+    y, moments = convolve_pool_moments(x, kernel, sign, pool=pool, **convolution)
+    return normalise(params, stats, y, everywhere(moments), **mode)
 
 
 def scale_sign(params: PyTree) -> jax.Array:
@@ -124,19 +159,27 @@ def normalise(
     Returns:
       The features, of y's shape, and the new statistics.
     """
-    scale, offset = params["batch_norm"]["scale"], params["batch_norm"]["offset"]
-    bias = params["conv"]["bias"]
-    batch = Moments(moments.mean + bias, moments.var)
+    used, stats = _statistics(params, stats, moments, batch_norm=batch_norm, train=train)
+    return _normalised(params, y, used), stats
+
+
+def _statistics(
+    params: PyTree, stats: PyTree, moments: Moments, *, batch_norm: str, train: bool
+) -> tuple[Moments, PyTree]:
+    """What to normalise with, mean and variance with the bias, and the new statistics."""
+    batch = Moments(moments.mean + params["conv"]["bias"], moments.var)
     if train and batch_norm == "running":
         stats = {
             "mean": _MOMENTUM * stats["mean"] + (1 - _MOMENTUM) * batch.mean,
             "var": _MOMENTUM * stats["var"] + (1 - _MOMENTUM) * batch.var,
         }
-        used = batch
-    elif train or batch_norm == "batch":
-        stats = {"mean": batch.mean, "var": batch.var}
-        used = batch
-    else:
-        used = Moments(stats["mean"], stats["var"])
+        return batch, stats
+    if train or batch_norm == "batch":
+        return batch, {"mean": batch.mean, "var": batch.var}
+    return Moments(stats["mean"], stats["var"]), stats
+
+
+def _normalised(params: PyTree, y: jax.Array, used: Moments) -> jax.Array:
+    scale, offset = params["batch_norm"]["scale"], params["batch_norm"]["offset"]
     factor = scale / jnp.sqrt(used.var + _EPSILON)
-    return jax.nn.relu((y + (bias - used.mean)) * factor + offset), stats
+    return jax.nn.relu((y + (params["conv"]["bias"] - used.mean)) * factor + offset)

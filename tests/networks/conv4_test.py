@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from meta_jax.networks import convolution
 from meta_jax.networks.conv4 import conv4, strided_conv4
-from meta_jax.networks.layers import conv_block, init_conv_block
+from meta_jax.networks.layers import Deferred, conv_block, init_conv_block
 
 MODES = ("batch", "running", "support")
 
@@ -75,6 +76,37 @@ def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, trai
 
     def plain(params, x):
         return plain_block(params, stats, x, stride=stride, pool=pool, batch_statistics=train)
+
+    expected = with_two_derivatives(plain)(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8),
+        with_two_derivatives(ours)(params, x),
+        expected,
+    )
+    assert all(abs(leaf).max() > 1e-3 for leaf in (expected[0], expected[1][1], expected[2][1]))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator defers nothing")
+@pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, stride, pool, train):
+    monkeypatch.setattr(convolution, "_PREPARED_BYTES", 1024)  # 2 of 5 images: one of filling
+    params, stats, x = block()
+    params, stats = {"first": params}, {"first": stats}
+    params["second"], stats["second"] = init_conv_block(jax.random.key(1), 4, 3)
+
+    def ours(params, x):
+        settings = {"stride": stride, "pool": pool, "batch_norm": "running", "train": train}
+        y, _ = conv_block(params["first"], stats["first"], x, defer=True, **settings)
+        assert isinstance(y, Deferred)
+        assert y.chunks == 3
+        return conv_block(params["second"], stats["second"], y, **settings)[0]
+
+    def plain(params, x):
+        for name in ("first", "second"):
+            settings = {"stride": stride, "pool": pool, "batch_statistics": train}
+            x = plain_block(params[name], stats[name], x, **settings)
+        return x
 
     expected = with_two_derivatives(plain)(params, x)
     jax.tree.map(
