@@ -295,7 +295,7 @@ def convolve_pool_moments(
     def chunk(x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, Moments]:
         unfolded = patches(x, kernel.shape[0], stride, padding)
         y = _patches_times(unfolded, kernel)
-        return _signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, weight)
+        return signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, weight)
 
     chunks = _chunks(x, kernel, stride)
     if chunks == 1:
@@ -328,13 +328,6 @@ def first_moments(
       padding: 'SAME' or 'VALID'.
     """
     return _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
-
-
-def first_output(
-    x: jax.Array, kernel: jax.Array, sign: jax.Array, *, stride: int, pool: bool, padding: str
-) -> jax.Array:
-    """A convolution with few input channels, pooled as in `convolve_pool_moments`, no moments."""
-    return _signed_pool(convolve(x, kernel, stride=stride, padding=padding), sign, pool)
 
 
 def prepared_chunks(x: jax.Array, kernel: jax.Array, *, stride: int, pool: bool) -> int:
@@ -393,10 +386,11 @@ def pool_moments(y: jax.Array, sign: jax.Array, *, pool: bool) -> tuple[jax.Arra
     centre = jax.lax.stop_gradient(y[0].mean((0, 1)))
     away = y - centre
     first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
-    return _signed_pool(y, sign, pool), Moments(centre + first, second - first**2)
+    return signed_pool(y, sign, pool), Moments(centre + first, second - first**2)
 
 
-def _signed_pool(y: jax.Array, sign: jax.Array, pool: bool) -> jax.Array:
+def signed_pool(y: jax.Array, sign: jax.Array, pool: bool) -> jax.Array:
+    """2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0; y itself without `pool`."""
     return sign * max_pool(sign * y) if pool else y
 
 

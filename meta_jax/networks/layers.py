@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from meta_jax.core import PyTree
 from meta_jax.networks.convolution import (
     Moments,
+    convolve,
     convolve_pool_moments,
     convolve_prepared,
     first_moments,
-    first_output,
     pool_moments,
     prepared_chunks,
+    signed_pool,
 )
 
 BATCH_NORM_MODES = ("batch", "running", "support")
@@ -107,7 +108,8 @@ def conv_block(
       defer: whether the features may be left to the next block, where that is faster.
 
     Returns:
-      The features [n, out_height, out_width, features] and the new statistics.
+      The features [n, out_height, out_width, features], or what the next block makes them from
+      where they are deferred, and the new statistics.
     """
     kernel, sign = params["conv"]["kernel"], scale_sign(params)
     convolution = {"stride": stride, "padding": padding}
@@ -129,8 +131,9 @@ def conv_block(
         used, stats = _statistics(params, stats, moments, **mode)
 
         def features(x: jax.Array) -> jax.Array:
-            y = first_output(x, kernel, sign, pool=pool, **convolution)
-            return _normalised(params, y, used)
+            return _normalised(
+                params, signed_pool(convolve(x, kernel, **convolution), sign, pool), used
+            )
 
         return Deferred(x, features, chunks), stats
     y, moments = convolve_pool_moments(x, kernel, sign, pool=pool, **convolution)

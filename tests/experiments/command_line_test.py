@@ -118,6 +118,7 @@ def test_a_workdir_trained_with_other_flags_is_refused_and_left_alone(trained):
         (["--nonsense=1"], ["nonsense"]),
         (["--steps=many"], ["steps"]),
         (["--learner=protypical"], ["protypical", "prototypical"]),
+        (["--learner=maml", "--dataset=sinusoid", "--distort"], ["--distort", "sinusoid"]),
         (["--dataset=omnigolt"], ["omnigolt", "omniglot"]),
         (["--dataset=folder:no/such/folder"], ["no/such/folder"]),
         (["--dataset=glyphs", "--ways=2000"], ["2000 ways", "640 classes", "lower ways"]),

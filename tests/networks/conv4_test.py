@@ -64,6 +64,16 @@ def with_two_derivatives(f):
     )
 
 
+def assert_equal_with_two_derivatives(ours, plain, params, x):
+    expected = with_two_derivatives(plain)(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8),
+        with_two_derivatives(ours)(params, x),
+        expected,
+    )
+    assert all(abs(leaf).max() > 1e-3 for leaf in (expected[0], expected[1][1], expected[2][1]))
+
+
 @pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
 @pytest.mark.parametrize("train", [True, False])
 def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, train):
@@ -77,13 +87,7 @@ def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, trai
     def plain(params, x):
         return plain_block(params, stats, x, stride=stride, pool=pool, batch_statistics=train)
 
-    expected = with_two_derivatives(plain)(params, x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8),
-        with_two_derivatives(ours)(params, x),
-        expected,
-    )
-    assert all(abs(leaf).max() > 1e-3 for leaf in (expected[0], expected[1][1], expected[2][1]))
+    assert_equal_with_two_derivatives(ours, plain, params, x)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator defers nothing")
@@ -108,13 +112,7 @@ def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, str
             x = plain_block(params[name], stats[name], x, **settings)
         return x
 
-    expected = with_two_derivatives(plain)(params, x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8),
-        with_two_derivatives(ours)(params, x),
-        expected,
-    )
-    assert all(abs(leaf).max() > 1e-3 for leaf in (expected[0], expected[1][1], expected[2][1]))
+    assert_equal_with_two_derivatives(ours, plain, params, x)
 
 
 def statistics(x, params):
