@@ -78,12 +78,18 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in named.items()}
 
 
-def matmul_ceiling(rounds: int = 9, side: int = 2048) -> float:
-    """The fastest matrix product that this device does, in float32 GFLOP/s.
+class Ceiling(NamedTuple):
+    """A matrix product as large as is fastest, to run in alternation with what it limits."""
+
+    run: Callable[[], None]
+    flop: float
+
+
+def matmul_ceiling(side: int = 2048) -> Ceiling:
+    """A float32 product of matrices [side, side].
 
     On accelerators it is asked for the same precision that the library's networks use.
     """
     x = jnp.asarray(np.random.default_rng(0).normal(size=(side, side)), jnp.float32)
     product = jax.jit(jnp.matmul)
-    times = alternate({"matmul": lambda: product(x, x).block_until_ready()}, rounds)["matmul"]
-    return 2 * side**3 / min(times) / 1e6
+    return Ceiling(lambda: product(x, x).block_until_ready(), 2.0 * side**3)

@@ -21,6 +21,6 @@ def table(found: dict) -> str:
             speed = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         lines.append(
             f"| `{row['work']}` | {ours:.4g} ms | {tasks} | {peer} | {speed} "
-            f"| {row['floor_ms'] / ours:.0%} |"
+            f"| {row['share_of_ceiling']['median']:.0%} |"
         )
     return "\n".join(lines) + "\n"
