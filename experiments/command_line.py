@@ -74,7 +74,11 @@ def define_run_flags(values: flags.FlagValues) -> None:
         "Of mann: write values of their own, not the keys.",
         flag_values=values,
     )
-    number("key_strength", 1.0, "Of mann: what the cosines are multiplied by; 1 in the paper.")
+    number(
+        "key_strength",
+        1.0,
+        "Of mann and meta_networks: what the cosines are multiplied by; 1 in the papers.",
+    )
     number("neighbour_weight", 0.0, "Of mann and lstm: of a loss of the encoder's own; 0: none.")
     number("inner_learning_rate", 2.0, "Of the inner loop, for a loss averaged over examples.")
     integer("inner_steps", 1, "Inner steps in training.", 0)

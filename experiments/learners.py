@@ -84,7 +84,7 @@ def _meta_networks(values: flags.FlagValues, network: Network, criterion: Criter
     _one_output_for_each_way(values)
     if values.network is not None:
         raise UsageError("meta_networks has networks of its own: leave --network out")
-    return meta_networks(values.features)
+    return meta_networks(values.features, strength=values.key_strength)
 
 
 def _sequence_learner(

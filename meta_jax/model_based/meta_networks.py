@@ -50,13 +50,16 @@ def preprocess_gradient(gradient: jax.Array) -> jax.Array:
     return jnp.stack([magnitude, jnp.clip(gradient * jnp.exp(_K), -1, 1)], axis=-1)
 
 
-def attend(queries: jax.Array, keys: jax.Array, real: jax.Array) -> jax.Array:
-    """softmax_i cos(r, r'_i) over the keys that are not padding.
+def attend(
+    queries: jax.Array, keys: jax.Array, real: jax.Array, *, strength: float = 1.0
+) -> jax.Array:
+    """softmax_i(strength cos(r, r'_i)) over the keys that are not padding.
 
     Args:
       queries: [m, D].
       keys: [n, D].
       real: bool [n].
+      strength: 1 in the paper, so that no weight can exceed another by more than e^2.
 
     Returns:
       Weights [m, n], each row's summing to 1.
@@ -66,10 +69,12 @@ def attend(queries: jax.Array, keys: jax.Array, real: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-8)
 
     cosines = normalised(queries) @ normalised(keys).T
-    return jax.nn.softmax(jnp.where(real, cosines, -jnp.inf))
+    return jax.nn.softmax(jnp.where(real, strength * cosines, -jnp.inf))
 
 
-def meta_networks(features: int = 64, *, hidden: int = 64, fast_scale: float = 0.01) -> MetaLearner:
+def meta_networks(
+    features: int = 64, *, hidden: int = 64, fast_scale: float = 0.01, strength: float = 1.0
+) -> MetaLearner:
     """Fast weights for the embedding and, one memory of them for each support example, the base.
 
     1. Q* = d(G, {grad_Q loss_emb(u(Q, x'_i), y'_i)}), an LSTM over the support examples.
@@ -84,6 +89,7 @@ def meta_networks(features: int = 64, *, hidden: int = 64, fast_scale: float = 0
       hidden: units of the layer behind them, the width of r.
       fast_scale: what the outputs of d and m are multiplied by. A coordinate's share in a layer is
         small, and one step of Adam moves all of them together: at 1 the activations explode.
+      strength: what the cosines of attention are multiplied by; 1 in the paper.
 
     Returns:
       The learner; its parameters are {'embedding': Q, 'base': W, 'embedding_meta': G,
@@ -146,7 +152,7 @@ def meta_networks(features: int = 64, *, hidden: int = 64, fast_scale: float = 0
     ) -> tuple[jax.Array, PyTree]:
         del key, train
         r = represent(params["embedding"], adapted.embedding, x)
-        weights = attend(r, adapted.keys, adapted.real)
+        weights = attend(r, adapted.keys, adapted.real, strength=strength)
 
         def answer(x: jax.Array, weights: jax.Array) -> jax.Array:
             fast = jax.tree.map(lambda each: jnp.tensordot(weights, each, 1), adapted.values)

@@ -112,14 +112,15 @@ def test_training_begins_with_the_slow_network():
     np.testing.assert_allclose(answers, expected, atol=1e-12)
 
 
-def test_attention_is_a_softmax_of_cosines_that_sums_to_one():
+@pytest.mark.parametrize("strength", [1, 10])
+def test_attention_is_a_softmax_of_cosines_that_sums_to_one(strength):
     queries, keys = np.asarray(normal(3, 4, 5)), np.asarray(normal(4, 3, 5))
     real = np.array([True, False, True])
-    weights = np.asarray(attend(queries, keys, real))
+    weights = np.asarray(attend(queries, keys, real, strength=strength))
     np.testing.assert_allclose(weights.sum(1), np.ones(4), atol=1e-12)
     np.testing.assert_array_equal(weights[:, 1], np.zeros(4))
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
-    expected = np.exp(queries @ keys.T / lengths) * real
+    expected = np.exp(strength * (queries @ keys.T) / lengths) * real
     np.testing.assert_allclose(weights, expected / expected.sum(1, keepdims=True), atol=1e-8)
 
 
