@@ -5,7 +5,6 @@ coordinate by coordinate, into fast weights. Gradients are constants to the trai
 second derivatives.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,12 +14,18 @@ from jax.flatten_util import ravel_pytree
 
 from meta_jax.core import Batch, Episode, MetaLearner, PyTree, cross_entropy, episode_loss
 from meta_jax.networks.augmented import classify, init_augmented, represent
+from meta_jax.networks.coordinates import (
+    join_coordinates,
+    linear_across,
+    lstm_across,
+    map_chunks,
+    split_coordinates,
+)
 from meta_jax.networks.layers import init_linear
-from meta_jax.networks.lstm import init_lstm, lstm_gates
+from meta_jax.networks.lstm import init_lstm
 
 _UNITS = 20  # of the meta-networks
 _K = 7  # of the preprocessing: gradients below e^-7 are small
-_CHUNK = 512  # coordinates at a time, with activations that a CPU's cache holds
 
 
 class FastWeightMemory(NamedTuple):
@@ -129,12 +134,13 @@ def meta_networks(
         real = support.y.any(-1)
 
         def fast(meta: PyTree, gradients: PyTree, make: Callable) -> PyTree:
-            """Fast weights by group of coordinates; `make` gets [n, coordinates, 2]."""
+            """Fast weights by group of coordinates; `make` gets [n, 2, coordinates]."""
             made = {}
             for group, tree in gradients.items():
                 unravel = ravel_pytree(params["base"][group])[1]
                 each = jax.vmap(lambda leaf: ravel_pytree(leaf)[0])(tree)
-                flat = fast_scale * make(meta[group], preprocess_gradient(each))
+                inputs = jnp.moveaxis(preprocess_gradient(each), -1, 1)
+                flat = fast_scale * make(meta[group], inputs)
                 made[group] = jax.vmap(unravel)(flat) if flat.ndim == 2 else unravel(flat)
             return made
 
@@ -180,18 +186,17 @@ def _init_d(key: jax.Array) -> PyTree:
 
 
 def _d(params: PyTree, inputs: jax.Array, real: jax.Array) -> jax.Array:
-    """An LSTM over the examples, for each coordinate: [n, coordinates, 2] -> [coordinates]."""
-    gates = jax.vmap(lstm_gates, (1, 1), (1, 1))
+    """An LSTM over the examples, for each coordinate: [n, 2, coordinates] -> [coordinates]."""
 
     def network(examples: jax.Array) -> jax.Array:
         def step(carry: tuple, example: tuple) -> tuple[tuple, None]:
-            (h, c), (x, real) = carry, example
-            new = gates(_across(params["lstm"], jnp.concatenate([x, h])), c)
+            x, real = example
+            new = lstm_across(params["lstm"], x, *carry)
             return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), None
 
         start = jnp.zeros((_UNITS, examples.shape[-1]), examples.dtype)
         (h, _), _ = jax.lax.scan(step, (start, start), (examples, real))
-        return _across(params["output"], h)[0]
+        return linear_across(params["output"], h)[0]
 
     return _by_chunks(network, inputs)
 
@@ -209,39 +214,15 @@ def _zeros(layer: PyTree) -> PyTree:
 
 
 def _m(params: PyTree, inputs: jax.Array) -> jax.Array:
-    """A small network, for each example and coordinate: [n, coordinates, 2] -> [n, coordinates]."""
+    """A small network, for each example and coordinate: [n, 2, coordinates] -> [n, coordinates]."""
 
     def network(examples: jax.Array) -> jax.Array:
-        x = jax.nn.relu(_across(params["layer1"], examples))
-        x = jax.nn.relu(_across(params["layer2"], x))
-        return _across(params["layer3"], x)[:, 0]
+        x = jax.nn.relu(linear_across(params["layer1"], examples))
+        x = jax.nn.relu(linear_across(params["layer2"], x))
+        return linear_across(params["layer3"], x)[:, 0]
 
     return _by_chunks(network, inputs)
 
 
-def _across(params: PyTree, x: jax.Array) -> jax.Array:
-    """`linear` on columns: x [..., inputs, coordinates] -> [..., outputs, coordinates]."""
-    return jnp.einsum("io,...ic->...oc", params["kernel"], x) + params["bias"][:, None]
-
-
 def _by_chunks(network: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
-    """A meta-network on some coordinates at a time, [n, 2, chunk] -> [..., chunk].
-
-    Coordinates come last, for vectors of 20 units fill no register; and activations, by far the
-    largest arrays of all, are worked out again in the backward pass. On a CPU this is three to four
-    times as fast.
-
-    Args:
-      network: the meta-network.
-      inputs: [n, coordinates, 2].
-
-    Returns:
-      [..., coordinates].
-    """
-    n, count, _ = inputs.shape
-    size = min(_CHUNK, count) if jax.default_backend() == "cpu" else count
-    chunks = math.ceil(count / size)
-    padded = jnp.pad(inputs, ((0, 0), (0, chunks * size - count), (0, 0)))
-    split = padded.reshape(n, chunks, size, 2).transpose(1, 0, 3, 2)
-    out = jax.lax.map(jax.checkpoint(network, prevent_cse=False), split)
-    return jnp.moveaxis(out, 0, -2).reshape(*out.shape[1:-1], -1)[..., :count]
+    return join_coordinates(map_chunks(network, split_coordinates(inputs)), inputs.shape[-1])

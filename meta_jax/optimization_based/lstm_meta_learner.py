@@ -1,6 +1,5 @@
 """The LSTM Meta-Learner: optimization as a model (Ravi and Larochelle 2017, ICLR)."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -16,19 +15,24 @@ from meta_jax.core import (
     PyTree,
     cross_entropy,
 )
-from meta_jax.networks.layers import linear
+from meta_jax.networks.coordinates import (
+    join_coordinates,
+    linear_across,
+    map_chunks,
+    split_coordinates,
+)
 from meta_jax.optimization_based.adjoints import FIRST_ORDER, Adjoint
 from meta_jax.optimization_based.learner import gradient_learner
 from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
 
 
 class MetaLSTMState(NamedTuple):
-    """The state of n coordinates, whose weights are shared."""
+    """The state of the coordinates, whose weights are shared, as `split_coordinates` has them."""
 
-    hidden: jax.Array  # [n, units] of the first LSTM
-    cell: jax.Array  # [n, units]
-    input_gate: jax.Array  # [n], before the sigmoid
-    forget_gate: jax.Array  # [n], before the sigmoid
+    hidden: jax.Array  # [chunks, units, chunk] of the first LSTM
+    cell: jax.Array  # [chunks, units, chunk]
+    input_gate: jax.Array  # [chunks, chunk], before the sigmoid
+    forget_gate: jax.Array  # [chunks, chunk], before the sigmoid
 
 
 def lstm_rule(units: int = 20) -> UpdateRule:
@@ -69,24 +73,24 @@ def lstm_rule(units: int = 20) -> UpdateRule:
     def init(meta: PyTree, params: PyTree) -> MetaLSTMState:
         del meta
         theta, _ = ravel_pytree(params)
-        zeros = jnp.zeros((theta.size, units), theta.dtype)
-        return MetaLSTMState(zeros, zeros, jnp.zeros_like(theta), jnp.zeros_like(theta))
+        gate = split_coordinates(jnp.zeros_like(theta))
+        zeros = split_coordinates(jnp.zeros((units, theta.size), theta.dtype))
+        return MetaLSTMState(zeros, zeros, gate, gate)
 
-    # Kept for the backward pass, its values would be a hundred times the parameters.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
     def gates(
         meta: PyTree, gradient: jax.Array, state: MetaLSTMState, theta: jax.Array, loss: jax.Array
     ) -> MetaLSTMState:
-        of_loss = jnp.broadcast_to(log_and_sign(loss), (theta.size, 2)).astype(theta.dtype)
-        seen = jnp.concatenate([of_loss, log_and_sign(gradient), state.hidden], -1)
-        forget, update, output, candidate = jnp.split(linear(meta["lstm"], seen), 4, -1)
+        """For one chunk of coordinates."""
+        of_loss = jnp.broadcast_to(log_and_sign(loss)[:, None], (2, theta.size))
+        of_gradient = jnp.moveaxis(log_and_sign(gradient), -1, 0)
+        seen = jnp.concatenate([of_loss.astype(theta.dtype), of_gradient, state.hidden])
+        forget, update, output, candidate = jnp.split(linear_across(meta["lstm"], seen), 4)
         cell = jax.nn.sigmoid(forget) * state.cell
         cell += jax.nn.sigmoid(update) * jnp.tanh(candidate)
         hidden = jax.nn.sigmoid(output) * jnp.tanh(cell)
 
         def gate(params: PyTree, before: jax.Array) -> jax.Array:
-            inputs = jnp.concatenate([hidden, theta[:, None], before[:, None]], -1)
-            return linear(params, inputs)[:, 0]
+            return linear_across(params, jnp.concatenate([hidden, theta[None], before[None]]))[0]
 
         return MetaLSTMState(
             hidden,
@@ -100,9 +104,17 @@ def lstm_rule(units: int = 20) -> UpdateRule:
     ) -> tuple[PyTree, MetaLSTMState]:
         flat, _ = ravel_pytree(gradient)
         theta, unravel = ravel_pytree(params)
-        state = gates(meta, flat, state, theta, loss)
-        forgotten = -jax.nn.sigmoid(-state.forget_gate)  # f - 1, without its rounding
-        return unravel(forgotten * theta - jax.nn.sigmoid(state.input_gate) * flat), state
+        state = map_chunks(
+            lambda *chunk: gates(meta, *chunk, loss),
+            split_coordinates(flat),
+            state,
+            split_coordinates(theta),
+        )
+        forget, rate = (
+            join_coordinates(gate, theta.size) for gate in (state.forget_gate, state.input_gate)
+        )
+        forgotten = -jax.nn.sigmoid(-forget)  # f - 1, without its rounding
+        return unravel(forgotten * theta - jax.nn.sigmoid(rate) * flat), state
 
     return UpdateRule(init_meta, init, update)
 

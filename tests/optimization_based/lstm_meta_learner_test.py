@@ -116,8 +116,9 @@ def test_one_coordinate_by_hand():
 
 def test_permuted_coordinates_permute_the_updates():
     rule = lstm_rule(units=3)
-    theta, gradients = np.random.default_rng(1).normal(size=(2, 5))
-    order = np.array([3, 0, 4, 1, 2])
+    random = np.random.default_rng(1)
+    theta, gradients = random.normal(size=(2, 600))  # more than one chunk on a CPU
+    order = random.permutation(600)
 
     def run(theta, gradient):
         m, state = meta(rule, jnp.asarray(theta)), rule.init({}, jnp.asarray(theta))
