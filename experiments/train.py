@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments import learners, tasks, testing
 from experiments.command_line import UsageError, claim_workdir, define_run_flags, run_main
-from meta_jax.core import MetaLearner
+from meta_jax.core import Episode, MetaLearner, PyTree
 from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
 from meta_jax.training import checkpoints, pictures
 from meta_jax.training.loop import Schedule, fit
@@ -134,11 +134,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _draw_episode(learner: MetaLearner, learned: dict, source: tasks.Tasks, path: Path) -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
-    episode = source.sampler(keys[0], source.data)
-    params, state = learned["params"], learned["state"]
-    adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
-    outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
+    @jax.jit
+    def answer(learned: dict, data: PyTree) -> tuple[Episode, jax.Array]:
+        keys = jax.random.split(jax.random.key(0), 3)
+        episode = source.sampler(keys[0], data)
+        params, state = learned["params"], learned["state"]
+        adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
+        return episode, learner.predict(params, adapted, episode.query.x, keys[2], train=False)[0]
+
+    episode, outputs = answer({key: learned[key] for key in ("params", "state")}, source.data)
     pictures.episode_picture(episode, outputs, path)
 
 

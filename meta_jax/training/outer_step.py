@@ -50,16 +50,16 @@ def init_train_state(
       seed: of everything: initial parameters and all tasks.
       task_batch: tasks in a step; a learner of state scope 'task' has one state for each.
     """
-    key = jax.random.key(seed)
-    init_key, episode_key, run_key = jax.random.split(key, 3)
-    params, state = learner.init(init_key, sampler(episode_key, data))
-    if learner.state_scope == "task":
-        state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
-    train_state = TrainState(
-        jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key
-    )
-    # Leaves may share a buffer (two biases, both zero), which cannot be donated twice.
-    return jax.tree.map(jnp.copy, train_state)
+
+    @jax.jit  # operation by operation, a network takes seconds; and no two leaves share a buffer
+    def start(key: Array, data: PyTree) -> TrainState:
+        init_key, episode_key, run_key = jax.random.split(key, 3)
+        params, state = learner.init(init_key, sampler(episode_key, data))
+        if learner.state_scope == "task":
+            state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
+        return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key)
+
+    return start(jax.random.key(seed), data)
 
 
 def default_task_chunk(task_batch: int, devices: int = 1) -> int:
