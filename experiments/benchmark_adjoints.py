@@ -1,4 +1,4 @@
-"""Peak memory and time of a meta-gradient against inner steps, for every adjoint, as a table.
+"""Memory, time and compilation of a meta-gradient by inner steps, a table of all adjoints.
 
 python -m experiments.benchmark_adjoints
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.command_line import run_main
-from meta_jax.core import Batch, Episode
+from meta_jax.core import Batch, Episode, MetaLearner
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.optimization_based.adjoints import ADJOINTS, implicit, truncated
 from meta_jax.optimization_based.imaml import imaml
@@ -22,8 +22,9 @@ _WAYS, _QUERIES = 5, 5
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a line for each adjoint: MiB of temporaries and milliseconds by number of steps."""
+    """A line for each adjoint: MiB of temporaries, milliseconds and seconds of compilation."""
     del arguments
+    jax.config.update("jax_enable_compilation_cache", False)
     counts = [int(steps) for steps in FLAGS.inner_steps]
     print(f"| adjoint | {' | '.join(f'{n} steps' for n in counts)} |")
     print(f"|---|{'---|' * len(counts)}")
@@ -40,12 +41,12 @@ def main(arguments: list[str]) -> None:
             learner = imaml(
                 strided_conv4(), inner_lr=0.1, proximity=0.5, steps=steps, adjoint=adjoint
             )
-            cells.append("{:.0f} MiB / {:.0f} ms".format(*_measure(learner)))
+            cells.append("{:.0f} MiB / {:.0f} ms / {:.1f} s".format(*_measure(learner)))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def _measure(learner: object) -> tuple[float, float]:
-    """MiB of temporaries and milliseconds of one task's meta-gradient."""
+def _measure(learner: MetaLearner) -> tuple[float, float, float]:
+    """MiB of temporaries, milliseconds and seconds of compilation of one task's meta-gradient."""
     keys = jax.random.split(jax.random.key(0), 3)
     episode = Episode(
         *(
@@ -55,13 +56,16 @@ def _measure(learner: object) -> tuple[float, float]:
     )
     params, state = jax.jit(learner.init)(keys[2], episode)
     gradient = jax.jit(jax.grad(lambda *a: learner.loss(*a)[0]))
-    compiled = gradient.lower(params, state, episode, keys[2]).compile()
-    seconds = []
+    lowered = gradient.lower(params, state, episode, keys[2])
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compilation, seconds = time.perf_counter() - start, []
     for _ in range(1 + FLAGS.repeats):  # the first run is not timed
         start = time.perf_counter()
         jax.block_until_ready(compiled(params, state, episode, keys[2]))
         seconds.append(time.perf_counter() - start)
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20, 1e3 * min(seconds[1:])
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return memory, 1e3 * min(seconds[1:]), compilation
 
 
 if __name__ == "__main__":
