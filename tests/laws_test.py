@@ -413,7 +413,7 @@ def test_ways_and_shots_may_differ_at_test(name):
 def leak(b, support, x):
     """The largest difference between a query's answers in two companies."""
     answers = b.answers(support, x)
-    others = [x.at[i].set(x[i] / 2) for i in range(len(x))]
+    others = [x.at[i].set(1 - x[i]) for i in range(len(x))]
     changed = np.stack([b.answers(support, other) for other in others])
     kept = ~np.eye(len(x), dtype=bool)
     return abs(changed - answers)[kept].max()
