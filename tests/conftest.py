@@ -7,10 +7,6 @@ from pathlib import Path
 import jax
 import pytest
 
-# Compilation is most of the suite's time, and takes half as long without XLA's fusion emitters.
-# Whether a training step is faster with them depends on the method, by 5 % either way.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-
 # The scripts that made the golden files need libraries that the tests do not.
 collect_ignore_glob = ["golden/*.py"]
 

@@ -254,7 +254,11 @@ class Built(NamedTuple):
 def built(name, mode=None):
     learner = LEARNERS[name].build(mode or LEARNERS[name].batch_norm)
     params, state = jax.jit(learner.init)(jax.random.key(0), episode(name))
-    noise = np.random.default_rng(1)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = treedef.unflatten(
+        [p + 0.3 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    )
     traces = []
 
     def traced(name, *arguments):
@@ -263,7 +267,7 @@ def built(name, mode=None):
 
     return Built(
         learner,
-        jax.tree.map(lambda p: jnp.asarray(p + 0.3 * noise.normal(size=p.shape)), params),
+        params,
         jax.tree.map(lambda s: s + jnp.asarray(0.1, s.dtype), state),
         jax.jit(jax.value_and_grad(learner.loss, has_aux=True)),
         jax.jit(functools.partial(traced, "adapt")),
