@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 # Where a table of README lies; the binary that writes it is named in its first line.
 RESULTS = "<!-- table of results: written by experiments.reproduce -->"
 SPEED = "<!-- table of speed: written by experiments.benchmark -->"
+GPU_SPEED = "<!-- table of speed on a GPU: written by experiments.benchmark -->"
 _END = "<!-- end of table -->"
 
 
@@ -53,7 +54,7 @@ def with_table(readme: str, place: str, table: str) -> str:
 
     Args:
       readme: the text.
-      place: `RESULTS` or `SPEED`.
+      place: `RESULTS`, `SPEED` or `GPU_SPEED`.
       table: the new one, in Markdown.
 
     Raises:

@@ -2,13 +2,15 @@
 
 Every peer starts from our weights, is asked for the gradient of the same episodes first, and is
 then timed over whole steps: tasks drawn with NumPy, forward, backward, Adam. It is written the way
-its own examples are. Needs what requirements-benchmark.txt lists.
+its own examples are, and computes where we do, on the CPU or on a GPU, there in TF32 as we do.
+Needs what requirements-benchmark.txt lists.
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import higher
+import jax
 import numpy as np
 import torch
 import torchopt
@@ -21,6 +23,8 @@ from meta_jax.core import Episode, PyTree
 from meta_jax.data.dataset import ImageDataset
 from meta_jax.data.episodes import EpisodeSpec
 
+_DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
+
 Task = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # support x, y, query x, y
 
 
@@ -28,7 +32,8 @@ class Peer(NamedTuple):
     """One library at one work."""
 
     gradient: Callable[[list[Task]], dict[str, np.ndarray]]  # of the mean loss over tasks
-    step: Callable[[], None]  # one whole training step
+    step: Callable[[], None]  # one whole training step, begun
+    wait: Callable[[], None]  # until the steps begun are done
 
 
 class Conv4(nn.Module):
@@ -167,7 +172,7 @@ def _module(work: Work, params: PyTree) -> nn.Module:
     missing, unexpected = module.load_state_dict(arrays, strict=False)
     if unexpected or any("running" not in n and "batches" not in n for n in missing):
         raise ValueError(f"our parameters do not fit the peer: {missing + unexpected}")
-    return module
+    return module.to(_DEVICE)
 
 
 def _images(x: np.ndarray, turned: bool) -> torch.Tensor:
@@ -183,7 +188,11 @@ def tasks_of(work: Work, episodes: list[Episode]) -> list[Task]:
             return torch.tensor(x), torch.tensor(y)
         return _images(x, _is_strided(work)), torch.tensor(y.argmax(-1))
 
-    return [(*batch(*episode.support), *batch(*episode.query)) for episode in episodes]
+    return [_placed((*batch(*e.support), *batch(*e.query))) for e in episodes]
+
+
+def _placed(task: Task) -> Task:
+    return tuple(array.to(_DEVICE) for array in task)
 
 
 # ---- Tasks, drawn with NumPy.
@@ -218,12 +227,12 @@ def _image_tasks(data: ImageDataset, spec: EpisodeSpec, batch: int, turned: bool
         )
 
     while True:
-        yield [draw() for _ in range(batch)]
+        yield [_placed(draw()) for _ in range(batch)]
 
 
 def _shuffled(tasks: list[Task]) -> list[Task]:
     """Tasks with their support in random order, to be read in mini-batches."""
-    orders = [torch.randperm(len(y)) for _, y, _, _ in tasks]
+    orders = [torch.randperm(len(y), device=y.device) for _, y, _, _ in tasks]
     return [(x[o], y[o], *query) for (x, y, *query), o in zip(tasks, orders, strict=True)]
 
 
@@ -235,7 +244,7 @@ def _sinusoid_tasks(batch: int) -> Iterator:
         x = rng.uniform(-5, 5, (batch, 20, 1))
         y = amplitude * np.sin(x - phase)
         x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
-        yield [(a[:10], b[:10], a[10:], b[10:]) for a, b in zip(x, y, strict=True)]
+        yield [_placed((a[:10], b[:10], a[10:], b[10:])) for a, b in zip(x, y, strict=True)]
 
 
 # ---- The libraries. Each accumulates the gradient of a task batch into `module`'s parameters.
@@ -420,12 +429,23 @@ def _peer(work: Work, module: nn.Module, backward: Callable[[list[Task]], None])
 
     def gradient(tasks: list[Task]) -> dict[str, np.ndarray]:
         module.zero_grad()
+        _use_tf32(False)
         backward(tasks)
-        return {k: p.grad.numpy().copy() for k, p in module.named_parameters()}
+        _use_tf32(True)
+        return {k: p.grad.cpu().numpy().copy() for k, p in module.named_parameters()}
 
     def step() -> None:
         adam.zero_grad()
         backward(next(source))
         adam.step()
 
-    return Peer(gradient, step)
+    def wait() -> None:
+        if _DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return Peer(gradient, step, wait)
+
+
+def _use_tf32(allowed: bool) -> None:
+    """On a GPU; a CPU has none."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
