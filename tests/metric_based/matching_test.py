@@ -12,6 +12,7 @@ from meta_jax.metric_based.matching import (
     matching,
 )
 from meta_jax.metric_based.prototypical import prototypical
+from tests.random_trees import moved, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -21,26 +22,21 @@ IDENTITY = Network(lambda key, x: ({}, {}), lambda params, state, x, *, key, tra
 
 
 def episode(ways=3, shots=2, queries=2, size=4, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 2)
     sets = []
-    for key, n in zip(keys, (shots, queries), strict=True):
-        x = jax.random.normal(key, (ways * n, size))
+    for i, n in enumerate((shots, queries)):
+        x = normal(ways * n, size, seed=2 * seed + i)
         sets.append(Batch(x, jnp.tile(jnp.eye(ways), (n, 1))))
     return Episode(*sets)
 
 
-def moved(params, by=0.3):
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(42), max(len(leaves), 1))
-    return treedef.unflatten(
-        [p + by * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=False)]
-    )
-
-
 def answer(learner, support, x, change=moved):
-    params, state = learner.init(KEY, Episode(support, support))
-    adapted = learner.adapt(change(params), state, support, KEY, train=False)
-    return learner.predict(change(params), adapted, x, KEY, train=False)[0]
+    @jax.jit
+    def logits(params, state, support, x):
+        adapted = learner.adapt(params, state, support, KEY, train=False)
+        return learner.predict(params, adapted, x, KEY, train=False)[0]
+
+    params, state = jax.jit(learner.init)(KEY, Episode(support, support))
+    return logits(change(params), state, support, x)
 
 
 def test_probabilities_by_hand():
@@ -61,14 +57,15 @@ def test_the_floor_of_the_loss_without_a_temperature(ways, floor):
     """Equally distant classes, each query on its own: as good as all classes at once can be."""
     simplex = jnp.eye(ways) - 1 / ways
 
+    @jax.jit
     def loss(z):
         logits = kernel_logits(cosine_similarity(z, z), jnp.eye(ways))
         return cross_entropy(logits, jnp.eye(ways))[0]
 
     np.testing.assert_allclose(loss(simplex), floor, atol=5e-4)
-    np.testing.assert_allclose(jax.grad(loss)(simplex), np.zeros((ways, ways)), atol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(simplex), np.zeros((ways, ways)), atol=1e-12)
     for seed in range(3):
-        away = simplex + 0.1 * jax.random.normal(jax.random.key(seed), simplex.shape)
+        away = moved(simplex, by=0.1, seed=seed)
         assert loss(away) > loss(simplex)
 
 
@@ -93,7 +90,7 @@ def test_one_shot_squared_euclidean_matching_is_a_prototypical_network():
 
 
 def context(size=4):
-    return moved(init_full_context(KEY, size))
+    return moved(jax.jit(init_full_context, static_argnums=1)(KEY, size))
 
 
 def logistic(x):

@@ -7,6 +7,7 @@ from meta_jax.core import Batch, Episode
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
+from tests.random_trees import moved, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -14,10 +15,9 @@ KEY = jax.random.key(0)
 
 
 def episode(ways=3, shots=2, queries=2, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 2)
     sets = []
-    for key, n in zip(keys, (shots, queries), strict=True):
-        x = jax.random.normal(key, (ways * n, 8, 8, 1))
+    for i, n in enumerate((shots, queries)):
+        x = normal(ways * n, 8, 8, 1, seed=2 * seed + i)
         sets.append(Batch(x, jnp.tile(jnp.eye(ways), (n, 1))))
     return Episode(*sets)
 
@@ -27,12 +27,9 @@ def conv_learner(mode, **settings):
     return network, prototypical(network, **settings)
 
 
-def moved(params):
-    """Parameters away from their initial ones and zeros, so that each of them matters."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(42), len(leaves))
-    return treedef.unflatten(
-        [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+def encode(network, params, state, x, train):
+    return jax.jit(network.apply, static_argnames=("key", "train"))(
+        params["network"], state, x, key=None, train=train
     )
 
 
@@ -55,12 +52,11 @@ def test_the_test_protocol_by_hand(ways):
     network, learner = conv_learner("running")
     params, state = jax.jit(learner.init)(KEY, episode())
     params = moved(params)
-    state = jax.tree.map(lambda s: jnp.abs(s) + 0.5, moved(state))
+    state = jax.tree.map(lambda s: abs(s) + 0.5, moved(state))
     support, query = episode(ways, 1, 3, seed=1)
     logits, new_state = answer(learner, params, state, support, query.x)
     z_support, z_query = (
-        network.apply(params["network"], state, x, key=None, train=False)[0]
-        for x in (support.x, query.x)
+        encode(network, params, state, x, train=False)[0] for x in (support.x, query.x)
     )
     assert logits.shape == (3 * ways, ways)
     np.testing.assert_allclose(logits, negative_distances(z_support, z_query, ways), atol=1e-12)
@@ -73,9 +69,9 @@ def test_the_training_loss_embeds_support_and_queries_as_one_batch():
     params, state = jax.jit(learner.init)(KEY, episode())
     params = moved(params)
     loss, aux = jax.jit(learner.loss)(params, state, Episode(support, query), KEY)
-    z, new_state = network.apply(
-        params["network"], state, jnp.concatenate([support.x, query.x]), key=None, train=True
-    )
+    together = np.concatenate([support.x, query.x])
+    z, new_state = encode(network, params, state, together, train=True)
+    z = np.asarray(z)
     logits = negative_distances(z[:6], z[6:], 3)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = np.arange(6) % 3
@@ -113,8 +109,8 @@ def test_support_mode_normalises_queries_by_the_support_alone():
     params, state = jax.jit(learner.init)(KEY, episode())
     params = moved(params)
     logits, _ = answer(learner, params, state, support, query.x)
-    z_support, of_support = network.apply(params["network"], state, support.x, key=None, train=True)
-    z_query, _ = network.apply(params["network"], of_support, query.x, key=None, train=False)
+    z_support, of_support = encode(network, params, state, support.x, train=True)
+    z_query, _ = encode(network, params, of_support, query.x, train=False)
     np.testing.assert_allclose(logits, negative_distances(z_support, z_query, 3), atol=1e-12)
 
 

@@ -14,6 +14,7 @@ from meta_jax.model_based.sequence import (
     neighbour_loss,
 )
 from meta_jax.networks.flatten import flatten
+from tests.random_trees import moved, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,19 +31,14 @@ every_learner = pytest.mark.parametrize("name", LEARNERS)
 
 
 def sequence(seed=0, ways=3, each=4):
-    x_key, y_key = jax.random.split(jax.random.key(seed))
-    labels = jax.random.permutation(y_key, jnp.tile(jnp.eye(ways), (each, 1)))
-    return Batch(jax.random.normal(x_key, (ways * each, 2, 2, 1)), labels)
+    labels = np.random.default_rng(seed).permutation(np.tile(np.eye(ways), (each, 1)))
+    return Batch(normal(ways * each, 2, 2, 1, seed=seed), jnp.asarray(labels))
 
 
 @functools.cache
 def params_of(name):
     params, _ = jax.jit(LEARNERS[name].init)(KEY, Episode(sequence(), sequence()))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return treedef.unflatten(
-        [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    )
+    return moved(params)
 
 
 @functools.cache
@@ -179,7 +175,7 @@ def test_the_gradient_agrees_with_central_differences(name):
     )
     params = params_of(name)
     _, gradient = value_and_grad(params)
-    direction = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    direction = moved(jax.tree.map(jnp.zeros_like, params), by=1.0)
     step = 1e-6
     ahead, behind = (
         value_and_grad(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction))[0]
@@ -200,7 +196,8 @@ def test_the_neighbour_loss_is_the_share_of_the_own_class_among_all_neighbours()
         near = np.exp(-((z[i] - z) ** 2).sum(1)) * (np.arange(7) != i)
         lost.append(-np.log(near[labels == labels[i]].sum() / near.sum()))
     y = jnp.eye(3)[labels]
-    np.testing.assert_allclose(neighbour_loss(jnp.asarray(z), y), np.mean(lost), atol=1e-12)
+    found = jax.jit(neighbour_loss)(jnp.asarray(z), y)
+    np.testing.assert_allclose(found, np.mean(lost), atol=1e-12)
     # Padding is nobody's neighbour and has none to find; its gradient is zero, not NaN.
     padded = jnp.concatenate([z, 9 * jnp.ones((2, 3))]), jnp.concatenate([y, jnp.zeros((2, 3))])
     loss, gradient = jax.value_and_grad(neighbour_loss)(*padded)
@@ -211,9 +208,9 @@ def test_the_neighbour_loss_is_the_share_of_the_own_class_among_all_neighbours()
 def test_the_encoders_own_loss_is_added_with_its_weight():
     x, y = sequence()
     episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
-    plain, _ = LEARNERS["lstm"].loss(params_of("lstm"), {}, episode, KEY)
+    plain, _ = jax.jit(LEARNERS["lstm"].loss)(params_of("lstm"), {}, episode, KEY)
     learner = lstm_learner(flatten(), units=UNITS, neighbour_weight=0.5)
-    loss, aux = learner.loss(params_of("lstm"), {}, episode, KEY)
+    loss, aux = jax.jit(learner.loss)(params_of("lstm"), {}, episode, KEY)
     near = neighbour_loss(x.reshape(12, 4), y)
     np.testing.assert_allclose(loss, plain + 0.5 * near, atol=1e-12)
     np.testing.assert_allclose(aux.metrics["neighbour_loss"], near, atol=1e-12)

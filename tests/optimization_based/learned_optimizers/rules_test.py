@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from meta_jax.optimization_based.lstm_meta_learner import lstm_rule
 from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
 from meta_jax.training.checkpoints import restore, save
 from tests.optimization_based.tasks import KEY, assert_trees_close, vectors
+from tests.random_trees import moved, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -27,30 +30,34 @@ every_rule = pytest.mark.parametrize("name", RULES)
 
 
 def some_params(seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((3, 4), (4,), (2, 2, 3))
-    return {
-        name: jax.random.normal(k, s)
-        for name, k, s in zip(("p0", "p1", "p2"), keys, shapes, strict=True)
-    }
+    shapes = {"p0": (3, 4), "p1": (4,), "p2": (2, 2, 3)}
+    return {name: normal(*shape, seed=seed) for name, shape in shapes.items()}
 
 
-def meta_of(rule, seed=1):
+@functools.cache
+def initial_meta(rule):
+    return jax.jit(rule.init_meta)(KEY, some_params())
+
+
+@functools.cache
+def meta_of(rule):
     """Meta-parameters away from their initial values, decays only a little."""
-    meta = rule.init_meta(KEY, some_params())
-    leaves, treedef = jax.tree.flatten(meta)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [m + 0.03 * jax.random.normal(k, m.shape) for m, k in zip(leaves, keys, strict=True)]
-    )
+    return moved(initial_meta(rule), by=0.03)
+
+
+@functools.cache
+def compiled(rule):
+    """A rule's init and update, compiled once for all tests."""
+    return jax.jit(rule.init), jax.jit(functools.partial(rule.update, loss=None))
 
 
 def run(rule, meta, params, steps=4, permute=lambda tree: tree):
     """Updates after some steps on gradients that differ from step to step."""
-    state = rule.init(meta, params)
+    init, update = compiled(rule)
+    state = init(meta, params)
     for step in range(steps):
         gradient = permute(some_params(10 + step))
-        updates, state = rule.update(meta, gradient, state, params, loss=None)
+        updates, state = update(meta, gradient, state, params)
         params = optax.apply_updates(params, updates)
     return updates
 
@@ -65,7 +72,7 @@ def run(rule, meta, params, steps=4, permute=lambda tree: tree):
     ],
 )
 def test_numbers_of_meta_parameters(rule, count):
-    meta = rule.init_meta(KEY, some_params())
+    meta = jax.eval_shape(rule.init_meta, KEY, some_params())
     assert sum(leaf.size for leaf in jax.tree.leaves(meta)) == count
 
 
@@ -118,14 +125,14 @@ def test_every_meta_parameter_has_a_part_in_the_updates(name):
 
 def test_the_lstm_keeps_a_state_for_every_coordinate():
     rule = coordinatewise_lstm((5, 3))
-    state = rule.init(meta_of(rule), some_params())
+    state = jax.eval_shape(rule.init, meta_of(rule), some_params())
     assert state["lstm1"][0].shape == (28, 5)
     assert state["lstm2"][1].shape == (28, 3)
 
 
 def test_the_lstm_of_plain_gradients_by_hand():
     rule = coordinatewise_lstm((2,), preprocessing=None, scale=3.0)
-    zeros = jax.tree.map(jnp.zeros_like, rule.init_meta(KEY, jnp.zeros(2)))
+    zeros = jax.tree.map(jnp.zeros_like, initial_meta(rule))
     # Gates i, f, u, o of two units each: only u sees the gradient; the output sums h.
     kernel = zeros["lstm1"]["kernel"].at[0, 4:6].set(1.0)
     meta = {
@@ -133,7 +140,8 @@ def test_the_lstm_of_plain_gradients_by_hand():
         "output": {**zeros["output"], "kernel": jnp.ones((2, 1))},
     }
     gradient = jnp.array([0.3, -2.0])
-    updates, _ = rule.update(meta, gradient, rule.init(meta, gradient), None, loss=None)
+    init, update = compiled(rule)
+    updates, _ = update(meta, gradient, init(meta, gradient), None)
     np.testing.assert_allclose(updates, 3 * 2 * 0.5 * jnp.tanh(0.5 * jnp.tanh(gradient)))
 
 
@@ -154,15 +162,17 @@ def test_the_first_step_of_the_mlp_by_hand():
     for layer in ("layer1", "layer2"):
         x = np.maximum(x @ meta["network"][layer]["kernel"] + meta["network"][layer]["bias"], 0)
     d, m = (x @ meta["head"]["kernel"] + meta["head"]["bias"]).T
-    updates, _ = rule.update(meta, gradient, rule.init(meta, params), params, loss=None)
+    init, update = compiled(rule)
+    updates, _ = update(meta, gradient, init(meta, params), params)
     np.testing.assert_allclose(updates["w"], -1e-3 * d * np.exp(1e-3 * m), rtol=1e-6)
 
 
 def test_adafactor_s_statistics():
-    rule = adafactor_mlp_rule()
-    meta = rule.init_meta(KEY, some_params())
+    rule = RULES["adafactor_mlp"]
+    init, update = compiled(rule)
+    meta = initial_meta(rule)
     g = {"w": jnp.arange(1.0, 7).reshape(2, 3), "b": jnp.array([2.0, 3.0])}
-    _, state = rule.update(meta, g, rule.init(meta, g), g, loss=None)
+    _, state = update(meta, g, init(meta, g), g)
     new, share = state.moments["w"], 1 - np.array([0.9, 0.99, 0.999])
     np.testing.assert_allclose(new.momentum, g["w"][..., None] * share, rtol=1e-6)
     np.testing.assert_allclose(new.square[..., 0], g["w"] ** 2 * 1e-3, rtol=1e-6)
@@ -172,11 +182,13 @@ def test_adafactor_s_statistics():
 
 
 def test_learned_decays_move_by_powers_of_e_to_the_tenth():
-    rule = adafactor_mlp_rule()
-    meta = rule.init_meta(KEY, some_params())
-    meta["decays"]["momentum"] += jnp.array([0.0, 0.1, -0.1])
+    rule = RULES["adafactor_mlp"]
+    init, update = compiled(rule)
+    meta = initial_meta(rule)
+    decays = {**meta["decays"], "momentum": meta["decays"]["momentum"] + np.array([0.0, 0.1, -0.1])}
+    meta = {**meta, "decays": decays}
     g = {"b": jnp.array([1.0])}
-    _, state = rule.update(meta, g, rule.init(meta, g), g, loss=None)
+    _, state = update(meta, g, init(meta, g), g)
     wanted = [0.1, 0.01 * np.e, 0.001 / np.e]
     np.testing.assert_allclose(state.moments["b"].momentum[0], wanted, rtol=1e-6)
 
@@ -206,10 +218,15 @@ def test_hand_designed_rules_train_as_optax_does(name):
     end = unroll(problem, rule, {"rate": jnp.asarray(rate)}, params, {}, steps=20)
     optimizer, wanted = OPTAX[name](rate), params
     state = optimizer.init(wanted)
-    for _ in range(20):
+
+    @jax.jit
+    def step(wanted, state):
         gradient = jax.grad(lambda p: problem(p, {}, 0)[0])(wanted)
         updates, state = optimizer.update(gradient, state, wanted)
-        wanted = optax.apply_updates(wanted, updates)
+        return optax.apply_updates(wanted, updates), state
+
+    for _ in range(20):
+        wanted, state = step(wanted, state)
     assert_trees_close(end.params, wanted)
 
 
@@ -248,20 +265,27 @@ def test_as_optax_is_exact_to_the_rule(name):
     rule, params = RULES[name], some_params()
     meta = meta_of(rule)
     optimizer = as_optax(rule, meta)
-    theirs, state = params, optimizer.init(params)
-    for step in range(4):
-        updates, state = optimizer.update(some_params(10 + step), state, theirs)
-        theirs = optax.apply_updates(theirs, updates)
-    assert_trees_close(updates, run(rule, meta, params), rtol=0, atol=0)
+    inits = optimizer.init, functools.partial(rule.init, meta)
+    updates = optimizer.update, functools.partial(rule.update, meta, loss=None)
+    ends = []
+    for init, update in zip(map(jax.jit, inits), map(jax.jit, updates), strict=True):
+        end, state = params, init(params)
+        for step in range(4):
+            change, state = update(some_params(10 + step), state, end)
+            end = optax.apply_updates(end, change)
+        ends.append(end)
+    assert_trees_close(*ends, rtol=0, atol=0)
+    assert abs(ends[0]["p0"] - params["p0"]).max() > 1e-9
 
 
 def test_the_loss_reaches_rules_that_look_at_it():
     rule, params = lstm_rule(3), {"w": jnp.ones(2)}
-    meta = rule.init_meta(KEY, params)
+    meta = jax.jit(rule.init_meta)(KEY, params)
     optimizer = as_optax(rule, meta)
-    ours, _ = optimizer.update(params, optimizer.init(params), params, value=jnp.asarray(2.0))
-    state = rule.init(meta, params)
-    wanted, _ = rule.update(meta, params, state, params, loss=jnp.asarray(2.0))
+    state, loss = jax.jit(optimizer.init)(params), jnp.asarray(2.0)
+    ours, _ = jax.jit(optimizer.update)(params, state, params, value=loss)
+    state = jax.jit(rule.init)(meta, params)
+    wanted, _ = jax.jit(rule.update)(meta, params, state, params, loss=loss)
     assert_trees_close(ours, wanted)
 
 
@@ -274,7 +298,7 @@ def test_an_lstm_without_units_is_refused():
 def test_an_exported_rule_trains_a_flax_model_and_checkpoints(name, tmp_path):
     rule = RULES[name]
     # Flax's parameters are in single precision, the rule's in double.
-    optimizer = as_optax(rule, rule.init_meta(KEY, None))
+    optimizer = as_optax(rule, initial_meta(rule))
     model = nn.Sequential([nn.Dense(4), nn.sigmoid, nn.Dense(3)])
     x, y = vectors().support
 
@@ -286,8 +310,8 @@ def test_an_exported_rule_trains_a_flax_model_and_checkpoints(name, tmp_path):
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    params = model.init(KEY, x)
-    state = optimizer.init(params)
+    params = jax.jit(model.init)(KEY, x)
+    state = jax.jit(optimizer.init)(params)
     ends = params, state
     for number in range(4):
         *ends, loss = step(*ends)
