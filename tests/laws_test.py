@@ -476,7 +476,7 @@ def test_padded_queries_do_not_count(name):
     assert_trees_close(criterion(*padded), criterion(logits, query.y))
 
 
-def test_every_row_is_an_episode_of_its_own_kind():
-    for name in LEARNERS:
-        assert isinstance(episode(name), Episode)
-        assert isinstance(built(name).learner, MetaLearner)
+@every_learner
+def test_every_row_is_an_episode_of_its_own_kind(name):
+    assert isinstance(episode(name), Episode)
+    assert isinstance(built(name).learner, MetaLearner)
