@@ -9,112 +9,211 @@ Every method is an `adapt` (how S is absorbed) and a `predict` (how x is answere
 are pure and written for ONE task, without a task axis: the outer loop maps them over tasks.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 
 Array = jax.Array
 PyTree = Any
+Metrics = dict[str, Array]  # scalars by name
+Config = Mapping[str, Any]  # a component's name and its settings, in what JSON can hold
+
+Normalisation = Literal[
+    "none", "batch", "running", "support", "one_at_a_time", "layer", "instance", "tasknorm"
+]
+# Which moments a normalisation layer uses: 'stored', those in the state; 'batch', those of the
+# inputs at hand, the state unchanged; 'update', the same, and the state's running averages take
+# them in; 'replace', the same, and they become the state. See `meta_jax.networks.normalisation`.
+MomentsUse = Literal["stored", "batch", "update", "replace"]
 
 
 class Batch(NamedTuple):
-    """Labelled examples. A row of `y` that is all zero marks padding."""
+    """Labelled examples."""
 
-    x: Array  # [n, ...] inputs
-    y: Array  # [n, ways] one-hot labels, or [n, D] real targets
+    x: PyTree  # inputs, leaves [n, ...]
+    y: PyTree  # targets, leaves [n, ...]: one-hot labels [n, ways], or real targets [n, D]
+    mask: Array | None = None  # bool [n], False for padding; None: every row is real
 
 
 class Episode(NamedTuple):
-    """One task: what is learned from, and what is asked."""
+    """One task of supervised learning: what is learned from, and what is asked."""
 
     support: Batch
     query: Batch
 
 
-class Aux(NamedTuple):
+class ObjectiveLoss(Protocol):
+    """(outputs, y, mask) -> (scalar loss, metrics)."""
+
+    def __call__(self, outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, Metrics]:
+        """Mean over the rows that are not padding."""
+        ...
+
+
+class Objective(NamedTuple):
+    """What is asked of the outputs, and what is better."""
+
+    loss: ObjectiveLoss
+    metric: str  # the metric that selects a model and is reported
+    maximise: bool  # whether more of it is better
+    kind: Literal["classification", "regression"] = "regression"  # what y is: one-hot, or real
+    unit: Literal["", "%"] = ""  # '%' for a share, which is reported in per cent
+    name: str = ""  # how records and flags call it: a name of ours, or 'package.module:attribute'
+
+
+class Sample(Protocol):
+    """(key, data) -> a task."""
+
+    def __call__(self, key: Array, data: PyTree, /) -> Any:
+        """Draws one task: an `Episode`, or whatever the learner understands."""
+        ...
+
+
+class Tasks(NamedTuple):
+    """A distribution of tasks."""
+
+    sample: Sample  # pure and jittable
+    data: PyTree  # what `sample` draws from, passed as an argument so that it is not compiled in
+    objective: Objective
+
+
+class LossAux(NamedTuple):
     """What a loss returns beside its value."""
 
     state: PyTree  # the new non-differentiated state (running statistics), structure unchanged
-    metrics: dict[str, Array]  # scalars by name
+    metrics: Metrics
+
+
+class NetworkInit(Protocol):
+    """(key, x) -> (params, state)."""
+
+    def __call__(self, key: Array, x: PyTree, /) -> tuple[PyTree, PyTree]:
+        """Initial parameters and state for inputs like x, leaves [n, ...]."""
+        ...
+
+
+class NetworkApply(Protocol):
+    """(params, state, x, *, key, train, moments, mask) -> (y, state)."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        state: PyTree,
+        x: PyTree,
+        /,
+        *,
+        key: Array | None,
+        train: bool,
+        moments: MomentsUse = "stored",
+        mask: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        """Outputs [n, ...] and the new state; padding (mask False) never enters a moment."""
+        ...
 
 
 class Network(NamedTuple):
-    """A pure embedding network. `state` is `{}` or holds batch-norm statistics."""
+    """A pure embedding network. `state` is `{}` or holds moments of normalisation layers."""
 
-    init: Callable[..., tuple[PyTree, PyTree]]  # (key, x [n, ...]) -> (params, state)
-    apply: Callable[..., tuple[Array, PyTree]]  # (params, state, x, *, key, train) -> (y, state)
-    batch_norm: str = "none"  # 'none', 'batch', 'running' or 'support': see networks/layers.py
+    init: NetworkInit
+    apply: NetworkApply  # `train` switches dropout and the like, and nothing else
+    normalisation: Normalisation = "none"  # its mode: see `meta_jax.networks.normalisation`
+    config: Config | None = None  # which network it is, where a registered factory built it
 
-    def apply_to_support(
-        self, params: PyTree, state: PyTree, x: Array, *, key: Array, train: bool
-    ) -> tuple[Array, PyTree]:
-        """`apply` to support inputs: where batch norm is 'support', takes their statistics."""
-        return self.apply(params, state, x, key=key, train=train or self.batch_norm == "support")
 
-    def apply_to_queries(
-        self, params: PyTree, state: PyTree, x: Array, *, key: Array, train: bool
-    ) -> tuple[Array, PyTree]:
-        """`apply` to query inputs: where batch norm is 'support', never takes their statistics."""
-        return self.apply(params, state, x, key=key, train=train and self.batch_norm != "support")
+class Init(Protocol):
+    """(key, task) -> (params, state)."""
+
+    def __call__(self, key: Array, task: Any, /) -> tuple[PyTree, PyTree]:
+        """Initial parameters and state, sized by an example of a task."""
+        ...
+
+
+class Adapt(Protocol):
+    """(params, state, support, key, *, train) -> adapted."""
+
+    def __call__(
+        self, params: PyTree, state: PyTree, support: Any, key: Array, /, *, train: bool
+    ) -> Any:
+        """Absorbs a support set."""
+        ...
+
+
+class Predict(Protocol):
+    """(params, adapted, x, key, *, train, mask) -> (outputs, state)."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        adapted: Any,
+        x: PyTree,
+        key: Array,
+        /,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """Answers queries x, leaves [m, ...]; mask, bool [m], is False for padding."""
+        ...
+
+
+class Loss(Protocol):
+    """(params, state, task, key) -> (scalar, LossAux)."""
+
+    def __call__(
+        self, params: PyTree, state: PyTree, task: Any, key: Array, /
+    ) -> tuple[Array, LossAux]:
+        """What training minimises."""
+        ...
+
+
+class Evaluate(Protocol):
+    """(params, state, task, key) -> metrics."""
+
+    def __call__(self, params: PyTree, state: PyTree, task: Any, key: Array, /) -> Metrics:
+        """What a test measures on one task."""
+        ...
 
 
 class MetaLearner(NamedTuple):
     """A meta-learning method, as pure functions of one task.
 
-    `train` is True while meta-training and False when a learner is tested.
+    `train` is True while meta-training and False when a learner is tested. A state's real leaves
+    are averaged over the tasks of an outer step; integer leaves are counters and are not.
     """
 
-    init: Callable[..., tuple[PyTree, PyTree]]  # (key, episode) -> (params, state)
-    adapt: Callable[..., PyTree]  # (params, state, support, key, *, train) -> adapted
-    predict: Callable[
-        ..., tuple[Array, PyTree]
-    ]  # (params, adapted, x, key, *, train) -> (y, state)
-    loss: Callable[..., tuple[Array, Aux]]  # (params, state, episode, key) -> (scalar, Aux)
-    state_scope: str = "shared"  # 'shared': averaged over tasks; 'task': one state for each task
+    init: Init
+    adapt: Adapt
+    predict: Predict
+    loss: Loss
+    evaluate: Evaluate
+    state_scope: Literal["shared", "task"] = "shared"  # 'task': one state for each task
+    config: Config | None = None  # which learner it is, where a registered factory built it
 
 
-Criterion = Callable[
-    [Array, Array], tuple[Array, dict[str, Array]]
-]  # (outputs, y) -> loss, metrics
+def supervised_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Loss:
+    """Builds the default loss of a `MetaLearner`: objective(predict(adapt(S), B))."""
 
-
-def cross_entropy(logits: Array, y: Array) -> tuple[Array, dict[str, Array]]:
-    """Mean softmax cross-entropy, in nats, over the rows that are not padding.
-
-    Args:
-      logits: [n, ways].
-      y: one-hot labels [n, ways]; an all-zero row is padding.
-
-    Returns:
-      The loss and the metric `accuracy` in [0, 1]; a tie for the largest logit counts as wrong.
-    """
-    count = jnp.maximum(y.sum(), 1)
-    loss = -(y * jax.nn.log_softmax(logits)).sum() / count
-    true = (y * logits).sum(-1, keepdims=True)
-    beaten = jnp.where(y > 0, -jnp.inf, logits).max(-1) < true[:, 0]
-    return loss, {"accuracy": (beaten * y.sum(-1)).sum() / count}
-
-
-def squared_error(outputs: Array, y: Array) -> tuple[Array, dict[str, Array]]:
-    """Mean squared error over rows and dimensions; outputs and y are [n, D]. Metric `mse`."""
-    loss = ((outputs - y) ** 2).mean()
-    return loss, {"mse": loss}
-
-
-def episode_loss(
-    adapt: Callable[..., PyTree],
-    predict: Callable[..., tuple[Array, PyTree]],
-    criterion: Criterion,
-) -> Callable[..., tuple[Array, Aux]]:
-    """The default objective of a `MetaLearner`: criterion(predict(adapt(S), B))."""
-
-    def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, Aux]:
+    def loss(params: PyTree, state: PyTree, task: Episode, key: Array) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
-        adapted = adapt(params, state, episode.support, adapt_key, train=True)
-        outputs, state = predict(params, adapted, episode.query.x, predict_key, train=True)
-        value, metrics = criterion(outputs, episode.query.y)
-        return value, Aux(state, metrics)
+        support, (x, y, mask) = task
+        adapted = adapt(params, state, support, adapt_key, train=True)
+        outputs, state = predict(params, adapted, x, predict_key, train=True, mask=mask)
+        value, metrics = objective.loss(outputs, y, mask)
+        return value, LossAux(state, metrics)
 
     return loss
+
+
+def supervised_evaluate(adapt: Adapt, predict: Predict, objective: Objective) -> Evaluate:
+    """Builds the default test of a `MetaLearner`: the objective's loss and metrics on B."""
+
+    def evaluate(params: PyTree, state: PyTree, task: Episode, key: Array) -> Metrics:
+        adapt_key, predict_key = jax.random.split(key)
+        support, (x, y, mask) = task
+        adapted = adapt(params, state, support, adapt_key, train=False)
+        outputs, _ = predict(params, adapted, x, predict_key, train=False, mask=mask)
+        loss, metrics = objective.loss(outputs, y, mask)
+        return {"loss": loss, **metrics}
+
+    return evaluate

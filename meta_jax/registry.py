@@ -1,0 +1,342 @@
+"""Components by name: learners, networks, task sources, optimizers.
+
+A component is a factory, registered where it is defined. Its settings are its own keyword
+parameters: flags, `--help`, defaults, choices and the record of a run are read from its signature
+and its docstring, and are listed nowhere else. Somebody's own component needs no registration: it
+is named 'package.module:function'.
+"""
+
+import functools
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+
+import jax
+
+from meta_jax.core import Config, MetaLearner, Network, Objective
+from meta_jax.lookup import UsageError, load_attribute
+from meta_jax.objectives import as_objective
+
+Kind = Literal["learner", "network", "tasks", "optimizer", "rule", "family", "estimator"]
+P = ParamSpec("P")
+R = TypeVar("R")
+# A default that depends on what a learner is given: (network, objective) -> value.
+Default = Callable[[Network | None, Objective], Any]
+
+
+class Setting(NamedTuple):
+    """One keyword parameter of a factory that a flag can set."""
+
+    name: str
+    type: type  # bool, int, float, str, or tuple for several ints
+    default: Any  # inspect.Parameter.empty where it must be given
+    choices: tuple[str, ...]  # of a Literal, else ()
+    optional: bool  # whether None is a value
+    doc: str  # the sentences of the docstring
+
+
+class Component(NamedTuple):
+    """A factory and how it is found."""
+
+    kind: Kind
+    name: str  # as registered, or 'package.module:function'
+    factory: Callable[..., Any]
+    network: str | None  # a learner's usual network; None where it has its own
+    normalisation: str | None  # a learner's usual normalisation
+    optimizer: str | None  # a learner's usual outer optimizer
+
+
+_REGISTERED: dict[tuple[Kind, str], Component] = {}
+
+
+def _register(component: Component) -> None:
+    _REGISTERED[component.kind, component.name] = component
+
+
+def learner(
+    name: str,
+    *,
+    network: str | None = "conv4",
+    normalisation: str | None = None,
+    optimizer: str = "adam",
+    defaults: Mapping[str, Default] | None = None,
+) -> Callable[[Callable[P, MetaLearner]], Callable[P, MetaLearner]]:
+    """Registers a factory of learners.
+
+    The factory takes a network first (but where `network` is None), and settings by keyword, among
+    them `objective`, which the tasks choose. What it returns says which learner it is, in `config`.
+
+    Args:
+      name: what `--learner` calls it.
+      network: name of the network that it is used with by default; None where it has its own.
+      normalisation: default mode of that network's normalisation; None for the network's own.
+      optimizer: name of the outer optimizer that it is used with by default.
+      defaults: by setting, the default that stands for None: a function of network and objective.
+
+    Returns:
+      The decorator.
+    """
+
+    def decorate(factory: Callable[P, MetaLearner]) -> Callable[P, MetaLearner]:
+        wrapped = _configured(factory, name, takes_network=network is not None, defaults=defaults)
+        _register(Component("learner", name, wrapped, network, normalisation, optimizer))
+        return wrapped
+
+    return decorate
+
+
+def network(name: str) -> Callable[[Callable[P, Network]], Callable[P, Network]]:
+    """Registers a factory of networks, all of whose parameters are settings."""
+
+    def decorate(factory: Callable[P, Network]) -> Callable[P, Network]:
+        wrapped = _configured(factory, name, takes_network=False)
+        _register(Component("network", name, wrapped, None, None, None))
+        return wrapped
+
+    return decorate
+
+
+def component(kind: Kind, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a factory of another kind: task sources, optimizers and what else has a flag."""
+
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        _register(Component(kind, name, factory, None, None, None))
+        return factory
+
+    return decorate
+
+
+def tasks(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a factory of task sources; a positional-only parameter is what follows 'NAME:'."""
+
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        wrapped = _configured(factory, name, takes_network=False)
+        _register(Component("tasks", name, wrapped, None, None, None))
+        return wrapped
+
+    return decorate
+
+
+def optimizer(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a factory of outer optimizers; it takes the number of outer steps first."""
+    return component("optimizer", name)
+
+
+def _configured(
+    factory: Callable[..., Any],
+    name: str,
+    *,
+    takes_network: bool,
+    defaults: Mapping[str, Default] | None = None,
+) -> Callable[..., Any]:
+    """A factory that fills in the defaults that depend on others, and records its settings."""
+    signature = inspect.signature(factory)
+    positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    recorded = _recorded_name(factory, name)
+
+    @functools.wraps(factory)
+    def build(*arguments: Any, **settings: Any) -> Any:
+        bound = signature.bind(*arguments, **settings)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        if "objective" in given:
+            given["objective"] = as_objective(given["objective"])
+        network = given.get("network") if takes_network else None
+        if takes_network:
+            _check_network(network, name)
+        for setting, default in (defaults or {}).items():
+            if given.get(setting) is None:
+                given[setting] = default(network, given["objective"])
+        bound.arguments.update(given)
+        built = factory(*bound.args, **bound.kwargs)
+        if "config" not in getattr(built, "_fields", ()):
+            raise UsageError(f"{name} returns a {type(built).__name__}, which has no config")
+        # What follows 'NAME:' belongs to the name, as load_source takes it.
+        full_name = ":".join([recorded, *(str(given.pop(one)) for one in positional)])
+        # A factory built on another registered one is recorded under its own name.
+        return built._replace(config={"name": full_name, **_recorded(given)})
+
+    return build
+
+
+def _recorded_name(factory: Callable[..., Any], name: str) -> str:
+    """The name by which a record finds a factory again, in another process too."""
+    module = factory.__module__
+    if ":" in name or module == "__main__" or module.split(".")[0] == "meta_jax":
+        return name
+    return f"{module}:{factory.__qualname__}"
+
+
+def _check_network(network: Any, learner: str) -> None:
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"{learner} needs a meta_jax Network, not a {type(network).__name__}: wrap a flax "
+            "Linen module with meta_jax.from_linen, an NNX module with from_nnx, functions with "
+            "from_functions"
+        )
+
+
+def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a component's arguments; others by their name, where they have one."""
+    return {name: _record(value) for name, value in arguments.items()}
+
+
+def _record(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, Network | MetaLearner):
+        return value.config
+    if isinstance(value, jax.sharding.Mesh):
+        return None  # where something is computed is no part of what it is
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(getattr(value, "name", None), str):  # an objective, an adjoint
+        return value.name or None
+    if isinstance(value, list | tuple):
+        return [_record(item) for item in value]
+    # Somebody's function or transformation: known by its name, not to be built again from it.
+    return {"python": getattr(value, "__qualname__", type(value).__name__)}
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Names of the registered components of a kind, in the order of their definition."""
+    return tuple(name for found, name in _REGISTERED if found == kind)
+
+
+def find(kind: Kind, name: str) -> Component:
+    """A component by its name.
+
+    Args:
+      kind: what it is.
+      name: as registered, or 'package.module:function' for somebody's own.
+
+    Returns:
+      The component. A function of somebody's own that is not registered as a learner is used with
+      conv4.
+
+    Raises:
+      UsageError: an unknown name, a module that cannot be imported, or no such function in it.
+    """
+    if (kind, name) in _REGISTERED:
+        return _REGISTERED[kind, name]
+    if ":" not in name:
+        raise UsageError(
+            f"unknown {kind} '{name}': choose one of {', '.join(names(kind))}, or name your own as "
+            "package.module:function"
+        )
+    factory = load_attribute(name)
+    if not callable(factory):
+        raise UsageError(f"{name} is a {type(factory).__name__}, not a function that builds {kind}")
+    for registered in _REGISTERED.values():
+        if registered.kind == kind and registered.factory is factory:
+            return registered._replace(name=name)
+    if kind in ("learner", "network", "tasks"):
+        takes_network = kind == "learner" and "network" in inspect.signature(factory).parameters
+        factory = _configured(factory, name, takes_network=takes_network)
+        return Component(kind, name, factory, "conv4" if takes_network else None, None, "adam")
+    return Component(kind, name, factory, None, None, None)
+
+
+def build(kind: Kind, config: Config) -> Any:
+    """Builds the learner or network that a record describes, as its `config` has it.
+
+    Args:
+      kind: 'learner' or 'network'.
+      config: its name and settings.
+
+    Raises:
+      UsageError: an unknown name, a setting that it does not have, or one that was given from
+        Python and cannot be built again from a record.
+    """
+    found = find(kind, config["name"])
+    known = parameters(found.factory)
+    arguments: dict[str, Any] = {}
+    for name, value in config.items():
+        if name == "name":
+            continue
+        if name not in known:
+            raise UsageError(
+                f"{config['name']} has no setting '{name}' in this version of meta_jax: it has "
+                f"{', '.join(known)}"
+            )
+        if name == "network":
+            arguments[name] = build("network", value)
+        elif isinstance(value, dict):
+            if value != _record(known[name].default):
+                raise UsageError(
+                    f"{config['name']} was built in Python with {name}={value.get('python')}, "
+                    "which a record cannot hold: build the learner as it was, and restore its "
+                    "parameters"
+                )
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return found.factory(**arguments)
+
+
+def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[str, Setting]:
+    """The settings of a component by name, from its factory's signature and docstring.
+
+    Parameters whose type no flag can express (functions, networks, meshes) are left out: they are
+    Python's alone.
+
+    Args:
+      component: of `find`.
+      reserved: names of parameters that somebody else gives, such as 'objective'.
+    """
+    factory = component.factory
+    hints = typing.get_type_hints(inspect.unwrap(factory))
+    docs = argument_docs(factory)
+    found = {}
+    for name, parameter in parameters(factory).items():
+        if name in reserved or parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            continue
+        read = _read_type(hints.get(name, str))
+        if read is not None:
+            kind, choices, optional = read
+            found[name] = Setting(
+                name, kind, parameter.default, choices, optional, docs.get(name, "")
+            )
+    return found
+
+
+def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A factory's parameters by name."""
+    return dict(inspect.signature(factory).parameters)
+
+
+def _read_type(annotation: Any) -> tuple[type, tuple[str, ...], bool] | None:
+    """(type, choices, whether None is allowed) of an annotation; None where no flag can say it."""
+    members = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = list(typing.get_args(annotation))
+    optional = type(None) in members
+    for member in members:
+        if typing.get_origin(member) is Literal:
+            return str, tuple(map(str, typing.get_args(member))), optional
+        if member in (bool, int, float, str):
+            return member, (), optional
+        if typing.get_origin(member) is tuple and set(typing.get_args(member)) <= {int, ...}:
+            return tuple, (), optional
+    return None
+
+
+def argument_docs(factory: Callable[..., Any]) -> dict[str, str]:
+    """The sentences on each argument in a Google-style docstring, by argument."""
+    import docstring_parser
+
+    style = docstring_parser.DocstringStyle.GOOGLE
+    parsed = docstring_parser.parse(inspect.getdoc(factory) or "", style)
+    docs = {}
+    for param in parsed.params:
+        for name in param.arg_name.split(","):
+            docs[name.strip()] = " ".join((param.description or "").split())
+    return docs
+
+
+def summary(component: Component) -> str:
+    """The first sentence of a component's docstring."""
+    doc = inspect.getdoc(component.factory) or ""
+    return doc.split("\n\n")[0].replace("\n", " ")
