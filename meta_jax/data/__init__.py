@@ -1,1 +1,55 @@
-"""Where tasks come from: datasets and episodes."""
+"""Where tasks come from: datasets, episodes and task sources."""
+
+from meta_jax.data.augmentation import augmented, random_affine
+from meta_jax.data.dataset import (
+    DataError,
+    Dataset,
+    Split,
+    Splits,
+    class_examples,
+    dataset_from_classes,
+    lazy_splits,
+    random_class_split,
+    split_from_classes,
+)
+from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
+from meta_jax.data.glyphs import load_glyphs
+from meta_jax.data.image_folder import load_image_folder
+from meta_jax.data.omniglot import load_omniglot
+from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.data.source import (
+    EpisodeSize,
+    TaskSource,
+    load_source,
+    source_from_sampler,
+    source_from_splits,
+)
+from meta_jax.data.tfds_images import load_tfds_images
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "EpisodeSize",
+    "EpisodeSpec",
+    "Split",
+    "Splits",
+    "TaskSource",
+    "augmented",
+    "check_spec",
+    "class_examples",
+    "dataset_from_classes",
+    "lazy_splits",
+    "load_glyphs",
+    "load_image_folder",
+    "load_omniglot",
+    "load_source",
+    "load_tfds_images",
+    "random_affine",
+    "random_class_split",
+    "rotate_90",
+    "sample_episode",
+    "sample_sinusoid",
+    "source_from_sampler",
+    "source_from_splits",
+    "split_from_classes",
+]

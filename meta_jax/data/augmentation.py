@@ -1,36 +1,54 @@
-"""Random distortions of images, on the device."""
+"""Random augmentation of images, on the device."""
 
-from collections.abc import Callable
+from typing import Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Aux, Batch, Episode, MetaLearner, PyTree
+from meta_jax.core import Array, Batch, Episode, PyTree, Sample
 
-Distortion = Callable[[jax.Array, jax.Array], jax.Array]  # (key, images [n, ...]) -> images
+Augment = Literal["none", "affine"]
+AUGMENTATIONS: tuple[str, ...] = get_args(Augment)
 
 
-def distort_affine(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Turns, shears, scales and shifts each image at random (Koch et al. 2015, section 3.3).
+class Augmentation(Protocol):
+    """(key, x) -> x, changed at random."""
+
+    def __call__(self, key: Array, x: Array, /) -> Array:
+        """Changes each row of x [n, ...] by itself; the shape and dtype stay."""
+        ...
+
+
+def random_affine(key: Array, images: Array) -> Array:
+    """Rotates, shears, scales and shifts each image at random (Koch et al. 2015, section 3.3).
 
     T = (theta, rho_x, rho_y, s_x, s_y, t_x, t_y): theta in [-10, 10] degrees, rho in [-0.3, 0.3],
     s in [0.8, 1.2] and t in [-2, 2] pixels, all uniform, each of the seven in use with
     probability 0.5.
 
     Args:
-      key: a random key.
-      images: [n, height, width, channels]; what moves in from outside is the border's pixel.
+      key: Random key.
+      images: Images [n, height, width, channels]; what moves in from outside is the border's
+        pixel.
 
     Returns:
       [n, height, width, channels], by bilinear interpolation.
 
+    Raises:
+      ValueError: images are not real numbers of rank 4.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> images = jnp.ones((4, 28, 28, 1))
-      >>> distorted = jax.jit(distort_affine)(jax.random.key(0), images)
-      >>> distorted.shape, bool(jnp.allclose(distorted, 1))
+      >>> augmented_images = jax.jit(random_affine)(jax.random.key(0), images)
+      >>> augmented_images.shape, bool(jnp.allclose(augmented_images, 1))
       ((4, 28, 28, 1), True)
     """
+    if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            "images must be real [n, height, width, channels], not "
+            f"{images.dtype} {list(images.shape)}"
+        )
     n = images.shape[0]
     low = jnp.array([-10.0, -0.3, -0.3, 0.8, 0.8, -2.0, -2.0])
     high = jnp.array([10.0, 0.3, 0.3, 1.2, 1.2, 2.0, 2.0])
@@ -38,40 +56,42 @@ def distort_affine(key: jax.Array, images: jax.Array) -> jax.Array:
     value_key, use_key = jax.random.split(key)
     values = jax.random.uniform(value_key, (n, 7), minval=low, maxval=high)
     values = jnp.where(jax.random.bernoulli(use_key, 0.5, (n, 7)), values, neutral)
-    return jax.vmap(_distort)(images, affine_matrices(values), values[:, 5:])
+    moved = jax.vmap(_transform)(images, affine_matrices(values), values[:, 5:])
+    return moved.astype(images.dtype)
 
 
-def distorted_training(
-    learner: MetaLearner, distortion: Distortion = distort_affine
-) -> MetaLearner:
-    """A learner that is trained on distorted images, as Koch et al. (2015) do.
+def augmented(sample: Sample, augmentation: Augmentation = random_affine) -> Sample:
+    """Builds a sampler that augments the inputs of the episodes of another.
+
+    Support and queries are augmented with keys of their own. It is meant for training alone:
+    `TaskSource.tasks` uses it where `train` is True.
 
     Args:
-      learner: any learner of images.
-      distortion: (key, images [n, ...]) -> images of the same shape.
-
-    Returns:
-      The learner, whose `loss` distorts support and queries before it looks at them. Its `adapt`
-      and `predict`, and so validation and tests, see the images as they are.
+      sample: Sampler of episodes.
+      augmentation: Function (key, x) -> x of the same shape and dtype.
 
     Examples:
-      >>> import meta_jax as mj
-      >>> learner = distorted_training(mj.prototypical(mj.conv4(8)))
+      >>> from meta_jax.data.episodes import EpisodeSpec, sample_episode
+      >>> spec = EpisodeSpec(ways=5, shots=1, queries=1)
+      >>> sample = augmented(lambda key, data: sample_episode(key, data, spec))
     """
 
-    def loss(
-        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        loss_key, *keys = jax.random.split(key, 3)
-        distorted = [
-            Batch(distortion(k, batch.x), batch.y) for k, batch in zip(keys, episode, strict=True)
-        ]
-        return learner.loss(params, state, Episode(*distorted), loss_key)
+    def sample_augmented(key: Array, data: PyTree) -> Episode:
+        sample_key, support_key, query_key = jax.random.split(key, 3)
+        support, query = sample(sample_key, data)
+        return Episode(
+            _augment_batch(support_key, support, augmentation),
+            _augment_batch(query_key, query, augmentation),
+        )
 
-    return learner._replace(loss=loss)
+    return sample_augmented
 
 
-def affine_matrices(values: jax.Array) -> jax.Array:
+def _augment_batch(key: Array, batch: Batch, augmentation: Augmentation) -> Batch:
+    return batch._replace(x=augmentation(key, batch.x))
+
+
+def affine_matrices(values: Array) -> Array:
     """Rotation after shear after scale, on columns (x, y).
 
     Args:
@@ -88,7 +108,7 @@ def affine_matrices(values: jax.Array) -> jax.Array:
     return jnp.einsum("ijn,jkn->nik", turn, shear) * scale
 
 
-def _distort(image: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
+def _transform(image: Array, matrix: Array, shift: Array) -> Array:
     """Moves what is at p, seen from the centre, to matrix p + shift."""
     height, width, channels = image.shape
     centre = jnp.array([(width - 1) / 2, (height - 1) / 2])

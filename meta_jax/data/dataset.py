@@ -1,109 +1,195 @@
-"""Images on the device, grouped by class, and the named splits of a dataset."""
+"""Examples on the device, grouped by class, and the named splits of a dataset."""
 
-import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from meta_jax.core import PyTree
+from meta_jax.lookup import UsageError
 
-RESAMPLE_FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+T = TypeVar("T")
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """The data at hand cannot serve the request; the message names the culprit and the remedy."""
 
 
-class ImageDataset(NamedTuple):
-    """One split, as arrays only, so that it is passed as an ARGUMENT of a jitted function.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["examples", "starts", "counts", "groups"],
+    meta_fields=["largest"],
+)
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The labelled examples of one split, a pytree: pass it as an ARGUMENT of a jitted function.
 
-    Closed over instead, the images would be compiled into the program as a constant.
+    Closed over instead, the examples would be compiled into the program as a constant. Classes
+    are stored one after another, without padding: class k is the rows starts[k] to
+    starts[k] + counts[k] of every leaf of `examples`. Build it with `dataset_from_classes`.
     """
 
-    images: jax.Array  # uint8 [classes, examples, height, width, channels], zeros where padded
-    counts: jax.Array  # int32 [classes], how many examples of each class are real
-    groups: (
-        jax.Array
-    )  # int32 [classes], the class's group (alphabet, script), 0 where there is none
+    examples: PyTree  # leaves [all, ...], of any dtype and example shape
+    starts: jax.Array  # int32 [classes], the first row of each class
+    counts: jax.Array  # int32 [classes], how many examples each class has
+    groups: jax.Array  # int32 [classes], the class's group (alphabet, script); 0 without groups
+    largest: int = 0  # the largest of `counts`, static; taken from them where it is not given
+
+    def __post_init__(self) -> None:
+        """Takes `largest` from the counts."""
+        if not self.largest:
+            object.__setattr__(self, "largest", int(np.max(self.counts)))
+
+
+class Split(NamedTuple):
+    """One split, with the names that the arrays cannot hold."""
+
+    dataset: Dataset
+    class_names: tuple[str, ...]  # one for each class, unique
+    group_names: tuple[str, ...]  # indexed by `Dataset.groups`
 
 
 class Splits(NamedTuple):
-    """A dataset by split, with the names that the arrays cannot hold."""
+    """A dataset by split: 'train', 'val', 'test' (and 'trainval' where defined).
 
-    datasets: dict[str, ImageDataset]  # 'train', 'val', 'test' (and 'trainval' where defined)
-    class_names: dict[str, tuple[str, ...]]  # by split, one name for each class, unique
-    group_names: tuple[str, ...]  # indexed by `ImageDataset.groups`
+    Where a loader made it, each split is read when one of its entries is first asked for.
+    """
+
+    datasets: Mapping[str, Dataset]
+    class_names: Mapping[str, tuple[str, ...]]
+    group_names: Mapping[str, tuple[str, ...]]
 
 
-def stack_classes(
-    images: Sequence[np.ndarray], groups: Sequence[int] | None = None
-) -> ImageDataset:
-    """Stacks classes of unequal sizes, padding the smaller ones with zero images at their end.
+class _View(Mapping[str, T]):
+    """A mapping of known keys, whose values are computed when they are asked for."""
+
+    def __init__(self, keys: Sequence[str], get: Callable[[str], T]) -> None:
+        self._keys = tuple(keys)
+        self._get = get
+
+    def __getitem__(self, key: str) -> T:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._get(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def lazy_splits(loaders: Mapping[str, Callable[[], Split]]) -> Splits:
+    """Builds `Splits` whose splits are loaded once, when they are first asked for.
 
     Args:
-      images: one uint8 array [n_i, height, width, channels] for each class, n_i >= 1, all of one
-        image shape.
-      groups: the group of each class; all 0 if None.
-
-    Returns:
-      The dataset, [classes, max n_i, height, width, channels], with `counts` = n_i.
-
-    Raises:
-      DataError: there is no class, a class is empty, or image shapes or types differ.
+      loaders: by split name, a function that loads the split.
     """
-    if not images:
-        raise DataError("a dataset needs at least one class, but none was given")
-    shape = images[0].shape[1:]
-    for index, array in enumerate(images):
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != shape:
-            raise DataError(
-                f"class {index} has {array.dtype} images of shape {array.shape}, "
-                f"but the first class fixes uint8 [n, {', '.join(map(str, shape))}]"
-            )
-        if not len(array):
-            raise DataError(f"class {index} has no images: leave it out")
-    groups = [0] * len(images) if groups is None else groups
-    if len(groups) != len(images):
-        raise DataError(f"{len(groups)} groups were given for {len(images)} classes")
-    counts = np.array([len(array) for array in images], np.int32)
-    stacked = np.zeros((len(images), counts.max(), *shape), np.uint8)
-    for row, array in zip(stacked, images, strict=True):
-        row[: len(array)] = array
-    return ImageDataset(
-        jnp.asarray(stacked), jnp.asarray(counts), jnp.asarray(np.asarray(groups, np.int32))
+    load = functools.cache(lambda split: loaders[split]())
+    return Splits(
+        datasets=_View(tuple(loaders), lambda split: load(split).dataset),
+        class_names=_View(tuple(loaders), lambda split: load(split).class_names),
+        group_names=_View(tuple(loaders), lambda split: load(split).group_names),
     )
 
 
-def make_splits(
-    members: Mapping[str, Sequence[int]],
-    images: Sequence[np.ndarray],
-    class_names: Sequence[str],
-    groups: Sequence[int],
-    group_names: Sequence[str],
-) -> Splits:
-    """Builds `Splits` from all classes of a dataset and the indices of each split's classes.
+def dataset_from_classes(classes: Sequence[PyTree], groups: Sequence[int] | None = None) -> Dataset:
+    """Builds a `Dataset` from the examples of each class.
 
     Args:
-      members: by split name, indices into the other arguments, in the order wanted.
-      images: one uint8 array [n_i, height, width, channels] for each class.
-      class_names: one unique name for each class.
-      groups: one index into `group_names` for each class.
-      group_names: the names of the groups.
+      classes: One array [n_i, ...] for each class, or one pytree of such arrays, n_i >= 1; all of
+        one structure, dtype and example shape. For images uint8 [n_i, height, width, channels].
+      groups: Group of each class; all 0 if None.
+
+    Returns:
+      The dataset, on the device.
 
     Raises:
-      DataError: as `stack_classes` does.
+      DataError: there is no class, a class is empty, or structures, shapes or dtypes differ.
+
+    Examples:
+      >>> data = dataset_from_classes([np.zeros((3, 8)), np.ones((2, 8))])  # features
+      >>> data.examples.shape, data.starts.tolist(), data.counts.tolist()
+      ((5, 8), [0, 3], [3, 2])
     """
-    return Splits(
-        datasets={
-            split: stack_classes([images[i] for i in rows], [groups[i] for i in rows])
-            for split, rows in members.items()
-        },
-        class_names={split: tuple(class_names[i] for i in rows) for split, rows in members.items()},
-        group_names=tuple(group_names),
+    if not len(classes):
+        raise DataError("a dataset needs at least one class, but none was given")
+    classes = [jax.tree.map(np.asarray, examples) for examples in classes]
+    groups = [0] * len(classes) if groups is None else groups
+    if len(groups) != len(classes):
+        raise DataError(f"{len(groups)} groups were given for {len(classes)} classes")
+    counts = np.array(
+        [_count(examples, classes[0], index) for index, examples in enumerate(classes)], np.int32
+    )
+    return Dataset(
+        jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *classes),
+        jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        jnp.asarray(counts),
+        jnp.asarray(np.asarray(groups, np.int32)),
+        largest=int(counts.max()),
+    )
+
+
+def _count(examples: PyTree, first: PyTree, index: int) -> int:
+    """The number of examples of a class, which must look like those of the first class."""
+    leaves, structure = jax.tree.flatten(examples)
+    if structure != jax.tree.structure(first) or not leaves:
+        raise DataError(
+            f"class {index} has examples of structure {structure}, but the first class fixes "
+            f"{jax.tree.structure(first)}"
+        )
+    for leaf, expected in zip(leaves, jax.tree.leaves(first), strict=True):
+        if leaf.ndim < 1 or leaf.dtype != expected.dtype or leaf.shape[1:] != expected.shape[1:]:
+            wanted = ", ".join(["n", *map(str, expected.shape[1:])])
+            raise DataError(
+                f"class {index} has {leaf.dtype} examples of shape {leaf.shape}, but the first "
+                f"class fixes {expected.dtype} [{wanted}]"
+            )
+        if not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool) and (
+            not jnp.issubdtype(leaf.dtype, jnp.floating)  # bfloat16 is no number of numpy's
+        ):
+            raise DataError(
+                f"class {index} has examples of dtype {leaf.dtype}: turn them into numbers"
+            )
+    sizes = {len(leaf) for leaf in leaves}
+    if len(sizes) > 1:
+        raise DataError(f"class {index} has leaves of {sorted(sizes)} examples: give all the same")
+    if 0 in sizes:
+        raise DataError(f"class {index} has no examples: leave it out")
+    return sizes.pop()
+
+
+def class_examples(dataset: Dataset, index: int) -> PyTree:
+    """All examples of one class, leaves [n, ...], as they are stored."""
+    start = int(dataset.starts[index])
+    stop = start + int(dataset.counts[index])
+    return jax.tree.map(lambda leaf: leaf[start:stop], dataset.examples)
+
+
+def split_from_classes(
+    classes: Sequence[Any],
+    class_names: Sequence[str],
+    groups: Sequence[str],
+) -> Split:
+    """Builds a `Split` from the examples of each class and the names of class and group.
+
+    Args:
+      classes: Examples of each class, as `dataset_from_classes` takes them.
+      class_names: Name of each class, unique.
+      groups: Name of each class's group.
+
+    Raises:
+      DataError: as `dataset_from_classes` does.
+    """
+    group_names = sorted(set(groups))
+    return Split(
+        dataset_from_classes(classes, [group_names.index(group) for group in groups]),
+        tuple(class_names),
+        tuple(group_names),
     )
 
 
@@ -115,10 +201,10 @@ def random_class_split(
     The default fractions are those of miniImageNet's 64/16/20 classes (Ravi and Larochelle 2017).
 
     Args:
-      n_classes: how many classes there are, at least 3.
-      seed: the same seed always gives the same split.
-      fractions: the shares of train, val and test, positive, summing to 1; every split gets at
-        least one class.
+      n_classes: Number of classes, at least 3.
+      seed: Seed of the split: the same always gives the same.
+      fractions: Shares of train, val and test, positive, summing to 1; every split gets at least
+        one class.
 
     Returns:
       By split, the sorted indices, int [classes of the split].
@@ -139,105 +225,3 @@ def random_class_split(
     order = np.random.default_rng(seed).permutation(n_classes)
     test, val, train = np.split(order, [n_test, n_test + n_val])
     return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
-
-
-def open_image(source: bytes | str, name: str) -> "Image":
-    """Opens and fully decodes an image.
-
-    Args:
-      source: the bytes of an image file, or its path.
-      name: what to call the image in an error.
-
-    Raises:
-      DataError: the image does not decode.
-    """
-    from PIL import Image
-
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image.load()
-    # PIL reports a broken file as any of these, by format and by where it is broken.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} does not decode as an image ({error}): replace it or remove it"
-        ) from error
-    return image
-
-
-def resize_image(image: "Image", image_size: int, resample: str = "lanczos") -> np.ndarray:
-    """Resizes a greyscale ('L') or colour ('RGB') image to uint8 [image_size, image_size, C].
-
-    Raises:
-      DataError: `image_size` is not positive, or `resample` is not in `RESAMPLE_FILTERS`.
-    """
-    from PIL import Image
-
-    check_image_size(image_size)
-    if resample not in RESAMPLE_FILTERS:
-        raise DataError(f"resample {resample!r} is none of {', '.join(RESAMPLE_FILTERS)}")
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling[resample.upper()])
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def image_pixels(image: "Image", image_size: int) -> np.ndarray:
-    """Turns an image of any mode into uint8 [image_size, image_size, 1 (grey) or 3 (colour)].
-
-    Transparency is laid on white; 1-bit images become 0 and 255, and 16-bit ones lose 8 bits.
-
-    Raises:
-      DataError: `image_size` is not positive.
-    """
-    from PIL import Image
-
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-    elif image.mode.startswith("I"):
-        # Pillow would clip 16-bit values at 255 instead.
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    else:
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    return resize_image(image, image_size)
-
-
-def unify_channels(
-    classes: Sequence[Sequence[np.ndarray]], grey: bool | None = None
-) -> list[np.ndarray]:
-    """Stacks the images of each class, giving all of them the same number of channels.
-
-    Args:
-      classes: for each class its images, uint8 [height, width, 1 or 3].
-      grey: True for 1 channel (the luma of ITU-R 601-2), False for 3; if None, 1 unless some image
-        has a colour.
-
-    Returns:
-      One uint8 array [n_i, height, width, 1 or 3] for each class.
-    """
-    if grey is None:
-        grey = not any(_has_colour(image) for images in classes for image in images)
-    convert = _to_grey if grey else _to_colour
-    return [np.stack([convert(image) for image in images]) for images in classes]
-
-
-def _has_colour(image: np.ndarray) -> bool:
-    return bool((image != image[..., :1]).any())
-
-
-def _to_colour(image: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(image, (*image.shape[:2], 3))
-
-
-def _to_grey(image: np.ndarray) -> np.ndarray:
-    if not _has_colour(image):
-        return image[..., :1]
-    luma = image @ np.array([0.299, 0.587, 0.114])
-    return luma.round().astype(np.uint8)[..., None]
-
-
-def check_image_size(image_size: int) -> None:
-    """Raises DataError unless `image_size` (pixels a side) is positive."""
-    if image_size < 1:
-        raise DataError(f"image_size must be at least 1 pixel, not {image_size}")

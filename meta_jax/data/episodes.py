@@ -1,14 +1,17 @@
 """Sampling episodes on the device: pure, jittable, nothing left to the host."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from meta_jax.core import Batch, Episode
-from meta_jax.data.dataset import DataError, ImageDataset
+from meta_jax.core import Batch, Episode, PyTree
+from meta_jax.data.dataset import DataError, Dataset
 
-ROTATIONS = ("none", "classes", "per_class", "per_episode")
+Rotations = Literal["none", "classes", "per_class", "per_episode"]
+ROTATIONS: tuple[str, ...] = get_args(Rotations)
 
 
 class EpisodeSpec(NamedTuple):
@@ -22,115 +25,172 @@ class EpisodeSpec(NamedTuple):
     ways: int  # classes in an episode
     shots: int  # support examples of each class
     queries: int  # query examples of each class
-    rotations: str = "none"
+    rotations: Rotations = "none"
     within_group: bool = False  # all classes of an episode from one group (alphabet)
     shared_drawers: bool = False  # the same examples (drawers, in Omniglot) for every class
 
 
-def check_spec(spec: EpisodeSpec, dataset: ImageDataset, split: str = "the dataset") -> None:
+def check_sizes(ways: int, shots: int, queries: int) -> None:
+    """Raises DataError unless ways, shots and queries are positive."""
+    for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
+        if value < 1:
+            raise DataError(f"{name}={value} is impossible: use at least 1")
+
+
+def check_rotations(rotations: str) -> None:
+    """Raises DataError unless the name is one of `ROTATIONS`."""
+    if rotations not in ROTATIONS:
+        raise DataError(f"unknown rotations '{rotations}': choose one of {', '.join(ROTATIONS)}")
+
+
+def are_images(examples: PyTree) -> bool:
+    """Whether examples are one array [all, height, width, channels]."""
+    leaves = jax.tree.leaves(examples)
+    return len(leaves) == 1 and jnp.ndim(leaves[0]) == 4
+
+
+def check_spec(spec: EpisodeSpec, dataset: Dataset, split: str = "the dataset") -> None:
     """Refuses, before anything is compiled, an episode that the data cannot serve.
 
     Args:
-      spec: what an episode is made of.
-      dataset: where it is to come from.
-      split: the name used in messages.
+      spec: What an episode is made of.
+      dataset: Where it is to come from.
+      split: Name used in messages.
 
     Raises:
       DataError: for unknown rotations, numbers below one, more ways than there are classes with
-        shots + queries images, or rotations of images that are not square.
+        shots + queries examples, or rotations of examples that are no square images.
     """
-    if spec.rotations not in ROTATIONS:
-        raise DataError(
-            f"unknown rotations '{spec.rotations}': choose one of {', '.join(ROTATIONS)}"
-        )
-    for name in ("ways", "shots", "queries"):
-        if getattr(spec, name) < 1:
-            raise DataError(f"{name}={getattr(spec, name)} is impossible: use at least 1")
-    if spec.rotations != "none" and dataset.images.shape[2] != dataset.images.shape[3]:
-        raise DataError("images that are not square cannot be rotated: use rotations 'none'")
+    check_rotations(spec.rotations)
+    check_sizes(spec.ways, spec.shots, spec.queries)
+    if spec.rotations != "none":
+        _check_square_images(dataset.examples, split)
     needed = spec.shots + spec.queries
-    usable = dataset.counts >= needed
+    counts, groups = np.asarray(dataset.counts), np.asarray(dataset.groups)
+    usable = counts >= needed
     if not usable.any():
         raise DataError(
-            f"shots + queries = {needed} is more than the {int(dataset.counts.max())} images of "
-            f"the largest class of {split}: lower shots or queries"
+            f"shots + queries = {needed} is more than the {counts.max()} examples of the largest "
+            f"class of {split}: lower shots or queries"
         )
     turns = 4 if spec.rotations == "classes" else 1
     if spec.within_group:
-        available = int(jnp.bincount(dataset.groups[usable]).max()) * turns
+        available = int(np.unique(groups[usable], return_counts=True)[1].max()) * turns
         where = f"the largest group of {split}"
     else:
         available, where = int(usable.sum()) * turns, split
     if spec.ways > available:
         raise DataError(
             f"{spec.ways} ways are more than the {available} classes of {where} that have "
-            f"{needed} images (shots + queries): lower ways, shots or queries"
+            f"{needed} examples (shots + queries): lower ways, shots or queries"
         )
 
 
-def sample_episode(key: jax.Array, dataset: ImageDataset, spec: EpisodeSpec) -> Episode:
+def _check_square_images(examples: PyTree, split: str) -> None:
+    if not are_images(examples):
+        raise DataError(f"examples of {split} that are no images cannot be rotated: use 'none'")
+    (images,) = jax.tree.leaves(examples)
+    if images.shape[1] != images.shape[2]:
+        raise DataError("images that are not square cannot be rotated: use rotations 'none'")
+
+
+def sample_episode(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Episode:
     """Draws one episode: classes, examples, turns and labels, all uniformly at random.
 
-    Examples come in random order, so that nothing can be read from a position, and no image is
-    in both support and query. Classes with fewer than shots + queries images are never drawn.
+    Examples come in random order, so that nothing can be read from a position, and no example is
+    in both support and query. Classes with fewer than shots + queries examples are never drawn.
 
     Args:
-      key: a random key.
-      dataset: images uint8 [classes, examples, height, width, channels] on the device.
-      spec: what an episode is made of; checked by `check_spec` beforehand.
+      key: Random key.
+      dataset: Where examples come from, on the device.
+      spec: What an episode is made of; checked by `check_spec` beforehand.
 
     Returns:
-      An episode with x float [ways * shots, height, width, channels] in [0, 1] and y one-hot
-      [ways * shots, ways]; likewise, with queries, for the query set.
+      An episode with x [ways * shots, ...], a pytree as the examples are, and y one-hot
+      [ways * shots, ways]; likewise, with queries, for the query set. Examples of dtype uint8
+      become floats in [0, 1]; all others (features, token ids, masks) are as they are stored.
     """
+    chex.assert_rank([dataset.starts, dataset.counts, dataset.groups], 1)
     class_key, example_key, turn_key, order_key = jax.random.split(key, 4)
-    needed = spec.shots + spec.queries
-    classes, examples = dataset.images.shape[:2]
-    turns = 4 if spec.rotations == "classes" else 1
-
-    usable = jnp.tile(dataset.counts >= needed, turns)
-    if spec.within_group:
-        usable &= jnp.tile(_draw_group(class_key, dataset, needed, spec.ways, turns), turns)
-    drawn = _draw_without_replacement(class_key, usable, spec.ways)  # [ways]; its order is random
-    drawn, turn = drawn % classes, drawn // classes
-    if spec.rotations == "per_class":
-        turn = jax.random.randint(turn_key, (spec.ways,), 0, 4)
-    elif spec.rotations == "per_episode":
-        turn = jnp.full(spec.ways, jax.random.randint(turn_key, (), 0, 4))
-
-    real = jnp.arange(examples) < dataset.counts[drawn][:, None]
-    if spec.shared_drawers:
-        shared = _draw_without_replacement(example_key, real.all(0), needed)
-        example = jnp.broadcast_to(shared, (spec.ways, needed))
-    else:
-        example = _draw_without_replacement(example_key, real, needed)  # [ways, needed]
-
-    def batch(example: jax.Array, key: jax.Array) -> Batch:
-        label = jnp.repeat(jnp.arange(spec.ways), example.shape[1])
-        order = jax.random.permutation(key, label.size)
-        label, example = label[order], example.reshape(-1)[order]
-        x = dataset.images[drawn[label], example]
-        if spec.rotations != "none":
-            x = quarter_turns(x, turn[label])
-        dtype = jnp.result_type(float)
-        return Batch(x.astype(dtype) / 255, jax.nn.one_hot(label, spec.ways, dtype=dtype))
-
+    drawn, turn = _draw_classes(class_key, turn_key, dataset, spec)
+    example = _draw_examples(example_key, dataset, spec, drawn)
+    rows = dataset.starts[drawn][:, None] + example  # [ways, shots + queries]
     support_key, query_key = jax.random.split(order_key)
     return Episode(
-        batch(example[:, : spec.shots], support_key), batch(example[:, spec.shots :], query_key)
+        _shuffled_batch(support_key, dataset.examples, rows[:, : spec.shots], turn),
+        _shuffled_batch(query_key, dataset.examples, rows[:, spec.shots :], turn),
     )
 
 
-def quarter_turns(images: jax.Array, turns: jax.Array) -> jax.Array:
+def _draw_classes(
+    class_key: jax.Array, turn_key: jax.Array, dataset: Dataset, spec: EpisodeSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """Classes [ways], in random order, and their quarter turns [ways]; None without rotations."""
+    needed, classes = spec.shots + spec.queries, dataset.counts.size
+    turns = 4 if spec.rotations == "classes" else 1
+    usable = jnp.tile(dataset.counts >= needed, turns)
+    if spec.within_group:
+        usable &= jnp.tile(_draw_group(class_key, dataset, needed, spec.ways, turns), turns)
+    drawn = _draw_without_replacement(class_key, usable, spec.ways)
+    if spec.rotations == "classes":
+        return drawn % classes, drawn // classes
+    if spec.rotations == "per_class":
+        return drawn, jax.random.randint(turn_key, (spec.ways,), 0, 4)
+    if spec.rotations == "per_episode":
+        return drawn, jnp.full(spec.ways, jax.random.randint(turn_key, (), 0, 4))
+    return drawn, None
+
+
+def _draw_examples(
+    key: jax.Array, dataset: Dataset, spec: EpisodeSpec, drawn: jax.Array
+) -> jax.Array:
+    """Distinct examples [ways, shots + queries] of each class drawn, counted within the class."""
+    needed = spec.shots + spec.queries
+    real = jnp.arange(dataset.largest) < dataset.counts[drawn][:, None]
+    if spec.shared_drawers:
+        shared = _draw_without_replacement(key, real.all(0), needed)
+        return jnp.broadcast_to(shared, (spec.ways, needed))
+    return _draw_without_replacement(key, real, needed)
+
+
+def _shuffled_batch(
+    key: jax.Array, examples: PyTree, rows: jax.Array, turn: jax.Array | None
+) -> Batch:
+    """The examples of rows [ways, n], labelled by way, in random order."""
+    ways, n = rows.shape
+    label = jnp.repeat(jnp.arange(ways), n)
+    order = jax.random.permutation(key, label.size)
+    label, rows = label[order], rows.reshape(-1)[order]
+    x = jax.tree.map(lambda leaf: leaf[rows], examples)
+    if turn is not None:
+        x = jax.tree.map(lambda leaf: rotate_90(leaf, turn[label]), x)
+    return Batch(
+        jax.tree.map(_unit_scaled, x), jax.nn.one_hot(label, ways, dtype=jnp.result_type(float))
+    )
+
+
+def _unit_scaled(x: jax.Array) -> jax.Array:
+    """Floats in [0, 1] of uint8; anything else unchanged."""
+    return x.astype(jnp.result_type(float)) / 255 if x.dtype == jnp.uint8 else x
+
+
+def rotate_90(images: jax.Array, turns: jax.Array) -> jax.Array:
     """Rotates each image counter-clockwise by its own number of quarter turns.
 
     Args:
-      images: [n, side, side, channels].
-      turns: int [n], 0 to 3.
+      images: Images [n, side, side, channels].
+      turns: Numbers of quarter turns, int [n], 0 to 3.
 
     Returns:
       [n, side, side, channels]; image i is `jnp.rot90(images[i], turns[i])`.
+
+    Raises:
+      ValueError: images are not [n, side, side, channels], or turns not [n].
     """
+    if images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images must be [n, side, side, channels], not {list(images.shape)}")
+    if turns.shape != images.shape[:1]:
+        raise ValueError(f"turns must be [{len(images)}], not {list(turns.shape)}")
     turns = turns[:, None, None, None]
     images = jnp.where(turns % 2 == 1, images.swapaxes(1, 2), images)
     images = jnp.where((turns == 1) | (turns == 2), images[:, ::-1], images)
@@ -144,9 +204,7 @@ def _draw_without_replacement(key: jax.Array, allowed: jax.Array, n: int) -> jax
     return jax.lax.top_k(scores, n)[1]
 
 
-def _draw_group(
-    key: jax.Array, dataset: ImageDataset, needed: int, ways: int, turns: int
-) -> jax.Array:
+def _draw_group(key: jax.Array, dataset: Dataset, needed: int, ways: int, turns: int) -> jax.Array:
     """Mask [classes] of one group, drawn uniformly from those that can serve the episode."""
     same = dataset.groups[:, None] == dataset.groups
     size = (same & (dataset.counts >= needed)).sum(1)

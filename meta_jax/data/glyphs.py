@@ -7,13 +7,20 @@ one of meta-learning: at 5-way 1-shot on the test split the nearest neighbour in
 88 % of the time without it and 40 % with it (42 % on Omniglot's).
 """
 
+import functools
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from meta_jax.data.dataset import DataError, Splits, check_image_size, make_splits
+from meta_jax import registry
+from meta_jax.core import Objective
+from meta_jax.data.augmentation import Augment
+from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.data.episodes import Rotations
+from meta_jax.data.images import check_image_size
+from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,8 +48,45 @@ _SHAPE_SIZE = 20  # side of the bitmaps in which shapes are compared
 _SAME_SHAPE = 0.2
 
 
+@registry.tasks("glyphs")
+def glyphs(
+    *,
+    image_size: int = 28,
+    rotations: Rotations = "none",
+    within_group: bool = False,
+    augment: Augment = "none",
+    objective: Objective | str = "cross_entropy",
+    examples: int = 20,
+    distortion_seed: int = 0,
+) -> TaskSource:
+    """Builds the source of glyphs: characters of the fonts of matplotlib, without any download.
+
+    Args:
+      image_size: Side of the images, in pixels.
+      rotations: Quarter turns: 'none'; 'classes', a turned character is a class of its own;
+        'per_class', one random turn for each class of an episode; 'per_episode', one for all.
+      within_group: Whether all classes of an episode are of one script; in tests all of them then
+        show the same drawers.
+      augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
+        shift).
+      objective: Objective of the tasks: 'cross_entropy', or somebody's own as
+        package.module:attribute.
+      examples: Number of images of each class.
+      distortion_seed: Seed of the distortions that the images are drawn with; the classes and
+        splits are the same under every seed.
+    """
+    return image_source(
+        load_glyphs(image_size=image_size, examples=examples, seed=distortion_seed),
+        image_preprocessing(image_size, 1, polarity="ink_light", resample="box"),
+        rotations=rotations,
+        within_group=within_group,
+        augment=augment,
+        objective=objective,
+    )
+
+
 def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> Splits:
-    """Draws the glyphs, uint8 [classes, examples, image_size, image_size, 1], ink 255 on 0.
+    """Draws the glyphs, uint8 [all, image_size, image_size, 1], ink 255 on 0.
 
     Each glyph is scaled to one size and centred, then rotated by up to 15 degrees, sheared by up
     to 0.3, scaled by 0.75 to 1.25 and shifted by up to 8 % of the side, all drawn uniformly.
@@ -53,13 +97,13 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
     validation split before that of the training split, so that no shape is in two splits.
 
     Args:
-      image_size: side in pixels.
-      examples: images of each class.
-      seed: of the distortions; the classes and splits are the same under every seed.
+      image_size: Side in pixels.
+      examples: Number of images of each class.
+      seed: Seed of the distortions; the classes and splits are the same under every seed.
 
     Returns:
-      'train', 'val' and 'test', whose scripts (groups) are those of `SCRIPTS`; class names are
-      Unicode names, like 'GEORGIAN LETTER AN'.
+      'train', 'val' and 'test', each drawn when it is asked for; its scripts (groups) are those of
+      `SCRIPTS`, its class names are Unicode names, like 'GEORGIAN LETTER AN'.
 
     Raises:
       DataError: `image_size` or `examples` is not positive, or matplotlib's fonts are not there.
@@ -67,19 +111,25 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
     check_image_size(image_size)
     if examples < 1:
         raise DataError(f"glyphs need at least 1 example of each class, not {examples}")
-    drawings = _draw_letters()
-    members = _distinct({split: _letters(drawings, split) for split in SCRIPTS}, drawings)
 
-    letters = [letter for split in SCRIPTS for letter in members[split]]
-    index = {letter: i for i, letter in enumerate(letters)}
-    scripts = [script for names in SCRIPTS.values() for script in names]
-    return make_splits(
-        {split: [index[letter] for letter in members[split]] for split in SCRIPTS},
-        [_distort(letter, drawings[letter], image_size, examples, seed) for letter in letters],
-        class_names=[unicodedata.name(letter) for letter in letters],
-        groups=[scripts.index(_script(letter)) for letter in letters],
-        group_names=scripts,
-    )
+    prepare = functools.cache(_drawings_and_members)
+
+    def draw(split: str) -> Split:
+        drawings, members = prepare()
+        letters = members[split]
+        return split_from_classes(
+            [_distort(letter, drawings[letter], image_size, examples, seed) for letter in letters],
+            class_names=[unicodedata.name(letter) for letter in letters],
+            groups=[str(_script(letter)) for letter in letters],
+        )
+
+    return lazy_splits({split: functools.partial(draw, split) for split in SCRIPTS})
+
+
+def _drawings_and_members() -> tuple[dict[str, dict[str, "Image"]], dict[str, list[str]]]:
+    """All letters as they are drawn, and those of each split."""
+    drawings = _draw_letters()
+    return drawings, _distinct({split: _letters(drawings, split) for split in SCRIPTS}, drawings)
 
 
 def _script(letter: str) -> str | None:
@@ -106,7 +156,7 @@ def _draw_letters() -> dict[str, dict[str, "Image"]]:
     from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
 
-    drawings: dict[str, dict[str, Image]] = {}
+    drawings: dict[str, dict[str, Image.Image]] = {}
     for face in _FACES:
         path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
         if not path.is_file():

@@ -6,6 +6,7 @@ folder (without TensorFlow); both give the same pixels in the same order.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -15,12 +16,19 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from meta_jax.data.dataset import DataError, Splits, make_splits, open_image, resize_image
+from meta_jax import registry
+from meta_jax.core import Objective
+from meta_jax.data.augmentation import Augment
+from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.data.episodes import Rotations
+from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size, open_image, resize_image
+from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
 
 # Name in the zip -> (number of characters, sha256 of the official zip as TFDS registers it).
@@ -36,7 +44,10 @@ _IMAGE_PATH = re.compile(r"images_\w+/([^/]+)/character(\d+)/\d+_(\d+)\.png")
 
 _VINYALS_TRAINVAL_FROM_EVALUATION = 236
 _VAL_ALPHABETS = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-SPLIT_RULES = ("vinyals", "lake")
+SplitRule = Literal["vinyals", "lake"]
+SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
+_SPLITS = ("train", "val", "trainval", "test")
+_Character = tuple[str, int]  # alphabet, number from 1
 
 
 class _Drawing(NamedTuple):
@@ -49,18 +60,58 @@ class _Drawing(NamedTuple):
     name: str  # where it was found, for errors
 
 
+@registry.tasks("omniglot")
+def omniglot(
+    *,
+    data_dir: str | None = None,
+    image_size: int = 28,
+    split_rule: SplitRule = "vinyals",
+    rotations: Rotations = "none",
+    within_group: bool = False,
+    augment: Augment = "none",
+    objective: Objective | str = "cross_entropy",
+) -> TaskSource:
+    """Builds the source of Omniglot: 1623 handwritten characters of 50 alphabets.
+
+    Splits are train, val, trainval and test.
+
+    Args:
+      data_dir: Folder of the two official zips, or data folder of TFDS; by default TFDS's own if
+        Omniglot is prepared there, else a download to ~/.cache/meta_jax/omniglot.
+      image_size: Side in pixels to which the drawings are resized.
+      split_rule: Rule of the class split: 'vinyals' (Vinyals et al. 2016: 1028 characters to
+        train, 172 to validate, 423 to test), or 'lake' (Lake et al. 2015: 792, 172, 659).
+      rotations: Quarter turns: 'none'; 'classes', a turned character is a class of its own;
+        'per_class', one random turn for each class of an episode; 'per_episode', one for all.
+      within_group: Whether all classes of an episode are of one alphabet; in tests all of them
+        then show the same drawers.
+      augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
+        shift).
+      objective: Objective of the tasks: 'cross_entropy', or somebody's own as
+        package.module:attribute.
+    """
+    return image_source(
+        load_omniglot(data_dir, split_rule=split_rule, image_size=image_size),
+        image_preprocessing(image_size, 1, polarity="ink_light", resample="lanczos"),
+        rotations=rotations,
+        within_group=within_group,
+        augment=augment,
+        objective=objective,
+    )
+
+
 def load_omniglot(
     data_dir: str | os.PathLike | None = None,
     *,
-    split_rule: str = "vinyals",
+    split_rule: SplitRule = "vinyals",
     image_size: int = 28,
     invert: bool = True,
     resample: str = "lanczos",
 ) -> Splits:
-    """Loads Omniglot, uint8 [classes, 20, image_size, image_size, 1].
+    """Loads Omniglot, uint8 [all, image_size, image_size, 1], 20 examples of each class.
 
     Classes are in alphabetical order of (alphabet, character) and named like 'Greek/character01';
-    example j is drawer j + 1 everywhere; groups are the 50 alphabets.
+    example j is drawer j + 1 everywhere; groups are the alphabets.
 
     Split rules, in characters before rotations:
       * 'vinyals': train 1028, val 172, trainval 1200, test 423 (Matching Networks, Vinyals et al.
@@ -74,61 +125,73 @@ def load_omniglot(
     by 'nearest', whatever filter it is given.
 
     Args:
-      data_dir: a folder with images_background.zip and images_evaluation.zip, or a TFDS data
-        folder (or its `omniglot` folder). If empty: TFDS's own folder ($TFDS_DATA_DIR or
+      data_dir: Folder with images_background.zip and images_evaluation.zip, or a TFDS data folder
+        (or its `omniglot` folder). If empty: TFDS's own folder ($TFDS_DATA_DIR or
         ~/tensorflow_datasets) if Omniglot is prepared there, else the official zips, downloaded
         once to ~/.cache/meta_jax/omniglot.
-      split_rule: 'vinyals' or 'lake'.
-      image_size: side in pixels; 105 keeps the original.
+      split_rule: Rule of the class split, 'vinyals' or 'lake'.
+      image_size: Side in pixels; 105 keeps the original.
       invert: True for ink 255 on 0, False for the files' ink 0 on 255.
-      resample: Pillow's filter: 'nearest', 'box', 'bilinear', 'hamming', 'bicubic' or 'lanczos'.
+      resample: Filter of Pillow: 'nearest', 'box', 'bilinear', 'hamming', 'bicubic' or 'lanczos'.
+
+    Returns:
+      The splits, each read when it is asked for; one of the two sets is enough for a split that
+      needs no other.
 
     Raises:
-      DataError: the data is missing, incomplete or corrupt, or cannot be downloaded, or an
-        argument is none of those allowed.
+      DataError: an argument is none of those allowed, or the data is missing; and when a split is
+        asked for, where its data is incomplete or corrupt, or cannot be downloaded.
     """
     if split_rule not in SPLIT_RULES:
         raise DataError(f"Omniglot split rule {split_rule!r} is none of {', '.join(SPLIT_RULES)}")
-    folder = _find(data_dir)
-    read = _read_zip if _has_zips(folder) else _read_tfds
-    drawings_by_set = {name: sorted(read(folder, name)) for name in _SETS}
-    for name, drawings in drawings_by_set.items():
-        _check_complete(drawings, name, folder)
+    if resample not in RESAMPLE_FILTERS:
+        raise DataError(f"resample {resample!r} is none of {', '.join(RESAMPLE_FILTERS)}")
+    check_image_size(image_size)
+    read = functools.cache(functools.partial(_read_set, _find(data_dir)))
 
-    drawings = sorted(d for ds in drawings_by_set.values() for d in ds)
-    pixels = np.stack([_pixels(d, image_size, resample) for d in drawings])
-    if invert:
-        pixels = 255 - pixels
-    images = pixels.reshape(-1, _DRAWERS, *pixels.shape[1:])
-    classes = [(d.alphabet, d.character) for d in drawings[::_DRAWERS]]
-    background, evaluation = (
-        sorted({(d.alphabet, d.character) for d in drawings_by_set[name]}) for name in _SETS
-    )
-    alphabets = sorted({alphabet for alphabet, _ in classes})
-    index = {c: i for i, c in enumerate(classes)}
-    return make_splits(
-        {
-            split: [index[c] for c in sorted(members)]
-            for split, members in _split(background, evaluation, split_rule).items()
-        },
-        images,
-        class_names=[f"{alphabet}/character{character:02d}" for alphabet, character in classes],
-        groups=[alphabets.index(alphabet) for alphabet, _ in classes],
-        group_names=alphabets,
-    )
+    def load(split: str) -> Split:
+        characters = _split_characters(split, split_rule, read)
+        pixels = [
+            np.stack([_pixels(drawing, image_size, resample) for drawing in drawings])
+            for drawings in characters.values()
+        ]
+        return split_from_classes(
+            [255 - images if invert else images for images in pixels],
+            class_names=[f"{alphabet}/character{number:02d}" for alphabet, number in characters],
+            groups=[alphabet for alphabet, _ in characters],
+        )
+
+    return lazy_splits({split: functools.partial(load, split) for split in _SPLITS})
 
 
-def _split(
-    background: list[tuple[str, int]], evaluation: list[tuple[str, int]], rule: str
-) -> dict[str, list[tuple[str, int]]]:
+def _split_characters(
+    split: str,
+    rule: SplitRule,
+    read: Callable[[str], dict[_Character, list[_Drawing]]],
+) -> dict[_Character, list[_Drawing]]:
+    """The characters of one split with their drawings, in alphabetical order."""
     extra = _VINYALS_TRAINVAL_FROM_EVALUATION if rule == "vinyals" else 0
-    trainval = background + evaluation[:extra]
+    if split == "test":
+        return dict(list(read("images_evaluation").items())[extra:])
+    members = dict(read("images_background"))
+    if split == "val":
+        return {c: drawings for c, drawings in members.items() if c[0] in _VAL_ALPHABETS}
+    if extra:
+        members |= dict(list(read("images_evaluation").items())[:extra])
     return {
-        "train": [c for c in trainval if c[0] not in _VAL_ALPHABETS],
-        "val": [c for c in trainval if c[0] in _VAL_ALPHABETS],
-        "trainval": trainval,
-        "test": evaluation[extra:],
+        c: members[c] for c in sorted(members) if split == "trainval" or c[0] not in _VAL_ALPHABETS
     }
+
+
+def _read_set(folder: Path, set_name: str) -> dict[_Character, list[_Drawing]]:
+    """The drawings of one set by character, in alphabetical order."""
+    read = _read_tfds if (folder / "dataset_info.json").is_file() else _read_zip
+    drawings = sorted(read(folder, set_name))
+    _check_complete(drawings, set_name, folder)
+    by_character: dict[_Character, list[_Drawing]] = {}
+    for drawing in drawings:
+        by_character.setdefault((drawing.alphabet, drawing.character), []).append(drawing)
+    return by_character
 
 
 def _pixels(drawing: _Drawing, image_size: int, resample: str) -> np.ndarray:
@@ -156,27 +219,22 @@ def _check_complete(drawings: list[_Drawing], set_name: str, folder: Path) -> No
 
 
 def _find(data_dir: str | os.PathLike | None) -> Path:
-    """The folder of the two zips, or the versioned folder of the prepared TFDS dataset."""
+    """The folder of the zips, or the versioned folder of the prepared TFDS dataset."""
     if not data_dir:
-        return _tfds_folder(tfds_data_dir(None)) or _downloaded()
+        return _tfds_folder(tfds_data_dir(None)) or Path(_CACHE).expanduser()
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise DataError(f"the Omniglot folder {folder} does not exist: correct --data_dir")
-    zips = [folder / f"{name}.zip" for name in _SETS]
-    missing = [path.name for path in zips if not path.is_file()]
-    if len(missing) == 1:
-        raise DataError(f"{folder} has no {missing[0]}: get it from {_URL}/{missing[0]}")
-    prepared = folder if not missing else _tfds_folder(folder)
+        raise DataError(f"the Omniglot folder {folder} does not exist: correct data_dir")
+    if any((folder / f"{name}.zip").is_file() for name in _SETS):
+        return folder
+    prepared = _tfds_folder(folder)
     if prepared is None:
+        zips = " and ".join(f"{name}.zip" for name in _SETS)
         raise DataError(
-            f"{folder} holds neither {' and '.join(missing)} (get them from {_URL}) "
-            "nor a prepared TFDS omniglot: correct --data_dir"
+            f"{folder} holds neither {zips} (get them from {_URL}) "
+            "nor a prepared TFDS omniglot: correct data_dir"
         )
     return prepared
-
-
-def _has_zips(folder: Path) -> bool:
-    return all((folder / f"{name}.zip").is_file() for name in _SETS)
 
 
 def _tfds_folder(folder: Path) -> Path | None:
@@ -188,19 +246,21 @@ def _tfds_folder(folder: Path) -> Path | None:
     return infos[0].parent if infos else None
 
 
-def _downloaded() -> Path:
-    folder = Path(_CACHE).expanduser()
-    for name, (_, sha256) in _SETS.items():
-        if not (folder / f"{name}.zip").is_file():
-            _download(f"{_URL}/{name}.zip", sha256, folder / f"{name}.zip")
-    return folder
+def _zip_path(folder: Path, set_name: str) -> Path:
+    """The zip of one set, downloaded first where the folder is the cache."""
+    path = folder / f"{set_name}.zip"
+    if not path.is_file():
+        if folder != Path(_CACHE).expanduser():
+            raise DataError(f"{folder} has no {path.name}: get it from {_URL}/{path.name}")
+        _download(f"{_URL}/{path.name}", _SETS[set_name][1], path)
+    return path
 
 
 def _download(url: str, sha256: str, target: Path) -> None:
     """Leaves the whole, verified file at `target`, or nothing."""
     remedy = (
         "download images_background.zip and images_evaluation.zip by hand from "
-        f"{_URL} and pass their folder as --data_dir"
+        f"{_URL} and pass their folder as data_dir"
     )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +286,7 @@ def _download(url: str, sha256: str, target: Path) -> None:
 
 
 def _read_zip(folder: Path, set_name: str) -> list[_Drawing]:
-    path = folder / f"{set_name}.zip"
+    path = _zip_path(folder, set_name)
     try:
         with zipfile.ZipFile(path) as archive:
             return [

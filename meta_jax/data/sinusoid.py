@@ -3,16 +3,39 @@
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Batch, Episode
+from meta_jax import registry
+from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
+from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
 
 
-def sample_sinusoid(key: jax.Array, shots: int, queries: int) -> Episode:
+@registry.tasks("sinusoid")
+def sinusoid(*, objective: Objective | str = "squared_error") -> TaskSource:
+    """Builds the source of sinusoids of Finn et al. (2017): y = a sin(x - p).
+
+    Amplitude a in U[0.1, 5], phase p in U[0, pi], x in U[-5, 5]; every split is drawn alike, and
+    `ways` means nothing.
+
+    Args:
+      objective: Objective of the tasks: 'squared_error', or somebody's own as
+        package.module:attribute.
+    """
+    return source_from_sampler(_sample_of_size, objective)
+
+
+def _sample_of_size(size: EpisodeSize, /) -> Sample:
+    def sample(key: Array, data: PyTree = (), /) -> Episode:
+        return sample_sinusoid(key, size.shots, size.queries)
+
+    return sample
+
+
+def sample_sinusoid(key: Array, shots: int, queries: int) -> Episode:
     """Draws one task y = a sin(x - p), amplitude a in U[0.1, 5], phase p in U[0, pi].
 
     Args:
-      key: a random key.
-      shots: support points.
-      queries: query points.
+      key: Random key.
+      shots: Number of support points.
+      queries: Number of query points.
 
     Returns:
       An episode with x [n, 1] in U[-5, 5] (radians) and y [n, 1].

@@ -1,22 +1,82 @@
 """Any prepared image-classification set of TensorFlow Datasets (TFDS), read without TensorFlow."""
 
+import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from meta_jax import registry
+from meta_jax.core import Objective
+from meta_jax.data.augmentation import Augment
 from meta_jax.data.dataset import (
     DataError,
+    Split,
     Splits,
+    lazy_splits,
+    random_class_split,
+    split_from_classes,
+)
+from meta_jax.data.episodes import Rotations
+from meta_jax.data.images import (
+    any_colour,
     check_image_size,
     image_pixels,
-    make_splits,
     open_image,
-    random_class_split,
     unify_channels,
 )
+from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
+
+
+class _Pool(NamedTuple):
+    """The examples of all splits of a set, by class."""
+
+    name: str
+    class_names: list[str]
+    encoded: list[dict[bytes, str]]  # of each class, its images' bytes and what to call them
+
+
+@registry.tasks("tfds")
+def tfds(
+    name: str,
+    /,
+    *,
+    data_dir: str | None = None,
+    image_size: int = 28,
+    rotations: Rotations = "none",
+    augment: Augment = "none",
+    objective: Objective | str = "cross_entropy",
+    split_seed: int = 0,
+) -> TaskSource:
+    """Builds the source of a prepared image-classification set of TensorFlow Datasets (TFDS).
+
+    Args:
+      name: Name of the set: 'NAME', 'NAME/CONFIG', either with ':VERSION'.
+      data_dir: Data folder of TFDS; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      image_size: Side in pixels to which images of any size are resized.
+      rotations: Quarter turns: 'none'; 'classes', a turned class is a class of its own;
+        'per_class', one random turn for each class of an episode; 'per_episode', one for all.
+      augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
+        shift).
+      objective: Objective of the tasks: 'cross_entropy', or somebody's own as
+        package.module:attribute.
+      split_seed: Seed of the random split of classes. Give the same in training and in tests, or
+        classes trained on turn up in the test split.
+    """
+    check_image_size(image_size)
+    pool = _read_pool(name, data_dir)
+    channels = _channels(pool, image_size)
+    return image_source(
+        _split_pool(pool, image_size, channels, random_class_split(len(pool.encoded), split_seed)),
+        image_preprocessing(image_size, channels, polarity="as_is", resample="lanczos"),
+        rotations=rotations,
+        augment=augment,
+        objective=objective,
+    )
 
 
 def load_tfds_images(
@@ -27,7 +87,7 @@ def load_tfds_images(
     seed: int = 0,
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.20),
 ) -> Splits:
-    """Loads a prepared TFDS set, uint8 [classes, examples, image_size, image_size, 1 or 3].
+    """Loads a prepared TFDS set, uint8 [all, image_size, image_size, 1 or 3].
 
     The set's own splits divide the examples of each class; few-shot learning divides classes. So
     all splits are pooled, and classes split at random under the seed. An example found in several
@@ -37,23 +97,32 @@ def load_tfds_images(
 
     Args:
       name: 'NAME', 'NAME/CONFIG', either with ':VERSION'; the highest version there by default.
-      data_dir: the TFDS data folder; if empty, $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      image_size: side in pixels after resizing.
-      seed: of the class split.
-      fractions: shares of the classes in train, val and test.
+      data_dir: Data folder of TFDS; if empty, $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      image_size: Side in pixels after resizing.
+      seed: Seed of the class split.
+      fractions: Shares of the classes in train, val and test.
+
+    Returns:
+      The splits; the images of each are decoded when it is asked for.
 
     Raises:
       DataError: the set is not prepared there, is not in array_record format, is corrupt, has no
-        single image or no class label, or has fewer than 3 classes.
+        single image or no class label, or has fewer than 3 classes; and when a split is asked for,
+        where one of its images does not decode.
     """
     check_image_size(image_size)
+    pool = _read_pool(name, data_dir)
+    members = random_class_split(len(pool.encoded), seed, fractions)
+    return _split_pool(pool, image_size, _channels(pool, image_size), members)
+
+
+def _read_pool(name: str, data_dir: str | os.PathLike | None) -> _Pool:
     builder = open_builder(find_prepared(name, tfds_data_dir(data_dir)))
     features = builder.info.features
     image_key, label_key = _image_key(builder), _label_key(builder)
     n_classes = features[label_key].num_classes
     if n_classes is None:
         raise DataError(f"label {label_key!r} of tfds:{name} does not say how many classes it has")
-
     by_class: list[dict[bytes, str]] = [{} for _ in range(n_classes)]
     for split in sorted(builder.info.splits):
         for position, record in enumerate(read_records(builder, split)):
@@ -62,19 +131,30 @@ def load_tfds_images(
             if 0 <= label < n_classes:
                 by_class[label].setdefault(record[image_key], f"tfds:{name}, {split}[{position}]")
     present = [label for label, encoded in enumerate(by_class) if encoded]
-
-    pixels = [
-        [image_pixels(open_image(*item), image_size) for item in by_class[label].items()]
-        for label in present
-    ]
     int2str = features[label_key].int2str
-    return make_splits(
-        random_class_split(len(present), seed, fractions),
-        unify_channels(pixels),
-        class_names=[int2str(label) for label in present],
-        groups=[0] * len(present),
-        group_names=[name],
-    )
+    return _Pool(name, [int2str(label) for label in present], [by_class[i] for i in present])
+
+
+def _channels(pool: _Pool, image_size: int) -> int:
+    images = (item for encoded in pool.encoded for item in encoded.items())
+    return 3 if any_colour(images, image_size) else 1
+
+
+def _split_pool(
+    pool: _Pool, image_size: int, channels: int, members: dict[str, np.ndarray]
+) -> Splits:
+    def load(split: str) -> Split:
+        pixels = [
+            [image_pixels(open_image(*item), image_size) for item in pool.encoded[i].items()]
+            for i in members[split]
+        ]
+        return split_from_classes(
+            unify_channels(pixels, channels),
+            class_names=[pool.class_names[i] for i in members[split]],
+            groups=[pool.name] * len(pixels),
+        )
+
+    return lazy_splits({split: functools.partial(load, split) for split in members})
 
 
 def tfds_data_dir(data_dir: str | os.PathLike | None) -> Path:
@@ -93,7 +173,7 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     found = [folder for folder in found if version in ("", folder.name)]
     if not path or not found:
         raise DataError(
-            f"TFDS set {name!r} is not prepared in {data_dir}: correct the name or --data_dir, or "
+            f"TFDS set {name!r} is not prepared in {data_dir}: correct the name or data_dir, or "
             "prepare it where TensorFlow is installed, with "
             f"`tfds build {path} --file_format=array_record --data_dir={data_dir}`"
         )
@@ -143,7 +223,7 @@ def read_records(builder: "DatasetBuilder", split: str) -> list[dict[str, Any]]:
     image_key = _image_key(builder)
     broken = f"split {split!r} of {builder.data_dir} is missing or corrupt"
     try:
-        source = builder.as_data_source(
+        source: Any = builder.as_data_source(
             split=split, decoders={image_key: tfds.decode.SkipDecoding()}
         )
         records = [source[i] for i in range(len(source))]

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from meta_jax.core import Batch, Episode
-from meta_jax.data.distortions import (
-    _distort,
-    affine_matrices,
-    distort_affine,
-    distorted_training,
-)
-from meta_jax.metric_based.prototypical import prototypical
-from meta_jax.networks.mlp import mlp
+from meta_jax.data.augmentation import _transform, affine_matrices, augmented, random_affine
 
 KEY = jax.random.key(0)
 IDENTITY = jnp.eye(2)
@@ -23,12 +16,12 @@ def picture(height=9, width=7, channels=2):
 
 def test_the_identity_changes_nothing():
     image = picture()
-    np.testing.assert_allclose(_distort(image, IDENTITY, jnp.zeros(2)), image, atol=1e-6)
+    np.testing.assert_allclose(_transform(image, IDENTITY, jnp.zeros(2)), image, atol=1e-6)
 
 
 def test_a_shift_moves_right_and_down_by_its_pixels():
     image = picture()
-    moved = _distort(image, IDENTITY, jnp.array([2.0, 1.0]))
+    moved = _transform(image, IDENTITY, jnp.array([2.0, 1.0]))
     np.testing.assert_allclose(moved[1:, 2:], image[:-1, :-2], atol=1e-6)
     # The border's pixels move in.
     np.testing.assert_allclose(moved[1:, 0], image[:-1, 0], atol=1e-6)
@@ -39,7 +32,7 @@ def test_ninety_degrees_turn_the_picture_about_its_centre():
     matrix = affine_matrices(jnp.array([[90.0, 0.0, 0.0, 1.0, 1.0]]))[0]
     # Columns to the right and rows downwards: a positive angle turns clockwise.
     np.testing.assert_allclose(
-        _distort(image, matrix, jnp.zeros(2)), jnp.rot90(image, -1), atol=1e-5
+        _transform(image, matrix, jnp.zeros(2)), jnp.rot90(image, -1), atol=1e-5
     )
 
 
@@ -57,50 +50,59 @@ def test_matrices_by_hand(values, matrix):
     np.testing.assert_allclose(found[0], matrix, atol=1e-6)
 
 
-def test_every_image_has_its_own_distortion_and_some_have_none():
+def test_every_image_is_changed_by_itself_and_some_are_not():
     image = picture(12, 12, 1)
-    distorted = jax.jit(distort_affine)(KEY, jnp.tile(image, (400, 1, 1, 1)))
-    assert distorted.shape == (400, 12, 12, 1)
-    assert distorted.min() >= 0
-    assert distorted.max() <= 1
-    unchanged = (abs(distorted - image).max((1, 2, 3)) < 1e-5).mean()
+    changed = jax.jit(random_affine)(KEY, jnp.tile(image, (400, 1, 1, 1)))
+    assert changed.shape == (400, 12, 12, 1)
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    unchanged = (abs(changed - image).max((1, 2, 3)) < 1e-5).mean()
     # All seven out of use: 1 in 128.
     assert 0 < unchanged < 0.03
-    assert len({row.tobytes() for row in np.asarray(distorted)}) > 380
+    assert len({row.tobytes() for row in np.asarray(changed)}) > 380
 
 
 def test_shifts_stay_within_two_pixels():
     image = jnp.zeros((21, 21, 1)).at[10, 10].set(1.0)
-    distorted = distort_affine(KEY, jnp.tile(image, (300, 1, 1, 1)))[..., 0]
+    changed = random_affine(KEY, jnp.tile(image, (300, 1, 1, 1)))[..., 0]
     rows, columns = np.mgrid[:21, :21] - 10
-    mass = distorted.sum((1, 2))
+    mass = changed.sum((1, 2))
     for place in (rows, columns):
-        mean = (distorted * place).sum((1, 2)) / mass
+        mean = (changed * place).sum((1, 2)) / mass
         assert abs(mean).max() < 2.5
         assert mean.max() > 1.5 > -1.5 > mean.min()
         assert 0.3 < (abs(mean) < 0.01).mean() < 0.7
 
 
-def test_distortions_are_for_training_alone_and_differ_between_support_and_queries():
+def test_dtype_and_shape_stay():
+    images = picture(6, 5)[None].astype(jnp.bfloat16)
+    moved = random_affine(KEY, images)
+    assert moved.dtype == jnp.bfloat16
+    assert moved.shape == images.shape
+
+
+@pytest.mark.parametrize("images", [jnp.zeros((3, 4)), jnp.zeros((2, 4, 4, 1), jnp.uint8)])
+def test_what_are_no_real_images_is_refused(images):
+    with pytest.raises(ValueError, match=r"images must be real \[n, height, width, channels\]"):
+        random_affine(KEY, images)
+
+
+def test_support_and_queries_are_augmented_with_keys_of_their_own():
     drawn = []
 
-    def distortion(key, x):
+    def augmentation(key, x):
         drawn.append(jax.random.key_data(key).tolist())
         return 2 * x
 
-    plain = prototypical(mlp((6, 4)))
-    learner = distorted_training(plain, distortion)
-    support, query = (
-        Batch(jax.random.normal(key, (3, 5)), jnp.eye(3)) for key in jax.random.split(KEY)
-    )
-    episode = Episode(support, query)
-    params, state = learner.init(KEY, episode)
-    distorted = Episode(Batch(2 * support.x, support.y), Batch(2 * query.x, query.y))
-    np.testing.assert_allclose(
-        learner.loss(params, state, episode, KEY)[0], plain.loss(params, state, distorted, KEY)[0]
-    )
-    assert len(drawn) == 2
-    assert drawn[0] != drawn[1]
-    adapted = learner.adapt(params, state, support, KEY, train=False)
-    learner.predict(params, adapted, query.x, KEY, train=False)
-    assert len(drawn) == 2
+    def sample(key, data):
+        drawn.append(jax.random.key_data(key).tolist())
+        return Episode(Batch(data, jnp.eye(3)), Batch(data + 1, jnp.eye(3), jnp.arange(3) < 2))
+
+    data = jax.random.normal(KEY, (3, 5))
+    support, query = augmented(sample, augmentation)(KEY, data)
+    np.testing.assert_array_equal(support.x, 2 * data)
+    np.testing.assert_array_equal(query.x, 2 * (data + 1))
+    np.testing.assert_array_equal(query.y, jnp.eye(3))
+    np.testing.assert_array_equal(query.mask, [True, True, False])
+    assert len(drawn) == 3
+    assert len({str(key) for key in drawn}) == 3

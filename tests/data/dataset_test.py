@@ -1,48 +1,109 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from meta_jax.data.dataset import (
     DataError,
-    image_pixels,
-    open_image,
+    Dataset,
+    Split,
+    class_examples,
+    dataset_from_classes,
+    lazy_splits,
     random_class_split,
-    resize_image,
-    stack_classes,
-    unify_channels,
+    split_from_classes,
 )
-from meta_jax.data.registry import DATASET_NAMES, load_splits
 
 
 def _constant(n, value, shape=(2, 3, 1)):
     return np.full((n, *shape), value, np.uint8)
 
 
-def test_stack_classes_pads_with_zeros_at_the_end():
-    dataset = stack_classes([_constant(1, 7), _constant(3, 9)], groups=[4, 2])
-    assert dataset.images.shape == (2, 3, 2, 3, 1)
-    assert dataset.images.dtype == np.uint8
-    np.testing.assert_array_equal(dataset.images[:, :, 0, 0, 0], [[7, 0, 0], [9, 9, 9]])
+def test_classes_are_stored_one_after_another():
+    dataset = dataset_from_classes([_constant(1, 7), _constant(3, 9)], groups=[4, 2])
+    assert dataset.examples.shape == (4, 2, 3, 1)
+    assert dataset.examples.dtype == np.uint8
+    np.testing.assert_array_equal(dataset.examples[:, 0, 0, 0], [7, 9, 9, 9])
+    np.testing.assert_array_equal(dataset.starts, [0, 1])
     np.testing.assert_array_equal(dataset.counts, [1, 3])
     np.testing.assert_array_equal(dataset.groups, [4, 2])
-    assert dataset.counts.dtype == dataset.groups.dtype == np.int32
+    assert dataset.starts.dtype == dataset.counts.dtype == dataset.groups.dtype == np.int32
+    assert dataset.largest == 3
+    np.testing.assert_array_equal(class_examples(dataset, 1), _constant(3, 9))
+
+
+def test_one_large_class_beside_small_ones_takes_no_more_memory_than_its_examples():
+    classes = [np.zeros((500, 8), np.float32)] + [np.zeros((5, 8), np.float32)] * 50
+    dataset = dataset_from_classes(classes)
+    assert dataset.examples.shape == (750, 8)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(dataset)) == 750 * 8 * 4 + 3 * 51 * 4
+
+
+def test_examples_may_be_of_any_dtype_and_a_pytree():
+    classes = [{"ids": np.full((n, 6), n, np.int32), "mask": np.ones((n, 6), bool)} for n in (2, 4)]
+    dataset = dataset_from_classes(classes)
+    assert dataset.examples["ids"].dtype == np.int32
+    assert dataset.examples["mask"].dtype == bool
+    np.testing.assert_array_equal(class_examples(dataset, 1)["ids"], classes[1]["ids"])
+    features = dataset_from_classes([jnp.ones((2, 3), jnp.bfloat16)] * 3)
+    assert features.examples.dtype == jnp.bfloat16
+
+
+def test_a_dataset_is_a_pytree_whose_largest_class_is_static():
+    dataset = dataset_from_classes([_constant(1, 7), _constant(3, 9)])
+    by_hand = Dataset(dataset.examples, dataset.starts, dataset.counts, dataset.groups)
+    assert jax.tree.structure(by_hand) == jax.tree.structure(dataset)
+    assert jax.jit(lambda data: jnp.zeros(data.largest))(dataset).shape == (3,)
+    assert jax.tree.map(lambda leaf: leaf, dataset).largest == 3
 
 
 @pytest.mark.parametrize(
-    ("images", "groups", "message"),
+    ("classes", "groups", "message"),
     [
         ([], None, "at least one class"),
-        ([_constant(1, 1), _constant(0, 1)], None, "class 1 has no images"),
-        ([_constant(1, 1), _constant(1, 1, (3, 3, 1))], None, "class 1 has uint8 images of shape"),
-        ([_constant(1, 1).astype(np.float32)], None, "class 0 has float32"),
+        ([_constant(1, 1), _constant(0, 1)], None, "class 1 has no examples"),
+        ([_constant(1, 1), _constant(1, 1, (3, 3, 1))], None, "class 1 has uint8 examples of sh"),
+        ([_constant(1, 1), _constant(1, 1).astype(np.float32)], None, "class 1 has float32"),
         ([_constant(1, 1)], [0, 1], "2 groups were given for 1 classes"),
+        ([np.array(["a", "b"])], None, "class 0 has examples of dtype <U1"),
+        ([np.float32(1.0)], None, "class 0 has float32 examples of shape"),
+        ([{"a": np.zeros(2)}, {"b": np.zeros(2)}], None, "class 1 has examples of structure"),
+        ([{"a": np.zeros(2), "b": np.zeros(3)}], None, r"class 0 has leaves of \[2, 3\] examples"),
+        ([{}], None, "class 0 has examples of structure"),
     ],
 )
-def test_stack_classes_refuses(images, groups, message):
-    with pytest.raises(DataError, match=message):
-        stack_classes(images, groups)
+def test_dataset_from_classes_refuses_in_one_line(classes, groups, message):
+    with pytest.raises(DataError, match=message) as error:
+        dataset_from_classes(classes, groups)
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_names_its_classes_and_groups():
+    classes = [_constant(1, value) for value in range(3)]
+    split = split_from_classes(classes, ["x/1", "y/1", "x/2"], ["x", "y", "x"])
+    assert split.class_names == ("x/1", "y/1", "x/2")
+    assert [split.group_names[group] for group in split.dataset.groups] == ["x", "y", "x"]
+
+
+def test_splits_are_loaded_once_when_they_are_asked_for():
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return Split(dataset_from_classes([_constant(1, 1)]), (name,), ("none",))
+
+    splits = lazy_splits({name: lambda name=name: load(name) for name in ("train", "test")})
+    assert list(splits.datasets) == ["train", "test"]
+    assert "val" not in splits.class_names
+    assert not loaded
+    assert splits.datasets["test"].largest == 1
+    assert splits.class_names["test"] == ("test",)
+    assert splits.datasets["test"] is splits.datasets["test"]
+    assert loaded == ["test"]
+    with pytest.raises(KeyError):
+        splits.datasets["val"]
 
 
 @given(n_classes=st.integers(3, 300), seed=st.integers(0, 2**32 - 1))
@@ -75,66 +136,3 @@ def test_random_class_split_refuses_fractions(fractions):
 def test_random_class_split_refuses_two_classes():
     with pytest.raises(DataError, match="at least 3"):
         random_class_split(2, 0)
-
-
-def test_open_image_names_what_does_not_decode():
-    with pytest.raises(DataError, match=r"cats/1\.png does not decode"):
-        open_image(b"\x89PNG\r\n\x1a\nnonsense", "cats/1.png")
-
-
-def test_resize_image_keeps_an_image_of_the_right_size_and_refuses_unknown_filters():
-    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    np.testing.assert_array_equal(resize_image(Image.fromarray(pixels), 4)[..., 0], pixels)
-    with pytest.raises(DataError, match="'cubic' is none of nearest, box"):
-        resize_image(Image.fromarray(pixels), 4, "cubic")
-    with pytest.raises(DataError, match="at least 1 pixel, not 0"):
-        resize_image(Image.fromarray(pixels), 0)
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (Image.new("1", (4, 4), 1), [255]),
-        (Image.new("L", (4, 4), 70), [70]),
-        (Image.fromarray(np.full((4, 4), 40 * 256 + 3, np.uint16)), [40]),
-        (Image.new("RGB", (4, 4), (1, 2, 3)), [1, 2, 3]),
-        (Image.new("RGB", (4, 4), (9, 8, 7)).convert("P", palette=1), [9, 8, 7]),
-        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), [255, 255, 255]),
-        (Image.new("LA", (4, 4), (60, 255)), [60, 60, 60]),
-        (Image.new("CMYK", (4, 4), (0, 0, 0, 0)), [255, 255, 255]),
-    ],
-)
-def test_image_pixels_of_every_mode(image, expected):
-    pixels = image_pixels(image, 2)
-    assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, np.broadcast_to(expected, (2, 2, len(expected))))
-
-
-def test_unify_channels_is_grey_unless_something_has_a_colour():
-    grey = np.full((2, 2, 1), 5, np.uint8)
-    grey_in_colour = np.full((2, 2, 3), 6, np.uint8)
-    red = np.zeros((2, 2, 3), np.uint8)
-    red[..., 0] = 200
-
-    first, second = unify_channels([[grey, grey_in_colour], [grey]])
-    assert first.shape == (2, 2, 2, 1)
-    assert second.shape == (1, 2, 2, 1)
-    np.testing.assert_array_equal(first[:, 0, 0, 0], [5, 6])
-
-    first, second = unify_channels([[grey, red], [grey]])
-    np.testing.assert_array_equal(first[:, 0, 0], [[5, 5, 5], [200, 0, 0]])
-    assert second.shape == (1, 2, 2, 3)
-
-    (forced,) = unify_channels([[red, grey]], grey=True)
-    np.testing.assert_array_equal(forced[:, 0, 0, 0], [60, 5])  # 0.299 * 200
-    (forced,) = unify_channels([[grey]], grey=False)
-    assert forced.shape == (1, 2, 2, 3)
-
-
-@pytest.mark.parametrize("name", ["mnist", "tfds:", "folder:", "tfds", "glyphs:x", ""])
-def test_load_splits_lists_the_names_it_knows(name):
-    with pytest.raises(DataError) as error:
-        load_splits(name)
-    assert "\n" not in str(error.value)
-    for known in DATASET_NAMES:
-        assert known in str(error.value)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meta_jax.data.dataset import DataError, ImageDataset
-from meta_jax.data.episodes import EpisodeSpec, check_spec, quarter_turns, sample_episode
+from meta_jax.data.dataset import DataError, dataset_from_classes
+from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
 
 SIDE = 4
@@ -25,13 +25,13 @@ SPECS = (
 
 
 def labelled_dataset(counts=COUNTS, groups=GROUPS):
-    """Each image tells its class, example and turn, the padded ones too, so they are seen."""
+    """Each image tells its class, example and turn."""
     images = np.zeros((len(counts), max(counts), SIDE, SIDE, 1), np.uint8)
     # A corner wanders with the turn; its neighbour on the edge is never a corner.
     images[:, :, 0, 0, 0] = np.arange(len(counts))[:, None] + 1
     images[:, :, 0, 1, 0] = np.arange(max(counts)) + 1
-    return ImageDataset(
-        jnp.asarray(images), jnp.asarray(counts, jnp.int32), jnp.asarray(groups, jnp.int32)
+    return dataset_from_classes(
+        [rows[:count] for rows, count in zip(images, counts, strict=True)], groups
     )
 
 
@@ -55,7 +55,7 @@ def many(spec, n=3000):
     keys = jax.random.split(jax.random.key(7), n)
     draw = jax.jit(jax.vmap(lambda k, d: sample_episode(k, d, spec), (0, None)))
     support, query = draw(keys, labelled_dataset())
-    return [(*read(x), np.asarray(y).argmax(-1)) for x, y in (support, query)]
+    return [(*read(x), np.asarray(y).argmax(-1)) for x, y, _ in (support, query)]
 
 
 def assert_uniform(values, support):
@@ -68,11 +68,12 @@ def assert_uniform(values, support):
 
 
 def test_the_fixture_reads_what_was_turned():
-    images = labelled_dataset().images.astype(jnp.float32) / 255
+    dataset = labelled_dataset()
+    images = dataset.examples[dataset.starts + 1].astype(jnp.float32) / 255
     for turn in range(4):
-        found = read(jnp.rot90(images[:, 2], turn, axes=(1, 2)))
+        found = read(jnp.rot90(images, turn, axes=(1, 2)))
         np.testing.assert_array_equal(found[0], np.arange(8))
-        assert set(found[1]) == {2}
+        assert set(found[1]) == {1}
         assert set(found[2]) == {turn}
 
 
@@ -83,9 +84,10 @@ def test_every_episode_is_well_formed(index, seed):
     dataset = labelled_dataset()
     episode = sampler(spec)(jax.random.key(seed), dataset)
     seen, identity = set(), {}
-    for (x, y), n in zip(episode, (spec.shots, spec.queries), strict=True):
+    for (x, y, mask), n in zip(episode, (spec.shots, spec.queries), strict=True):
         assert x.shape == (spec.ways * n, SIDE, SIDE, 1)
         assert x.dtype == y.dtype == jnp.float32
+        assert mask is None
         np.testing.assert_array_equal(np.sort(y, axis=1)[:, -2:], [[0, 1]] * len(y))
         np.testing.assert_array_equal(y.sum(0), [n] * spec.ways)
         for label, image in zip(np.argmax(y, 1), zip(*read(x), strict=True), strict=True):
@@ -206,19 +208,75 @@ def test_shared_drawers_ask_about_one_drawer_with_the_examples_of_another():
     assert (np.array(COUNTS)[support[0]].min(1) > np.maximum(*drawers)).all()
 
 
-def test_quarter_turns_is_rot90_for_each_image(x64):
+def test_rotate_90_is_rot90_for_each_image(x64):
     images = jax.random.uniform(jax.random.key(0), (4, 5, 5, 3))
-    turned = quarter_turns(images, jnp.arange(4))
+    turned = rotate_90(images, jnp.arange(4))
     for k in range(4):
         np.testing.assert_array_equal(turned[k], jnp.rot90(images[k], k))
 
 
 def test_pixels_are_scaled_to_one():
-    dataset = ImageDataset(
-        jnp.full((2, 2, 1, 1, 1), 255, jnp.uint8), jnp.array([2, 2]), jnp.zeros(2)
-    )
+    dataset = dataset_from_classes([np.full((2, 1, 1, 1), 255, np.uint8)] * 2)
     episode = sample_episode(jax.random.key(0), dataset, EpisodeSpec(2, 1, 1))
     np.testing.assert_array_equal(episode.support.x, np.ones((2, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, bool])
+def test_whatever_is_no_uint8_passes_unchanged(dtype):
+    classes = [np.full((2, 3), k, dtype) for k in range(3)]
+    episode = sample_episode(jax.random.key(0), dataset_from_classes(classes), EpisodeSpec(3, 1, 1))
+    assert episode.query.x.dtype == dtype
+    assert episode.query.y.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(episode.support.x, np.float32)[:, 0]),
+        np.float32([c[0, 0] for c in classes]),
+    )
+
+
+def test_the_leaves_of_an_example_stay_together():
+    # Token ids [2, ...] tell class and example; their mask and the image tell the same.
+    def examples(k, n):
+        number = 10 * k + np.arange(n)
+        ids = np.stack([number, number + 1], 1).astype(np.int32)
+        return {"ids": ids, "mask": ids % 2 == 0, "pixel": number.astype(np.uint8)}
+
+    dataset = dataset_from_classes([examples(k, 4 + k) for k in range(4)])
+    episode = jax.jit(sample_episode, static_argnums=2)(
+        jax.random.key(1), dataset, EpisodeSpec(3, 2, 2)
+    )
+    seen = []
+    for x, y, _ in episode:
+        number = np.asarray(x["ids"][:, 0])
+        np.testing.assert_array_equal(x["ids"][:, 1], number + 1)
+        np.testing.assert_array_equal(x["mask"], x["ids"] % 2 == 0)
+        np.testing.assert_allclose(x["pixel"], number / 255, rtol=1e-6)
+        assert len({(c, k) for c, k in zip(number // 10, y.argmax(1).tolist(), strict=True)}) == 3
+        assert (number % 10 < 4 + number // 10).all()
+        seen += number.tolist()
+    assert len(set(seen)) == 12
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        EpisodeSpec(3, 1, 2),
+        EpisodeSpec(2, 1, 2, "per_class", True),
+        EpisodeSpec(2, 1, 2, "classes", True, True),
+        EpisodeSpec(2, 1, 1, "per_episode"),
+    ],
+)
+def test_no_key_is_used_twice_and_no_tracer_leaks(spec):
+    dataset, key = labelled_dataset(), jax.random.key(0)
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+        jax.jit(lambda k, d: sample_episode(k, d, spec))(key, dataset)
+        sample_sinusoid(jax.random.key(0), 3, 3)
+
+
+def test_rotate_90_names_the_argument_of_the_wrong_shape():
+    with pytest.raises(ValueError, match="images must be"):
+        rotate_90(jnp.zeros((2, 3, 4, 1)), jnp.zeros(2, int))
+    with pytest.raises(ValueError, match=r"turns must be \[2\], not \[\]"):
+        rotate_90(jnp.zeros((2, 3, 3, 1)), jnp.zeros((), int))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +286,7 @@ def test_pixels_are_scaled_to_one():
         (EpisodeSpec(0, 1, 1), "ways=0"),
         (EpisodeSpec(2, 0, 1), "shots=0"),
         (EpisodeSpec(2, 1, -1), "queries=-1"),
-        (EpisodeSpec(2, 3, 4), "shots + queries = 7 is more than the 6 images"),
+        (EpisodeSpec(2, 3, 4), "shots + queries = 7 is more than the 6 examples"),
         (EpisodeSpec(9, 1, 1), "9 ways are more than the 8 classes"),
         (EpisodeSpec(4, 3, 3), "4 ways are more than the 3 classes"),
         (EpisodeSpec(13, 3, 3, "classes"), "13 ways are more than the 12 classes"),
@@ -247,9 +305,19 @@ def test_check_spec_refuses_in_one_line(spec, part):
 
 
 def test_check_spec_refuses_turns_of_images_that_are_not_square():
-    dataset = ImageDataset(jnp.zeros((2, 2, 3, 4, 1), jnp.uint8), jnp.array([2, 2]), jnp.zeros(2))
+    dataset = dataset_from_classes([np.zeros((2, 3, 4, 1), np.uint8)] * 2)
     with pytest.raises(DataError, match="not square"):
         check_spec(EpisodeSpec(2, 1, 1, "per_class"), dataset)
+    check_spec(EpisodeSpec(2, 1, 1), dataset)
+
+
+@pytest.mark.parametrize(
+    "examples", [np.zeros((2, 8)), {"a": np.zeros((2, 4, 4)), "b": np.zeros(2)}]
+)
+def test_check_spec_refuses_turns_of_what_are_no_images(examples):
+    dataset = dataset_from_classes([examples] * 2)
+    with pytest.raises(DataError, match="examples of split val that are no images cannot be rot"):
+        check_spec(EpisodeSpec(2, 1, 1, "per_class"), dataset, "split val")
     check_spec(EpisodeSpec(2, 1, 1), dataset)
 
 
@@ -275,7 +343,7 @@ def sinusoids():
 
 def sinusoid_curves():
     """a and p of y = a sin(x - p) = (a cos p) sin x - (a sin p) cos x, from the support alone."""
-    x, y = sinusoids().support
+    x, y, _ = sinusoids().support
     basis = np.concatenate([np.sin(x), -np.cos(x)], -1)
     u, v = np.moveaxis(np.linalg.pinv(basis) @ y, 1, 0)[..., 0]
     return np.hypot(u, v), np.arctan2(v, u)
@@ -283,7 +351,7 @@ def sinusoid_curves():
 
 def test_sinusoid_support_and_query_lie_on_one_curve():
     a, p = sinusoid_curves()
-    for x, y in sinusoids():
+    for x, y, _ in sinusoids():
         np.testing.assert_allclose(
             y[..., 0], a[:, None] * np.sin(x[..., 0] - p[:, None]), atol=1e-8
         )

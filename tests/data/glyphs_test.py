@@ -9,7 +9,7 @@ from PIL import Image, ImageFont
 from meta_jax.data import glyphs
 from meta_jax.data.dataset import DataError
 from meta_jax.data.glyphs import SCRIPTS, load_glyphs
-from meta_jax.data.registry import load_splits
+from meta_jax.data.source import EpisodeSize, load_source
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def splits():
 def _nearest_neighbour_accuracy(dataset, episodes=1000, ways=5):
     """5-way 1-shot accuracy of the nearest neighbour in raw pixels, one query for each class."""
     rng = np.random.default_rng(0)
-    pixels = np.asarray(dataset.images, np.float32).reshape(*dataset.images.shape[:2], -1)
+    pixels = np.asarray(dataset.examples, np.float32).reshape(dataset.counts.size, 20, -1)
     right = []
     for _ in range(episodes):
         classes = rng.choice(len(pixels), ways, replace=False)
@@ -32,31 +32,31 @@ def _nearest_neighbour_accuracy(dataset, episodes=1000, ways=5):
 
 
 def test_sizes_and_types(splits):
-    assert len(splits.datasets["train"].images) >= 400
-    assert len(splits.datasets["val"].images) >= 40
-    assert len(splits.datasets["test"].images) >= 60
+    assert len(splits.class_names["train"]) >= 400
+    assert len(splits.class_names["val"]) >= 40
+    assert len(splits.class_names["test"]) >= 60
     for split, dataset in splits.datasets.items():
         n = len(splits.class_names[split])
-        assert dataset.images.shape == (n, 20, 28, 28, 1)
-        assert dataset.images.dtype == np.uint8
+        assert dataset.examples.shape == (n * 20, 28, 28, 1)
+        assert dataset.examples.dtype == np.uint8
         np.testing.assert_array_equal(dataset.counts, [20] * n)
 
 
 def test_ink_is_255_on_0_and_no_image_is_empty(splits):
     for dataset in splits.datasets.values():
-        images = np.asarray(dataset.images)
+        images = np.asarray(dataset.examples)
         assert images.max() == 255
         assert np.median(images) == 0
-        assert images.max(axis=(2, 3, 4)).min() > 100
+        assert images.max(axis=(1, 2, 3)).min() > 100
 
 
 def test_scripts_are_the_groups_and_belong_to_one_split(splits):
     for split, dataset in splits.datasets.items():
+        scripts = splits.group_names[split]
+        assert set(scripts) == set(SCRIPTS[split])
+        assert set(np.asarray(dataset.groups).tolist()) == set(range(len(scripts)))
         for name, group in zip(splits.class_names[split], np.asarray(dataset.groups), strict=True):
-            assert name.startswith(splits.group_names[group] + " ")
-            assert splits.group_names[group] in SCRIPTS[split]
-    used = [set(np.asarray(d.groups).tolist()) for d in splits.datasets.values()]
-    assert sum(map(len, used)) == len(set.union(*used)) == len(splits.group_names)
+            assert name.startswith(scripts[group] + " ")
 
 
 def _undistorted(letters, face):
@@ -128,13 +128,14 @@ def test_the_distortion_is_what_makes_the_task_hard(splits, monkeypatch):
 
 def test_seed_gives_the_distortions_and_not_the_classes(splits):
     first, again = (load_glyphs(image_size=14, examples=2, seed=0) for _ in range(2))
-    other = load_splits("glyphs", image_size=14, seed=1)
-    assert first.class_names == again.class_names == other.class_names == splits.class_names
+    other = load_glyphs(image_size=14, examples=2, seed=1)
+    for names in zip(*(s.class_names.items() for s in (first, again, other, splits)), strict=True):
+        assert len(set(names)) == 1
     for split, dataset in first.datasets.items():
-        assert dataset.images.shape[1:] == (2, 14, 14, 1)
-        np.testing.assert_array_equal(dataset.images, again.datasets[split].images)
-        differs = np.asarray(dataset.images) != np.asarray(other.datasets[split].images[:, :2])
-        assert differs.any(axis=(2, 3, 4)).all()
+        assert dataset.examples.shape[1:] == (14, 14, 1)
+        np.testing.assert_array_equal(dataset.examples, again.datasets[split].examples)
+        differs = np.asarray(dataset.examples) != np.asarray(other.datasets[split].examples)
+        assert differs.any(axis=(1, 2, 3)).all()
 
 
 @pytest.mark.parametrize(
@@ -147,5 +148,19 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_missing_font_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    splits = load_glyphs()
     with pytest.raises(DataError, match=r"DejaVuSans\.ttf is missing: install matplotlib"):
-        load_glyphs()
+        splits.datasets["test"]
+
+
+def test_the_source_passes_its_settings(splits):
+    source = load_source("glyphs", image_size=14, examples=3, distortion_seed=5)
+    assert source.splits == ("train", "val", "test")
+    assert source.baselines == ("nearest_neighbour",)
+    assert source.preprocessing["image_size"] == 14
+    assert source.preprocessing["polarity"] == "ink_light"
+    data = source.tasks("val", EpisodeSize(5, 1, 2), train=False).data
+    expected = load_glyphs(image_size=14, examples=3, seed=5).datasets["val"]
+    np.testing.assert_array_equal(data.examples, expected.examples)
+    assert len(source.config) == 8
+    assert source.config["distortion_seed"] == 5

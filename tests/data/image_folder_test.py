@@ -3,9 +3,9 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from meta_jax.data.dataset import DataError
+from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.image_folder import load_image_folder
-from meta_jax.data.registry import load_splits
+from meta_jax.data.source import EpisodeSize, load_source
 
 
 def _save(path, value, size=(6, 6), mode="L"):
@@ -24,13 +24,13 @@ def folder(tmp_path):
 
 def _images_by_class(splits):
     return {
-        name: np.asarray(dataset.images[row, : dataset.counts[row]])
+        name: np.asarray(class_examples(dataset, row))
         for split, dataset in splits.datasets.items()
         for row, name in enumerate(splits.class_names[split])
     }
 
 
-def test_every_class_is_in_one_split_with_its_images_padded(folder):
+def test_every_class_is_in_one_split_with_its_images(folder):
     splits = load_image_folder(folder, image_size=4)
     assert sorted(splits.datasets) == ["test", "train", "val"]
     by_class = _images_by_class(splits)
@@ -40,21 +40,78 @@ def test_every_class_is_in_one_split_with_its_images_padded(folder):
         assert images.shape == (i + 1, 4, 4, 1)
         np.testing.assert_array_equal(images, np.broadcast_to(images[:, :1, :1], images.shape))
         np.testing.assert_array_equal(images[:, 0, 0, 0], 20 * i + np.arange(i + 1))
-    for dataset in splits.datasets.values():
-        for row, count in enumerate(dataset.counts):
-            assert not np.asarray(dataset.images[row, count:]).any()
+    assert sum(len(dataset.examples) for dataset in splits.datasets.values()) == 15
 
 
 def test_split_follows_the_seed(folder):
-    names = [load_image_folder(folder, seed=seed).class_names for seed in range(8)]
-    assert names[3] == load_image_folder(folder, seed=3).class_names
+    names = [dict(load_image_folder(folder, seed=seed).class_names) for seed in range(8)]
+    assert names[3] == dict(load_image_folder(folder, seed=3).class_names)
     assert len({tuple(sorted(n["test"])) for n in names}) > 1
 
 
-def test_registry_passes_the_path_and_settings(folder):
-    splits = load_splits(f"folder:{folder}", image_size=5, seed=3)
-    assert splits.class_names == load_image_folder(folder, seed=3).class_names
-    assert splits.datasets["train"].images.shape[2:] == (5, 5, 1)
+def test_the_source_passes_the_path_and_settings(folder):
+    source = load_source(f"folder:{folder}", image_size=5, split_seed=3)
+    assert source.config == {
+        "name": f"folder:{folder}",
+        "image_size": 5,
+        "grey": None,
+        "rotations": "none",
+        "augment": "none",
+        "objective": "cross_entropy",
+        "split_seed": 3,
+    }
+    assert source.preprocessing == {
+        "kind": "image",
+        "image_size": 5,
+        "channels": 1,
+        "polarity": "as_is",
+        "scaling": "0..1",
+        "resample": "lanczos",
+    }
+    expected = load_image_folder(folder, image_size=5, seed=3).datasets["train"]
+    # The smallest class has one image, which an episode never draws.
+    data = source.tasks("train", EpisodeSize(2, 1, 1), train=True).data
+    np.testing.assert_array_equal(data.examples, expected.examples)
+    colour = load_source(f"folder:{folder}", grey=False)
+    assert colour.preprocessing["channels"] == 3
+    assert colour.tasks("train", EpisodeSize(2, 1, 1), train=True).data.examples.shape[-1] == 3
+
+
+def test_a_split_that_is_not_asked_for_may_be_broken(folder):
+    splits = load_image_folder(folder, image_size=4)
+    name = splits.class_names["test"][0]
+    (folder / name / "0.png").write_bytes(b"no image")
+    (folder / splits.class_names["val"][0] / "0.png").unlink()
+    again = load_image_folder(folder, image_size=4)
+    np.testing.assert_array_equal(
+        again.datasets["train"].examples, splits.datasets["train"].examples
+    )
+    with pytest.raises(DataError, match=r"0\.png does not decode"):
+        again.datasets["test"]
+
+
+def test_the_channels_are_those_of_all_splits_whichever_is_asked_for(folder):
+    for name in load_image_folder(folder).class_names["test"]:
+        _save(folder / name / "red.png", (200, 0, 0), mode="RGB")
+    assert load_image_folder(folder).datasets["train"].examples.shape[-1] == 3
+
+
+def test_some_of_the_splits_are_enough(tmp_path):
+    for name in "abc":
+        _save(tmp_path / "test" / name / "0.png", 7)
+        _save(tmp_path / "test" / name / "1.png", 8)
+    source = load_source(f"folder:{tmp_path}")
+    assert source.splits == ("test",)
+    assert source.tasks("test", EpisodeSize(3, 1, 1), train=False).data.counts.tolist() == [2] * 3
+    with pytest.raises(DataError, match="no split 'train': choose one of test"):
+        source.tasks("train", EpisodeSize(3, 1, 1), train=True)
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    for name in ("train", "test", "bus"):
+        _save(tmp_path / name / "0.png", 7)
+    names = load_image_folder(tmp_path).class_names.values()
+    assert sorted(sum(names, ())) == ["bus", "test", "train"]
 
 
 def test_one_colour_image_makes_the_set_colour(folder):
@@ -98,18 +155,20 @@ def test_folders_named_as_splits_are_the_splits(tmp_path):
         for name in classes:
             _save(tmp_path / split / name / "0.png", ord(name))
     splits = load_image_folder(tmp_path, seed=5)
-    assert splits.class_names == {
+    assert dict(splits.class_names) == {
         "train": ("train/a", "train/b", "train/c"),
         "val": ("val/a", "val/b"),
         "test": ("test/z",),
     }
-    np.testing.assert_array_equal(splits.datasets["val"].images[:, 0, 0, 0, 0], [97, 98])
+    np.testing.assert_array_equal(splits.datasets["val"].examples[:, 0, 0, 0], [97, 98])
     (tmp_path / "val" / "a" / "0.png").unlink()
     (tmp_path / "val" / "a").rmdir()
     (tmp_path / "val" / "b" / "0.png").unlink()
     (tmp_path / "val" / "b").rmdir()
+    splits = load_image_folder(tmp_path)
+    assert splits.class_names["test"] == ("test/z",)
     with pytest.raises(DataError, match="val has no class folders"):
-        load_image_folder(tmp_path)
+        splits.datasets["val"]
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -128,7 +187,7 @@ def test_too_few_classes_are_refused(tmp_path, n_classes):
 def test_empty_class_is_named(folder):
     (folder / "c9").mkdir()
     with pytest.raises(DataError, match="c9 has no images"):
-        load_image_folder(folder)
+        dict(load_image_folder(folder).datasets)
 
 
 @pytest.mark.parametrize("broken", ["truncated", "not an image", "empty"])
@@ -138,7 +197,7 @@ def test_image_that_does_not_decode_is_named(folder, broken):
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[:300], "not an image": b"x" * 99, "empty": b""}[broken])
     with pytest.raises(DataError, match=r"c2/1\.png does not decode.*replace it") as error:
-        load_image_folder(folder)
+        dict(load_image_folder(folder).datasets)
     assert "\n" not in str(error.value)
 
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from meta_jax.data import omniglot
-from meta_jax.data.dataset import DataError
+from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.omniglot import load_omniglot
-from meta_jax.data.registry import load_splits
+from meta_jax.data.source import EpisodeSize, load_source
 
 _SIZES = {"images_background": 964, "images_evaluation": 659}
 
@@ -27,22 +27,22 @@ def lake(omniglot_tfds):
     """Found through the environment, without --data_dir, as a user of TFDS would expect."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(omniglot_tfds))
-        return load_splits("omniglot", split_rule="lake")
+        return load_omniglot(split_rule="lake")
 
 
 # --- The real data --------------------------------------------------------------------------------
 
 
 def test_vinyals_split_has_the_published_sizes(vinyals):
-    shapes = {split: dataset.images.shape for split, dataset in vinyals.datasets.items()}
+    shapes = {split: dataset.examples.shape for split, dataset in vinyals.datasets.items()}
     assert shapes == {
-        "train": (1028, 20, 28, 28, 1),
-        "val": (172, 20, 28, 28, 1),
-        "trainval": (1200, 20, 28, 28, 1),
-        "test": (423, 20, 28, 28, 1),
+        "train": (1028 * 20, 28, 28, 1),
+        "val": (172 * 20, 28, 28, 1),
+        "trainval": (1200 * 20, 28, 28, 1),
+        "test": (423 * 20, 28, 28, 1),
     }
     for dataset in vinyals.datasets.values():
-        assert dataset.images.dtype == np.uint8
+        assert dataset.examples.dtype == np.uint8
         assert (np.asarray(dataset.counts) == 20).all()
 
 
@@ -81,9 +81,9 @@ def test_splits_are_disjoint_sorted_and_trainval_is_their_union(rule, request):
 
 
 def test_groups_are_alphabets(vinyals):
-    assert len(vinyals.group_names) == 50
+    assert len({*vinyals.group_names["trainval"], *vinyals.group_names["test"]}) == 50
     for split, dataset in vinyals.datasets.items():
-        alphabets = [vinyals.group_names[group] for group in np.asarray(dataset.groups)]
+        alphabets = [vinyals.group_names[split][group] for group in np.asarray(dataset.groups)]
         assert alphabets == [name.rsplit("/", 1)[0] for name in vinyals.class_names[split]]
 
 
@@ -93,7 +93,9 @@ def test_zips_and_tfds_give_the_same_pixels_in_the_same_order(vinyals, lake):
             name: images
             for split in ("trainval", "test")
             for name, images in zip(
-                splits.class_names[split], np.asarray(splits.datasets[split].images), strict=True
+                splits.class_names[split],
+                np.asarray(splits.datasets[split].examples).reshape(-1, 20, 28, 28, 1),
+                strict=True,
             )
         }
 
@@ -110,13 +112,12 @@ def test_example_j_is_drawer_j_of_the_zip(vinyals, omniglot_zips):
             drawing = Image.open(archive.open(f"{folder}/0192_{j + 1:02d}.png"))
             expected = 255 - np.asarray(drawing.convert("L").resize((28, 28), Image.LANCZOS))
             row = vinyals.class_names["train"].index("Braille/character01")
-            np.testing.assert_array_equal(
-                vinyals.datasets["train"].images[row, j, :, :, 0], expected
-            )
+            drawings = class_examples(vinyals.datasets["train"], row)
+            np.testing.assert_array_equal(drawings[j, :, :, 0], expected)
 
 
 def test_ink_is_bright_on_dark(vinyals):
-    images = np.asarray(vinyals.datasets["test"].images)
+    images = np.asarray(vinyals.datasets["test"].examples)
     assert images.max() == 255
     # 8.05 % of the original pixels are ink.
     assert 0.07 < images.mean() / 255 < 0.09
@@ -165,7 +166,7 @@ def damaged(made_up, tmp_path):
 
 def _refused(message, *args, **settings):
     with pytest.raises(DataError, match=message) as error:
-        load_omniglot(*args, **settings)
+        dict(load_omniglot(*args, **settings).datasets)
     assert "\n" not in str(error.value)
 
 
@@ -173,13 +174,39 @@ def test_settings_reach_the_pixels(made_up):
     splits = load_omniglot(made_up, image_size=35, invert=False, resample="box")
     # Drawer 7 inks column 7 of 105: a third of column 2 at a third of the size.
     expected = np.where(np.arange(35) == 2, 170, 255) * np.ones((35, 1))
-    np.testing.assert_array_equal(splits.datasets["test"].images[0, 6, :, :, 0], expected)
+    np.testing.assert_array_equal(splits.datasets["test"].examples[6, :, :, 0], expected)
+
+
+def test_the_source_passes_its_settings(made_up):
+    source = load_source("omniglot", data_dir=made_up, image_size=7, split_rule="lake")
+    assert source.splits == ("train", "val", "trainval", "test")
+    assert source.config == {
+        "name": "omniglot",
+        "data_dir": str(made_up),
+        "image_size": 7,
+        "split_rule": "lake",
+        "rotations": "none",
+        "within_group": False,
+        "augment": "none",
+        "objective": "cross_entropy",
+    }
+    assert source.preprocessing["polarity"] == "ink_light"
+    data = source.tasks("test", EpisodeSize(5, 1, 1), train=False).data
+    assert data.examples.shape == (659 * 20, 7, 7, 1)
+
+
+def test_a_set_that_the_split_does_not_need_may_be_missing(made_up, tmp_path):
+    shutil.copy(made_up / "images_evaluation.zip", tmp_path)
+    splits = load_omniglot(tmp_path, image_size=5)
+    assert len(splits.class_names["test"]) == 423
+    with pytest.raises(DataError, match=r"has no images_background\.zip"):
+        splits.datasets["val"]
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "empty", "one zip"])
 def test_missing_data_is_refused(made_up, tmp_path, missing):
     if missing == "nowhere":
-        _refused("does not exist: correct --data_dir", tmp_path / "nowhere")
+        _refused("does not exist: correct data_dir", tmp_path / "nowhere")
     elif missing == "empty":
         _refused("holds neither images_background.zip and images_evaluation.zip", tmp_path)
     else:
@@ -260,7 +287,11 @@ def _serve(monkeypatch, folder):
 
 def test_download_is_kept_for_the_next_time(made_up, nothing_at_home, monkeypatch):
     _serve(monkeypatch, made_up)
-    assert omniglot._downloaded() == nothing_at_home
+    splits = load_omniglot(image_size=7)
+    assert not nothing_at_home.exists()
+    assert len(splits.class_names["test"]) == 423
+    assert [path.name for path in nothing_at_home.iterdir()] == ["images_evaluation.zip"]
+    assert len(splits.class_names["trainval"]) == 1200
     kept = {path.name: path.read_bytes() for path in nothing_at_home.iterdir()}
     assert kept == {path.name: path.read_bytes() for path in made_up.iterdir()}
     monkeypatch.setattr(omniglot, "_URL", "file:///nowhere")
@@ -271,13 +302,13 @@ def test_download_with_the_wrong_checksum_is_not_kept(made_up, nothing_at_home, 
     _serve(monkeypatch, made_up)
     wrong = {name: (n, "0" * 64) for name, n in _SIZES.items()}
     monkeypatch.setattr(omniglot, "_SETS", wrong)
-    _refused("wrong sha256: download .* by hand .* --data_dir")
+    _refused("wrong sha256: download .* by hand .* data_dir")
     assert not list(nothing_at_home.iterdir())
 
 
 def test_no_network_is_explained(nothing_at_home, monkeypatch, tmp_path):
     _serve(monkeypatch, tmp_path)
-    _refused("cannot be downloaded .*: download .* by hand .* --data_dir")
+    _refused("cannot be downloaded .*: download .* by hand .* data_dir")
     assert not list(nothing_at_home.iterdir())
 
 
@@ -285,7 +316,7 @@ def test_cache_that_cannot_be_written_is_explained(made_up, nothing_at_home, mon
     _serve(monkeypatch, made_up)
     nothing_at_home.parent.parent.mkdir(exist_ok=True)
     nothing_at_home.parent.write_text("a file where the cache's folder should be")
-    _refused("by hand .* --data_dir")
+    _refused("by hand .* data_dir")
 
 
 def test_the_official_zips_are_the_registered_ones():

@@ -8,8 +8,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from meta_jax.data.dataset import DataError
-from meta_jax.data.registry import load_splits
+from meta_jax.data.dataset import DataError, class_examples
+from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.data.tfds_images import load_tfds_images
 
 _NAMES = ["ant", "bee", "cat", "dog"]
@@ -74,7 +74,7 @@ def toy(tmp_path):
 def _values_by_class(splits):
     """The first pixel of every real image, by class."""
     return {
-        name: np.asarray(dataset.images[row, : dataset.counts[row], 0, 0]).tolist()
+        name: np.asarray(class_examples(dataset, row)[:, 0, 0]).tolist()
         for split, dataset in splits.datasets.items()
         for row, name in enumerate(splits.class_names[split])
     }
@@ -83,15 +83,34 @@ def _values_by_class(splits):
 _EXPECTED = {name: [[20 * c + j] for j in range(c + 1)] for c, name in enumerate(_NAMES)}
 
 
-def test_classes_are_named_padded_and_split(toy):
-    splits = load_splits("tfds:toy", data_dir=toy, image_size=5, seed=1)
+def test_classes_are_named_and_split(toy):
+    splits = load_tfds_images("toy", data_dir=toy, image_size=5, seed=1)
     assert _values_by_class(splits) == _EXPECTED
     assert sorted(splits.datasets) == ["test", "train", "val"]
     for dataset in splits.datasets.values():
-        assert dataset.images.shape[2:] == (5, 5, 1)
-    assert splits.class_names == load_tfds_images("toy", data_dir=toy, seed=1).class_names
+        assert dataset.examples.shape[1:] == (5, 5, 1)
+    again = load_tfds_images("toy", data_dir=toy, seed=1).class_names
+    assert dict(splits.class_names) == dict(again)
     tests = {load_tfds_images("toy", data_dir=toy, seed=s).class_names["test"] for s in range(8)}
     assert len(tests) > 1
+
+
+def test_the_source_passes_the_name_and_settings(toy):
+    source = load_source("tfds:toy", data_dir=toy, image_size=5, split_seed=1)
+    assert source.config == {
+        "name": "tfds:toy",
+        "data_dir": str(toy),
+        "image_size": 5,
+        "rotations": "none",
+        "augment": "none",
+        "objective": "cross_entropy",
+        "split_seed": 1,
+    }
+    assert source.preprocessing["channels"] == 1
+    expected = load_tfds_images("toy", data_dir=toy, image_size=5, seed=1)
+    split = max(source.splits, key=lambda name: expected.datasets[name].largest)
+    data = source.tasks(split, EpisodeSize(1, 1, 1), train=True).data
+    np.testing.assert_array_equal(data.examples, expected.datasets[split].examples)
 
 
 def test_data_folder_from_the_environment(toy, monkeypatch):
@@ -149,7 +168,7 @@ def test_configuration_must_be_named_where_there_are_several(tmp_path):
 
 def _refused(data_dir, message, name="toy"):
     with pytest.raises(DataError, match=message) as error:
-        load_tfds_images(name, data_dir=data_dir)
+        dict(load_tfds_images(name, data_dir=data_dir).datasets)
     assert "\n" not in str(error.value)
 
 
@@ -226,5 +245,6 @@ def test_real_omniglot(omniglot_tfds):
     counts = np.concatenate([dataset.counts for dataset in splits.datasets.values()])
     # The only repeated drawing of the set is in one Braille character.
     assert sorted(counts) == [19] + [20] * 1622
-    assert splits.datasets["train"].images.shape == (1038, 20, 4, 4, 1)
-    assert np.asarray(splits.datasets["test"].images).max() == 255
+    assert splits.datasets["train"].examples.shape[1:] == (4, 4, 1)
+    assert splits.datasets["train"].counts.shape == (1038,)
+    assert np.asarray(splits.datasets["test"].examples).max() == 255
