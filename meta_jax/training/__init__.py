@@ -1,1 +1,55 @@
-"""The outer loop, evaluation, checkpoints and what they write."""
+"""The outer loop of every learner: steps, evaluation, checkpoints, optimizers and pictures."""
+
+from meta_jax.training import checkpoints, optimizers, pictures
+from meta_jax.training.evaluation import (
+    MeanCI,
+    confidence_interval,
+    make_evaluate,
+    make_validate,
+)
+from meta_jax.training.learned_rules import LearnedRule, load_rule
+from meta_jax.training.loop import FitResult, LoopConfig, TrainingDivergedError, fit
+from meta_jax.training.optimizers import average_params, averaged_params
+from meta_jax.training.outer_step import (
+    TrainState,
+    init_train_state,
+    make_outer_step,
+    make_train_loop,
+    place,
+    task_gradients,
+    task_mesh,
+)
+from meta_jax.training.trained import Trained, load, make_config, save_trained, write_config
+from meta_jax.training.writers import MetricsWriter, read_metrics
+
+__all__ = [
+    "FitResult",
+    "LearnedRule",
+    "LoopConfig",
+    "MeanCI",
+    "MetricsWriter",
+    "TrainState",
+    "Trained",
+    "TrainingDivergedError",
+    "average_params",
+    "averaged_params",
+    "checkpoints",
+    "confidence_interval",
+    "fit",
+    "init_train_state",
+    "load",
+    "load_rule",
+    "make_config",
+    "make_evaluate",
+    "make_outer_step",
+    "make_train_loop",
+    "make_validate",
+    "optimizers",
+    "pictures",
+    "place",
+    "read_metrics",
+    "save_trained",
+    "task_gradients",
+    "task_mesh",
+    "write_config",
+]

@@ -2,7 +2,8 @@
 
 A checkpoint `name` is a folder that holds `tree/`, the arrays as orbax stores them (a flat
 dictionary from leaf path to array, so neither optax nor flax types are part of the format), and
-`header.json`, the caller's metadata and the SHA-256 of every file. `name.saving` is a save under
+`header.json`, the caller's metadata, the settings of the learner whose parameters these are, and
+the SHA-256 of every file. `name.saving` is a save under
 way, `name.saved` a complete one about to take its place, `name.replaced` what stood there before:
 
     write name.saving; rename it to name.saved; rename name to name.replaced, name.saved to name
@@ -19,22 +20,25 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meta_jax.core import PyTree
+from meta_jax.core import Config, PyTree
+from meta_jax.lookup import UsageError
 
+T = TypeVar("T")
+_UNSET = "not set"
 _SAVING, _SAVED, _REPLACED = ".saving", ".saved", ".replaced"
 _STEP = re.compile(r"step_(\d{8,})(?:\.saved)?")
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A checkpoint cannot be written or read; one line names it and says what to do."""
 
 
@@ -42,17 +46,33 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint's files are missing, cut short or altered."""
 
 
-def save(directory: Path | str, name: str, tree: PyTree, metadata: dict[str, Any]) -> Path:
+class Contents(NamedTuple):
+    """What a checkpoint holds."""
+
+    leaves: dict[str, jax.Array]  # by path, such as 'params/conv/kernel'
+    metadata: dict[str, Any]
+    config: Config | None  # settings of the learner; None where none were recorded
+
+
+def save(
+    directory: Path | str,
+    name: str,
+    tree: PyTree,
+    metadata: dict[str, Any],
+    *,
+    config: Config | None = None,
+) -> Path:
     """Writes the checkpoint `directory/name`, in place of an older one of that name.
 
     When it returns, the checkpoint is complete on disk. A kill at any point leaves the older or
     the newer checkpoint readable. One process at a time may save under a name.
 
     Args:
-      directory: where checkpoints live; made if it is not there.
-      name: the checkpoint's folder name, such as 'best'.
-      tree: arrays of any shape, typed PRNG keys among them; sharded arrays are gathered.
-      metadata: what JSON can hold (step, best accuracy, ...).
+      directory: Where checkpoints live; made if it is not there.
+      name: The checkpoint's folder name, such as 'best'.
+      tree: Arrays of any shape, typed PRNG keys among them; sharded arrays are gathered.
+      metadata: What JSON can hold (step, best accuracy, ...).
+      config: The learner's, `learner.config`; who restores the checkpoint must have the same.
 
     Returns:
       The checkpoint's folder.
@@ -60,12 +80,13 @@ def save(directory: Path | str, name: str, tree: PyTree, metadata: dict[str, Any
     Raises:
       CheckpointError: the disk is full; earlier checkpoints are as they were.
       TypeError: a leaf is not an array or has a dtype that JAX would not give back (64 bits,
-        without `jax_enable_x64`), or the metadata is not JSON.
+        without `jax_enable_x64`), or the metadata or the config is not JSON.
     """
     path = Path(directory) / name
     # Leaves of size zero have nothing to save, and orbax refuses them.
     leaves = {leaf_path: leaf for leaf_path, leaf in _flatten(tree).items() if np.size(leaf)}
     arrays = {leaf_path: _to_host(leaf_path, leaf) for leaf_path, leaf in leaves.items()}
+    json.dumps([metadata, config])  # refused before anything is written
     saving = _beside(path, _SAVING)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +96,7 @@ def save(directory: Path | str, name: str, tree: PyTree, metadata: dict[str, Any
         _write_arrays(saving / "tree", arrays)
         contents = {
             "metadata": metadata,
+            "config": config,
             "leaves": _describe(tree),
             "key_impls": {p: jax.random.key_impl(x) for p, x in leaves.items() if _is_key(x)},
             "files": _digest_files(saving),
@@ -96,50 +118,137 @@ def save(directory: Path | str, name: str, tree: PyTree, metadata: dict[str, Any
     return path
 
 
-def restore(path: Path | str, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def restore(
+    path: Path | str, like: PyTree, *, config: Config | None = None
+) -> tuple[PyTree, dict[str, Any]]:
     """Reads the checkpoint at `path`, bitwise as it was saved, onto the default device.
 
     Args:
-      path: a checkpoint's folder.
-      like: a tree of arrays, or of `jax.ShapeDtypeStruct`s, with the structure to restore; its
+      path: A checkpoint's folder.
+      like: A tree of arrays, or of `jax.ShapeDtypeStruct`s, with the structure to restore; its
         shapes and dtypes must be those that were saved, its values are not looked at.
+      config: Settings of the learner that is to use it, `learner.config`; they must be those that
+        were saved.
 
     Returns:
       The tree, and the metadata.
 
     Raises:
       DamagedCheckpointError: a file is missing, cut short or altered.
-      CheckpointError: there is no checkpoint, or it holds other arrays than `like`.
+      CheckpointError: there is no checkpoint, or it is another learner's, or holds other arrays
+        than `like`.
     """
     path = Path(path)
-    folder = path if path.exists() else _beside(path, _SAVED)
-    if not folder.exists():
-        raise CheckpointError(f"no checkpoint at {path}; train first, or name another one")
-    header = _read_header(path, folder)
+    folder, header = _open(path)
+    check_config(path, header.get("config"), config)
     _check_fit(path, header["leaves"], _describe(like))
-    arrays = _read_arrays(folder / "tree")
-    leaves = [
-        _from_host(arrays[name], header["key_impls"].get(name))
-        if leaf.size
-        else jnp.zeros(leaf.shape, leaf.dtype)
-        for name, leaf in _flatten(like).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), header["metadata"]
+    leaves = _read_leaves(folder, header)
+    restored = [leaves[name] for name in _flatten(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), restored), header["metadata"]
+
+
+def read(path: Path | str) -> Contents:
+    """Reads all that a checkpoint holds, where its structure is not known beforehand.
+
+    Args:
+      path: A checkpoint's folder.
+
+    Raises:
+      DamagedCheckpointError: a file is missing, cut short or altered.
+      CheckpointError: there is no checkpoint.
+    """
+    folder, header = _open(Path(path))
+    return Contents(_read_leaves(folder, header), header["metadata"], header.get("config"))
+
+
+def unflatten(path: Path | str, leaves: Mapping[str, jax.Array], like: PyTree) -> PyTree:
+    """Puts leaves of a checkpoint into a tree; shapes are compared, dtypes are the checkpoint's.
+
+    Args:
+      path: The checkpoint, for the message.
+      leaves: By path, as in `Contents`; no more than the tree has.
+      like: The tree of arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      CheckpointError: the tree has other leaves, or other shapes.
+    """
+    wanted = _flatten(like)
+    shapes = (
+        {name: str(list(leaf.shape)) for name, leaf in tree.items()} for tree in (leaves, wanted)
+    )
+    _check_fit(Path(path), *shapes)
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+
+
+def check_config(path: Path | str, saved: Config | None, given: Config | None) -> None:
+    """Refuses a checkpoint whose learner has other settings than the one that is to use it.
+
+    Args:
+      path: The checkpoint, for the message.
+      saved: Settings that were saved with it.
+      given: Settings of the learner at hand.
+
+    Raises:
+      CheckpointError: they differ, or one of the two is missing.
+    """
+    if saved is None and given is None:
+        return
+    if given is None:
+        raise CheckpointError(
+            f"checkpoint {path} holds parameters of {_name(saved)}, and no config is given to "
+            "compare with: give config=learner.config, or use meta_jax.load"
+        )
+    if saved is None:
+        raise CheckpointError(
+            f"checkpoint {path} does not say which learner it is of: leave config out, if you know "
+            "that it fits"
+        )
+    there, here = _settings(saved), _settings(given)
+    for name in sorted(there.keys() | here.keys()):
+        was, now = there.get(name, _UNSET), here.get(name, _UNSET)
+        if was != now:
+            raise CheckpointError(
+                f"checkpoint {path} was saved with {name} = {json.dumps(was)}, and here {name} = "
+                f"{json.dumps(now)}: use the settings it was trained with (to change those of a "
+                "test alone, use meta_jax.load)"
+            )
+
+
+def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's settings, as JSON gives them back, by dotted name ('network.normalisation')."""
+    if not isinstance(config, Mapping):
+        return {prefix: json.loads(json.dumps(config))}
+    nested = (
+        _settings(value, f"{prefix}.{name}" if prefix else str(name))
+        for name, value in config.items()
+    )
+    return {name: value for settings in nested for name, value in settings.items()}
+
+
+def _name(config: Config | None) -> str:
+    return str((config or {}).get("name", "a learner"))
 
 
 def save_step(
-    directory: Path | str, step: int, tree: PyTree, metadata: dict[str, Any], keep: int = 2
+    directory: Path | str,
+    step: int,
+    tree: PyTree,
+    metadata: dict[str, Any],
+    keep: int = 2,
+    *,
+    config: Config | None = None,
 ) -> Path:
     """Saves `step_<step>` and removes all but the newest `keep` steps up to this one.
 
     Later steps stay: they were found damaged when the run was resumed, and will be overwritten.
 
     Args:
-      directory: where checkpoints live.
-      step: outer steps done.
-      tree: as in `save`.
-      metadata: as in `save`.
-      keep: how many step checkpoints stay, at least 1.
+      directory: Where checkpoints live.
+      step: Outer steps done.
+      tree: As in `save`.
+      metadata: As in `save`.
+      keep: How many step checkpoints stay, at least 1.
+      config: As in `save`.
 
     Returns:
       The checkpoint's folder.
@@ -151,7 +260,7 @@ def save_step(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
     directory = Path(directory)
-    path = save(directory, _step_name(step), tree, metadata)
+    path = save(directory, _step_name(step), tree, metadata, config=config)
     # A kill may also have cut short the save of another step.
     for leftover in directory.glob("step_*.*"):
         _tidy(leftover.with_suffix(""))
@@ -162,32 +271,55 @@ def save_step(
 
 
 def restore_latest(
-    directory: Path | str, like: PyTree
+    directory: Path | str, like: PyTree, *, config: Config | None = None
 ) -> tuple[PyTree, dict[str, Any], list[str]] | None:
     """Reads the newest intact step checkpoint.
 
     Args:
-      directory: where checkpoints live.
-      like: as in `restore`.
+      directory: Where checkpoints live.
+      like: As in `restore`.
+      config: As in `restore`.
 
     Returns:
       The tree, its metadata, and one line for each newer checkpoint that was skipped because it
       is damaged; None if the directory holds no step checkpoint.
 
     Raises:
-      CheckpointError: every step checkpoint is damaged, or the newest intact one holds other
-        arrays than `like`.
+      CheckpointError: every step checkpoint is damaged, or the newest intact one is another
+        learner's, or holds other arrays than `like`.
     """
-    directory = Path(directory)
+    found = _newest(Path(directory), lambda path: restore(path, like, config=config))
+    if found is None:
+        return None
+    (tree, metadata), warnings = found
+    return tree, metadata, warnings
+
+
+def read_latest(directory: Path | str) -> tuple[Contents, list[str]] | None:
+    """Reads all that the newest intact step checkpoint holds.
+
+    Args:
+      directory: Where checkpoints live.
+
+    Returns:
+      Its contents, and one line for each newer checkpoint that was skipped because it is damaged;
+      None if the directory holds no step checkpoint.
+
+    Raises:
+      CheckpointError: every step checkpoint is damaged.
+    """
+    return _newest(Path(directory), read)
+
+
+def _newest(directory: Path, read_one: Callable[[Path], T]) -> tuple[T, list[str]] | None:
+    """What is read of the newest step that is not damaged, and why newer ones were skipped."""
     steps = _steps(directory)
     warnings = []
     for step in reversed(steps):
         try:
-            tree, metadata = restore(directory / _step_name(step), like)
+            return read_one(directory / _step_name(step)), warnings
         except DamagedCheckpointError as error:
             warnings.append(f"skipped: {error}")
-        else:
-            return tree, metadata, warnings
     if not steps:
         return None
     raise CheckpointError(
@@ -253,7 +385,7 @@ def _to_host(path: str, leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"leaf {path} is a {type(leaf).__name__}, not an array")
     # numpy arrays also give the smallest checkpoints: no sharding files, fewer data files.
-    host = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    host = np.asarray(jax.random.key_data(jnp.asarray(leaf)) if _is_key(leaf) else leaf)
     if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
         raise TypeError(f"leaf {path} is {host.dtype}, which JAX would restore in 32 bits")
     return host
@@ -313,11 +445,52 @@ def _reject(record: logging.LogRecord) -> bool:
     return False
 
 
+def _read_leaves(folder: Path, header: dict[str, Any]) -> dict[str, jax.Array]:
+    """All leaves by path; those of size zero, which were not saved, among them."""
+    arrays = _read_arrays(folder / "tree")
+    leaves = {}
+    for path, description in header["leaves"].items():
+        if path in arrays:
+            leaves[path] = _from_host(arrays[path], header["key_impls"].get(path))
+        else:
+            leaves[path] = jnp.zeros(shape_of(description), dtype_of(description))
+    return leaves
+
+
+def shape_of(description: str) -> tuple[int, ...]:
+    """The shape in a leaf's description.
+
+    Examples:
+      >>> shape_of("float32[3, 64]")
+      (3, 64)
+    """
+    return tuple(map(int, re.findall(r"\d+", description.partition("[")[2])))
+
+
+def dtype_of(description: str) -> Any:
+    """The dtype in a leaf's description; random keys are of JAX's default kind.
+
+    Examples:
+      >>> dtype_of("float32[3, 64]")
+      dtype('float32')
+    """
+    name = description.partition("[")[0]
+    return jax.eval_shape(jax.random.key, 0).dtype if name.startswith("key<") else jnp.dtype(name)
+
+
 def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
         return checkpointer.restore(folder.absolute())
+
+
+def _open(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the checkpoint `path`, and its header; all files are checked."""
+    folder = path if path.exists() else _beside(path, _SAVED)
+    if not folder.exists():
+        raise CheckpointError(f"no checkpoint at {path}; train first, or name another one")
+    return folder, _read_header(path, folder)
 
 
 def _read_header(path: Path, folder: Path) -> dict[str, Any]:

@@ -1,181 +1,285 @@
 """The training loop: runs, logs, validates, saves, and resumes exactly where it stopped."""
 
+import contextlib
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from meta_jax.core import PyTree
+from meta_jax.core import Config, Metrics, Objective, PyTree
+from meta_jax.lookup import UsageError
 from meta_jax.training import checkpoints
-from meta_jax.training.outer_step import TrainState
-from meta_jax.training.writers import MetricsWriter, Progress, read_metrics
+from meta_jax.training.optimizers import averaged_params
+from meta_jax.training.outer_step import TrainLoop, TrainState
+from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
 
-# How validation metrics are compared: True where more is better.
-_BETTER = {"accuracy": True, "mse": False, "last_loss": False}
+# train state -> metrics; the parameters are the averaged ones, where the optimizer averages them
+Validate = Callable[[TrainState], Mapping[str, float]]
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """A loss, a gradient or all of validation is not finite."""
 
 
-class Schedule(NamedTuple):
+class LoopConfig(NamedTuple):
     """When things happen, in outer steps. All are multiples of `log_every` but `steps`."""
 
-    steps: int  # in all
-    log_every: int  # steps in one compiled call, and between lines of metrics
-    eval_every: int  # between validations; 0 for none
-    checkpoint_every: int
+    steps: int  # in all, those of earlier sessions among them
+    log_every: int = 50  # steps in one compiled call, and between lines of metrics
+    eval_every: int = 500  # between validations; 0 for none
+    checkpoint_every: int = 500
 
     def check(self) -> None:
-        """Raises ValueError where the numbers do not fit each other."""
+        """Raises UsageError where the numbers do not fit each other."""
         if min(self.steps, self.log_every, self.checkpoint_every) < 1 or self.eval_every < 0:
-            raise ValueError(
+            raise UsageError(
                 "steps, log_every and checkpoint_every must be at least 1, eval_every at least 0"
             )
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) % self.log_every:
-                raise ValueError(
+                raise UsageError(
                     f"{name}={getattr(self, name)} must be a multiple of log_every={self.log_every}"
                 )
 
+    def steps_from(self, step: int) -> int:
+        """Steps of the next compiled call: up to a multiple of `log_every`, or to the end."""
+        return min(self.log_every - step % self.log_every, self.steps - step)
 
-class Outcome(NamedTuple):
+    def validates_at(self, step: int) -> bool:
+        """Whether there is a validation after this step."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether there is a checkpoint after this step."""
+        return step % self.checkpoint_every == 0 or step == self.steps
+
+
+class FitResult(NamedTuple):
     """What a run leaves behind."""
 
     train_state: TrainState
     seconds: float  # of training, over all its sessions
-    finished: bool  # False where SIGTERM stopped it; the same command goes on
+    finished: bool  # False where SIGTERM or Ctrl-C stopped it; the same call goes on
+    history: dict[str, dict[str, np.ndarray]]  # 'train' or 'val' -> 'step' or metric -> values
+
+
+class _Run(NamedTuple):
+    """What stays the same during a run."""
+
+    config: LoopConfig
+    folder: Path  # of the checkpoints
+    validate: Validate | None
+    objective: Objective | None
+    learner_config: Config | None
+    keep_state: bool
+    say: Callable[[str], None]
 
 
 def fit(
     train_state: TrainState,
-    run: Callable[[TrainState, PyTree, int], tuple[TrainState, dict, jax.Array]],
+    train_loop: TrainLoop,
     data: PyTree,
     *,
-    schedule: Schedule,
-    workdir: Path,
+    config: LoopConfig,
+    workdir: Path | str,
     tasks_per_step: int,
-    validate: Callable[[TrainState], dict[str, float]] | None = None,
+    validate: Validate | None = None,
+    objective: Objective | None = None,
+    learner_config: Config | None = None,
     keep_state: bool = True,
     say: Callable[[str], None] = print,
-) -> Outcome:
+) -> FitResult:
     """Trains from the newest intact checkpoint of a workdir, or from `train_state`.
 
     A run that was stopped at any moment and started again ends with bitwise the same parameters,
     optimizer state and metrics as one that was not. The workdir gets `metrics.jsonl`,
     `tensorboard/` and `checkpoints/` with the latest two steps and, where there is validation,
-    `best`.
+    `best`. SIGTERM and Ctrl-C end the run after the compiled call under way, with a checkpoint.
 
     Args:
-      train_state: the state before the first step; it is donated.
-      run: from `make_run`.
-      data: the sampler's second argument.
-      schedule: when things happen.
-      workdir: where everything is written.
-      tasks_per_step: the task batch, for the progress bar.
-      validate: gives metrics of the present state, of which `accuracy` (or else `mse`, or else
-        `last_loss`) selects the best checkpoint.
-      keep_state: whether the best checkpoint holds the learner's state beside its parameters.
-      say: takes lines meant for the user.
+      train_state: The state before the first step; the caller may go on using it.
+      train_loop: Many steps in one call, from `make_train_loop`.
+      data: What the tasks are drawn from.
+      config: When things happen.
+      workdir: Folder in which everything is written.
+      tasks_per_step: The task batch, for the progress bar.
+      validate: Gives metrics of the present state, such as `make_validate` builds it.
+      objective: Says which metric of `validate` selects the best checkpoint, and which way.
+      learner_config: Settings of the learner, `learner.config`, which go into the checkpoints.
+      keep_state: Whether the best checkpoint holds the learner's state beside its parameters.
+      say: Takes lines meant for the user.
 
     Returns:
-      The last state, the time it took, and whether the run came to its end.
+      The last state, the time it took, whether the run came to its end, and all its metrics.
 
     Raises:
-      ValueError: the schedule's numbers do not fit.
-      TrainingDivergedError: the loss is not finite; the last good checkpoint stays.
-      CheckpointError: nothing intact to resume from, or the disk is full.
+      UsageError: the numbers of `config` do not fit, or `validate` does not give the objective's
+        metric.
+      TrainingDivergedError: a loss or a gradient is not finite, and the last good checkpoint stays;
+        or no validation was finite.
+      CheckpointError: nothing intact to resume from, checkpoints of another learner, or the disk is
+        full.
     """
-    schedule.check()
+    config.check()
+    if validate is not None and objective is None:
+        raise UsageError(
+            "validate is given without an objective: say which metric selects the best"
+        )
+    workdir = Path(workdir)
     folder = workdir / "checkpoints"
-    seconds = 0.0
+    run = _Run(config, folder, validate, objective, learner_config, keep_state, say)
+    train_state, seconds = _start(run, train_state)
+    step, started = int(train_state.step), time.monotonic()
+    shown = ("loss",) if objective is None else ("loss", objective.metric)
+    with (
+        _stop_signals() as stopped,
+        MetricsWriter(workdir, step) as writer,
+        Progress(config.steps, step, tasks_per_step, shown) as progress,
+    ):
+        best = _best_so_far(read_metrics(workdir), objective)
+        while step < config.steps and not stopped:
+            train_state, metrics = _advance(run, train_state, train_loop, data, writer)
+            progress.update(int(train_state.step) - step, metrics)
+            step = int(train_state.step)
+            metadata = {"step": step, "seconds": seconds + time.monotonic() - started}
+            if validate is not None and config.validates_at(step):
+                best = _select(run, train_state, best, metadata, writer)
+            if config.saves_at(step) or stopped:
+                checkpoints.save_step(folder, step, train_state, metadata, config=learner_config)
+    finished = step == config.steps
+    if not finished:
+        say(
+            f"stopped at step {step} of {config.steps} and saved in {workdir}: the same command "
+            "goes on from there"
+        )
+    elif validate is not None and config.eval_every and best is None:
+        raise TrainingDivergedError(
+            f"no validation gave a finite {objective.metric if objective else 'metric'}, so there "
+            "is no best checkpoint: lower the learning rates and start in a new workdir"
+        )
+    history = as_history(read_metrics(workdir))
+    return FitResult(train_state, seconds + time.monotonic() - started, finished, history)
+
+
+def _start(run: _Run, train_state: TrainState) -> tuple[TrainState, float]:
+    """The state to start from, which is ours to donate, and the seconds of earlier sessions."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-    restored = checkpoints.restore_latest(folder, train_state)
+    restored = checkpoints.restore_latest(run.folder, train_state, config=run.learner_config)
+    seconds = 0.0
     if restored is not None:
         train_state, metadata, warnings = restored
         seconds = metadata["seconds"]
         for line in warnings:
-            say(line)
-        say(f"resuming at step {metadata['step']} of {schedule.steps}")
-    # Fresh and restored states are placed alike, so that one compilation serves both.
-    train_state = jax.device_put(train_state, shardings)
-    step = int(train_state.step)
+            run.say(line)
+        run.say(f"resuming at step {metadata['step']} of {run.config.steps}")
+    # A copy, for the loop donates it. Fresh and restored states are placed alike, so that one
+    # compilation serves both.
+    return jax.device_put(train_state, shardings, may_alias=False), seconds
 
-    stopped = []
+
+def _advance(
+    run: _Run, train_state: TrainState, train_loop: TrainLoop, data: PyTree, writer: MetricsWriter
+) -> tuple[TrainState, Metrics]:
+    """Makes one compiled call, and writes what it measured."""
+    step, started = int(train_state.step), time.monotonic()
+    train_state, metrics, finite = train_loop(train_state, data, run.config.steps_from(step))
+    reached = int(train_state.step)
+    if not finite:
+        raise TrainingDivergedError(
+            f"the loss or its gradient is not finite at step {reached}; lower the learning rate "
+            f"and start in a new workdir (the last good checkpoint is in {run.folder})"
+        )
+    writer.write(reached, "train", metrics)
+    seconds = time.monotonic() - started
+    writer.write_timing(reached, {"steps_per_second": (reached - step) / seconds})
+    return train_state, metrics
+
+
+def _select(
+    run: _Run,
+    train_state: TrainState,
+    best: float | None,
+    metadata: dict[str, Any],
+    writer: MetricsWriter,
+) -> float | None:
+    """Validates, and saves what is better than the best before; gives the best from now on."""
+    assert run.validate is not None and run.objective is not None
+    params = averaged_params(train_state)
+    scores = run.validate(train_state._replace(params=params))
+    score = _score(scores, run.objective)
+    writer.write(metadata["step"], "val", scores)
+    if not math.isfinite(score):
+        step = metadata["step"]
+        run.say(f"validation at step {step} gave {run.objective.metric} = {score}: not selected")
+    if not is_better(score, best, run.objective):
+        return best
+    learned = {"params": params}
+    if run.keep_state:  # a state of scope 'task' is of tasks that were trained on: not learned
+        learned["state"] = train_state.state
+    found = {name: float(value) for name, value in scores.items()}
+    checkpoints.save(run.folder, "best", learned, {**metadata, **found}, config=run.learner_config)
+    return score
+
+
+def _score(scores: Mapping[str, float], objective: Objective) -> float:
+    if objective.metric not in scores:
+        raise UsageError(
+            f"validate gave no '{objective.metric}', which the objective selects by, but "
+            f"{', '.join(scores) or 'nothing'}: give it, or an objective with one of these"
+        )
+    return float(scores[objective.metric])
+
+
+def is_better(score: float, best: float | None, objective: Objective) -> bool:
+    """Whether a score is finite and beats the best before; of equals the earlier is the best.
+
+    Args:
+      score: Value of the objective's metric.
+      best: The best value before; None for none.
+      objective: Says which way is better.
+    """
+    if not math.isfinite(score):
+        return False
+    return best is None or (score > best if objective.maximise else score < best)
+
+
+def _best_so_far(lines: list[dict[str, Any]], objective: Objective | None) -> float | None:
+    """The best validation, as it was selected line by line."""
+    best = None
+    for line in lines:
+        if objective is not None and line["split"] == "val" and objective.metric in line:
+            score = line[objective.metric]
+            best = score if is_better(score, best, objective) else best
+    return best
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or Ctrl-C puts an entry into, instead of ending the program.
+
+    A second Ctrl-C ends it. Only the main thread can handle signals; in others nothing is changed.
+    """
+    stopped: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGINT and signal.SIGINT in stopped:
+            raise KeyboardInterrupt
         stopped.append(number)
 
-    # Python lets the main thread alone handle signals.
-    handles = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, stop) if handles else None
-    started = time.monotonic()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with (
-            MetricsWriter(workdir, step) as writer,
-            Progress(schedule.steps, step, tasks_per_step) as progress,
-        ):
-            best = _best(read_metrics(workdir))
-            while step < schedule.steps and not stopped:
-                call_started = time.monotonic()
-                until = min(step + schedule.log_every, schedule.steps)
-                train_state, metrics, finite = run(train_state, data, until)
-                reached = int(train_state.step)
-                if not finite:
-                    raise TrainingDivergedError(
-                        f"the loss is not finite at step {reached}; lower the learning rate and "
-                        f"start in a new workdir (the last good checkpoint is in {folder})"
-                    )
-                done, step = reached - step, reached
-                writer.write(step, "train", metrics)
-                writer.write_timing(
-                    step, {"steps_per_second": done / (time.monotonic() - call_started)}
-                )
-                progress.update(done, metrics)
-                last = step == schedule.steps
-                due = schedule.eval_every and (step % schedule.eval_every == 0 or last)
-                metadata: dict[str, Any] = {
-                    "step": step,
-                    "seconds": seconds + time.monotonic() - started,
-                }
-                if validate is not None and due:
-                    scores = validate(train_state)
-                    writer.write(step, "val", scores)
-                    if _is_better(scores, best):
-                        best = scores
-                        # A state of scope 'task' is of tasks that were trained on: not learned.
-                        learned = {"params": train_state.params}
-                        if keep_state:
-                            learned["state"] = train_state.state
-                        checkpoints.save(folder, "best", learned, {**metadata, **scores})
-                if last or stopped or step % schedule.checkpoint_every == 0:
-                    checkpoints.save_step(folder, step, train_state, metadata)
+        yield stopped
     finally:
-        if handles:
-            signal.signal(signal.SIGTERM, previous)
-    finished = step == schedule.steps
-    if not finished:
-        say(f"stopped at step {step} of {schedule.steps}: the same command goes on from there")
-    return Outcome(train_state, seconds + time.monotonic() - started, finished)
-
-
-def _is_better(scores: dict[str, float], best: dict[str, float] | None) -> bool:
-    name = next(name for name in _BETTER if name in scores)
-    if best is None:
-        return True
-    return scores[name] > best[name] if _BETTER[name] else scores[name] < best[name]
-
-
-def _best(lines: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The best validation so far, as it was selected line by line."""
-    best = None
-    for line in lines:
-        if line["split"] == "val" and _is_better(line, best):
-            best = line
-    return best
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -16,9 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meta_jax.core import Array, Episode, MetaLearner, PyTree
-
-Sampler = Callable[[Array, PyTree], Episode]  # (key, data) -> one episode
+from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks
 
 
 class TrainState(NamedTuple):
@@ -31,35 +29,39 @@ class TrainState(NamedTuple):
     key: Array  # never advances: step s draws from fold_in(key, s)
 
 
+# (train state, data) -> (train state, metrics)
+OuterStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
+# (train state, data, steps) -> (train state, mean metrics, whether all was finite)
+TrainLoop = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics, Array]]
+
+
 def init_train_state(
     learner: MetaLearner,
     optimizer: optax.GradientTransformation,
-    sampler: Sampler,
-    data: PyTree,
+    tasks: Tasks,
     seed: int,
     *,
     task_batch: int = 1,
 ) -> TrainState:
-    """The state before the first step.
+    """Builds the state before the first step.
 
     Args:
-      learner: the method.
-      optimizer: the outer optimizer.
-      sampler: draws one episode, whose shapes size the parameters.
-      data: the sampler's second argument.
-      seed: of everything: initial parameters and all tasks.
-      task_batch: tasks in a step; a learner of state scope 'task' has one state for each.
+      learner: The method.
+      optimizer: The outer optimizer.
+      tasks: Training tasks, one of which sizes the parameters.
+      seed: Seed of everything: initial parameters and all tasks.
+      task_batch: Tasks in a step; a learner of state scope 'task' has one state for each.
     """
 
     @jax.jit  # operation by operation, a network takes seconds; and no two leaves share a buffer
     def start(key: Array, data: PyTree) -> TrainState:
-        init_key, episode_key, run_key = jax.random.split(key, 3)
-        params, state = learner.init(init_key, sampler(episode_key, data))
+        init_key, task_key, run_key = jax.random.split(key, 3)
+        params, state = learner.init(init_key, tasks.sample(task_key, data))
         if learner.state_scope == "task":
             state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
         return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key)
 
-    return start(jax.random.key(seed), data)
+    return start(jax.random.key(seed), tasks.data)
 
 
 def default_task_chunk(task_batch: int, devices: int = 1) -> int:
@@ -67,9 +69,12 @@ def default_task_chunk(task_batch: int, devices: int = 1) -> int:
     return devices if jax.default_backend() == "cpu" else task_batch
 
 
+# ---- The gradient over a batch of tasks.
+
+
 def task_gradients(
     learner: MetaLearner,
-    sampler: Sampler,
+    sample: Sample,
     params: PyTree,
     state: PyTree,
     data: PyTree,
@@ -77,168 +82,296 @@ def task_gradients(
     *,
     task_chunk: int,
     mesh: Mesh | None = None,
-) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """Gradient of the mean loss over a batch of freshly drawn tasks.
+) -> tuple[PyTree, PyTree, Metrics]:
+    """Takes the gradient of the mean loss over a batch of freshly drawn tasks.
 
     Args:
-      learner: the method.
-      sampler: draws one episode.
-      params, state: the learner's; a state of scope 'task' has a leading axis [task_batch].
-      data: the sampler's second argument.
-      keys: one random key for each task, [task_batch].
-      task_chunk: tasks vmapped at a time, on all devices together; divides the task batch.
-      mesh: devices to share each chunk among, along an axis 'task'.
+      learner: The method.
+      sample: Draws one task.
+      params, state: The learner's; a state of scope 'task' has a leading axis [task_batch].
+      data: What `sample` draws from.
+      keys: One random key for each task, [task_batch].
+      task_chunk: Tasks vmapped at a time, on all devices together; divides the task batch.
+      mesh: Devices to share each chunk among, along an axis 'task'.
 
     Returns:
-      The gradient, the state (averaged over tasks, or one for each in scope 'task'), and metrics
-      averaged over tasks (with 'loss').
+      The gradient; the state, averaged over tasks where its leaves are real and the first task's
+      where they are integers (in scope 'task', one state for each task); and metrics averaged over
+      tasks, with 'loss'.
+
+    Raises:
+      ValueError: a metric is not a scalar.
     """
-    per_task = learner.state_scope == "task"
     if mesh is not None:
-
-        def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> tuple:
-            chunk = task_chunk // mesh.size
-            found = task_gradients(learner, sampler, params, state, data, keys, task_chunk=chunk)
-            mean = functools.partial(jax.lax.pmean, axis_name="task")
-            gradient, state, metrics = found
-            return mean(gradient), state if per_task else mean(state), mean(metrics)
-
-        # Every device runs the program of one, and they meet once. With the default check, JAX
-        # would sum gradients of replicated parameters over the devices, the INNER ones too.
-        everywhere, each = PartitionSpec(), PartitionSpec("task")
-        of_state = each if per_task else everywhere
-        return jax.shard_map(
-            share,
-            mesh=mesh,
-            in_specs=(everywhere, of_state, everywhere, each),
-            out_specs=(everywhere, of_state, everywhere),
-            check_vma=False,
-        )(params, state, data, keys)
-
-    def task(params: PyTree, state: PyTree, key: Array) -> tuple[Array, tuple]:
-        episode_key, loss_key = jax.random.split(key)
-        loss, aux = learner.loss(params, state, sampler(episode_key, data), loss_key)
-        return loss, (aux.state, {"loss": loss, **aux.metrics})
-
-    def chunk(params: PyTree, states: PyTree, keys: Array) -> tuple[Array, tuple]:
-        axes = (None, 0 if per_task else None, 0)
-        losses, (states, metrics) = jax.vmap(task, axes)(params, states, keys)
-        mean = functools.partial(jax.tree.map, lambda a: a.mean(0))
-        return losses.mean(), (states if per_task else mean(states), mean(metrics))
-
-    def one(params: PyTree, states: PyTree, keys: Array) -> tuple[Array, tuple]:
-        first = jax.tree.map(lambda s: s[0], states) if per_task else states
-        loss, (after, metrics) = task(params, first, keys[0])
-        return loss, (jax.tree.map(lambda s: s[None], after) if per_task else after, metrics)
-
-    def gradients(keys: Array, states: PyTree) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        # A batch axis of one would cost the compiler its plain matrix products.
-        grad = jax.grad(one if task_chunk == 1 else chunk, has_aux=True)
-        gradient, (states, metrics) = grad(params, states if per_task else state, keys)
-        return gradient, states, metrics
-
+        return _shared_gradients(learner, sample, params, state, data, keys, task_chunk, mesh)
+    per_task = learner.state_scope == "task"
     chunks = keys.shape[0] // task_chunk
-
-    def split(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), tree)
-
-    inputs = split((keys, state if per_task else {}))
+    gradient_of = jax.grad(functools.partial(_chunk_loss, learner, sample), has_aux=True)
     if chunks == 1:
-        return gradients(*jax.tree.map(lambda a: a[0], inputs))
+        gradient, (state, metrics) = gradient_of(params, state, data, keys)
+        return gradient, state, metrics
 
     def body(total: PyTree, inputs: tuple[Array, PyTree]) -> tuple[PyTree, PyTree]:
-        gradient, states, metrics = gradients(*inputs)
-        summed = gradient, {} if per_task else states
-        return jax.tree.map(jnp.add, total, summed), (states if per_task else {}, metrics)
+        chunk_keys, chunk_states = inputs
+        states = chunk_states if per_task else state
+        gradient, (states, metrics) = gradient_of(params, states, data, chunk_keys)
+        total = jax.tree.map(_add, total, (gradient, {} if per_task else states))
+        return total, (states if per_task else {}, metrics)
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, {} if per_task else state))
-    total, (states, metrics) = jax.lax.scan(body, zeros, inputs)
-    gradient, shared = jax.tree.map(lambda t: t / chunks, total)
+    inputs = jax.tree.map(
+        lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), (keys, state if per_task else {})
+    )
+    start = jax.tree.map(_zeros, (params, {} if per_task else state))
+    total, (states, metrics) = jax.lax.scan(body, start, inputs)
+    gradient, shared = jax.tree.map(lambda t: t / chunks if _is_real(t) else t, total)
     if per_task:
         shared = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), states)
     return gradient, shared, jax.tree.map(lambda m: m.mean(0), metrics)
 
 
+def _task_loss(
+    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, key: Array
+) -> tuple[Array, tuple[PyTree, Metrics]]:
+    """(loss, (state, metrics)) of one freshly drawn task."""
+    task_key, loss_key = jax.random.split(key)
+    loss, aux = learner.loss(params, state, sample(task_key, data), loss_key)
+    for name, metric in aux.metrics.items():
+        if jnp.ndim(metric):
+            raise ValueError(
+                f"metric '{name}' of the learner's loss has shape {list(jnp.shape(metric))}: "
+                "reduce it to a scalar for each task"
+            )
+    return loss, (aux.state, {**aux.metrics, "loss": loss})
+
+
+def _chunk_loss(
+    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, keys: Array
+) -> tuple[Array, tuple[PyTree, Metrics]]:
+    """(mean loss, (state, mean metrics)) of the tasks of one chunk."""
+    per_task = learner.state_scope == "task"
+    task = functools.partial(_task_loss, learner, sample)
+    if keys.shape[0] == 1:
+        # A batch axis of one would cost the compiler its plain matrix products.
+        one = jax.tree.map(lambda s: s[0], state) if per_task else state
+        loss, (after, metrics) = task(params, one, data, keys[0])
+        return loss, (jax.tree.map(lambda s: s[None], after) if per_task else after, metrics)
+    axes = (None, 0 if per_task else None, None, 0)
+    losses, (states, metrics) = jax.vmap(task, axes)(params, state, data, keys)
+    state = states if per_task else mean_state(states)
+    return losses.mean(), (state, jax.tree.map(lambda m: m.mean(0), metrics))
+
+
+def mean_state(states: PyTree) -> PyTree:
+    """Averages a learner's state over tasks; integer leaves are counters, and the first's stay.
+
+    Args:
+      states: One state for each task, leaves [tasks, ...].
+
+    Examples:
+      >>> state = mean_state({"mean": jnp.array([1.0, 3.0]), "count": jnp.array([5, 5])})
+      >>> float(state["mean"]), int(state["count"])
+      (2.0, 5)
+    """
+    return jax.tree.map(lambda s: s.mean(0) if _is_real(s) else s[0], states)
+
+
+def _shared_gradients(
+    learner: MetaLearner,
+    sample: Sample,
+    params: PyTree,
+    state: PyTree,
+    data: PyTree,
+    keys: Array,
+    task_chunk: int,
+    mesh: Mesh,
+) -> tuple[PyTree, PyTree, Metrics]:
+    """`task_gradients`, each chunk shared among devices."""
+    per_task = learner.state_scope == "task"
+    mean = functools.partial(jax.lax.pmean, axis_name="task")
+
+    def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> tuple:
+        chunk = task_chunk // mesh.size
+        gradient, state, metrics = task_gradients(
+            learner, sample, params, state, data, keys, task_chunk=chunk
+        )
+        if not per_task:  # counters are the same on every device
+            state = jax.tree.map(lambda s: mean(s) if _is_real(s) else s, state)
+        return mean(gradient), state, mean(metrics)
+
+    # Every device runs the program of one, and they meet once. With the default check, JAX
+    # would sum gradients of replicated parameters over the devices, the INNER ones too.
+    everywhere, each = PartitionSpec(), PartitionSpec("task")
+    of_state = each if per_task else everywhere
+    return jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=(everywhere, of_state, everywhere, each),
+        out_specs=(everywhere, of_state, everywhere),
+        check_vma=False,
+    )(params, state, data, keys)
+
+
+def _is_real(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _add(total: Array, new: Array) -> Array:
+    return total + new if _is_real(total) else new
+
+
+def _zeros(leaf: Array) -> Array:
+    return jnp.zeros_like(leaf) if _is_real(leaf) else leaf
+
+
+# ---- The step, and many of them.
+
+
 def make_outer_step(
     learner: MetaLearner,
     optimizer: optax.GradientTransformation,
-    sampler: Sampler,
+    sample: Sample,
     *,
     task_batch: int,
     task_chunk: int | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Array]]]:
-    """One outer step as a pure function (train state, data) -> (train state, metrics).
+) -> OuterStep:
+    """Builds one outer step, a pure function (train state, data) -> (train state, metrics).
+
+    Metrics are the learner's, averaged over the tasks, with 'loss' and 'gradient_norm'.
 
     Args:
-      learner: the method.
-      optimizer: the outer optimizer.
-      sampler: draws one episode.
-      task_batch: tasks in a step.
-      task_chunk: tasks vmapped at a time; by default `default_task_chunk`.
-      mesh: from `task_mesh`, to share the tasks among several devices.
+      learner: The method.
+      optimizer: The outer optimizer. One that takes `value=`, `grad=` or `value_fn=`, as
+        `optax.contrib.reduce_on_plateau` and line searches do, gets the mean loss over the step's
+        tasks, its gradient, and the loss as a function of the parameters.
+      sample: Draws one task.
+      task_batch: Tasks in a step.
+      task_chunk: Tasks vmapped at a time; by default `default_task_chunk`.
+      mesh: Devices that share the tasks, from `task_mesh`.
 
     Raises:
-      ValueError: where the chunk does not divide the task batch, or the devices the chunk.
+      ValueError: the chunk does not divide the task batch, or the devices not the chunk.
     """
-    devices = 1 if mesh is None else mesh.size
+    chunk = _check_chunk(task_batch, task_chunk, 1 if mesh is None else mesh.size)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def outer_step(train_state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
+        step, params, state, opt_state, key = train_state
+        keys = jax.random.split(jax.random.fold_in(key, step), task_batch)
+
+        def gradients(params: PyTree) -> tuple[PyTree, PyTree, Metrics]:
+            return task_gradients(
+                learner, sample, params, state, data, keys, task_chunk=chunk, mesh=mesh
+            )
+
+        gradient, new_state, metrics = gradients(params)
+        updates, opt_state = optimizer.update(
+            gradient,
+            opt_state,
+            params,
+            value=metrics["loss"],
+            grad=gradient,
+            value_fn=_loss_function(gradients),
+        )
+        params = optax.apply_updates(params, updates)
+        metrics = {**metrics, "gradient_norm": gradient_norm(gradient)}
+        return TrainState(step + 1, params, new_state, opt_state, key), metrics
+
+    return outer_step
+
+
+def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
+    """The task chunk, which divides the batch and is divided by the devices."""
     task_chunk = task_chunk or default_task_chunk(task_batch, devices)
     if task_batch % task_chunk:
         raise ValueError(f"task chunk {task_chunk} must divide the task batch {task_batch}")
     if task_chunk % devices:
         raise ValueError(f"{devices} devices must divide the task chunk {task_chunk}")
-
-    def outer_step(train_state: TrainState, data: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        step, params, state, opt_state, key = train_state
-        keys = jax.random.split(jax.random.fold_in(key, step), task_batch)
-        gradient, state, metrics = task_gradients(
-            learner, sampler, params, state, data, keys, task_chunk=task_chunk, mesh=mesh
-        )
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return TrainState(step + 1, params, state, opt_state, key), metrics
-
-    return outer_step
+    return task_chunk
 
 
-def make_run(
-    outer_step: Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Array]]],
-) -> Callable[[TrainState, PyTree, int], tuple[TrainState, dict[str, Array], Array]]:
-    """Many outer steps in one compiled call, however many are asked for.
+def _loss_function(
+    gradients: Callable[[PyTree], tuple[PyTree, PyTree, Metrics]],
+) -> Callable[[PyTree], Array]:
+    """The loss as a function of the parameters, whose derivative is the gradient taken in chunks.
 
-    Args:
-      outer_step: from `make_outer_step`.
-
-    Returns:
-      A jitted function (train state, data, until) -> (train state, mean metrics, finite). It runs
-      up to step `until` and donates the train state it is given. Where a loss is not finite it
-      stops behind that step and `finite` is False.
+    It is traced only by an optimizer that calls it.
     """
 
-    def run(
-        train_state: TrainState, data: PyTree, until: Array
-    ) -> tuple[TrainState, dict[str, Array], Array]:
+    @jax.custom_vjp
+    def loss(params: PyTree) -> Array:
+        return gradients(params)[2]["loss"]
+
+    def forward(params: PyTree) -> tuple[Array, PyTree]:
+        gradient, _, metrics = gradients(params)
+        return metrics["loss"], gradient
+
+    def backward(gradient: PyTree, cotangent: Array) -> tuple[PyTree]:
+        return (jax.tree.map(lambda g: cotangent.astype(g.dtype) * g, gradient),)
+
+    loss.defvjp(forward, backward)
+    return loss
+
+
+def gradient_norm(gradient: PyTree) -> Array:
+    """Euclidean norm over all leaves, in float32 at least: squares overflow sooner in less.
+
+    Examples:
+      >>> float(gradient_norm({"a": jnp.array([300.0, 400.0], jnp.float16)}))
+      500.0
+    """
+    wide = (g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in jax.tree.leaves(gradient))
+    return jnp.sqrt(sum(((g * g).sum() for g in wide), jnp.zeros((), jnp.float32)))
+
+
+def make_train_loop(outer_step: OuterStep) -> TrainLoop:
+    """Builds a compiled call of many outer steps, however many are asked for.
+
+    Args:
+      outer_step: One step, from `make_outer_step`.
+
+    Returns:
+      A jitted function (train state, data, steps) -> (train state, mean metrics, finite). It runs
+      `steps` more steps and donates the train state it is given. Where a loss or a gradient is not
+      finite, it stops behind that step and `finite` is False.
+    """
+
+    def train_loop(
+        train_state: TrainState, data: PyTree, steps: Array
+    ) -> tuple[TrainState, Metrics, Array]:
         first = train_state.step
+        end = first + steps
         # Traced once for the shapes and the loop alike.
         traced_step = jax.jit(outer_step, inline=True)
 
         def body(carry: tuple) -> tuple:
             train_state, total, _ = carry
             train_state, metrics = traced_step(train_state, data)
-            finite = jnp.isfinite(metrics["loss"])
-            return train_state, jax.tree.map(jnp.add, total, metrics), finite
+            total = jax.tree.map(jnp.add, total, metrics)
+            return train_state, total, is_finite(metrics)
 
         metrics = jax.eval_shape(traced_step, train_state, data)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
         train_state, total, finite = jax.lax.while_loop(
-            lambda carry: (carry[0].step < until) & carry[2],
+            lambda carry: (carry[0].step < end) & carry[2],
             body,
             (train_state, zeros, jnp.bool_(True)),
         )
         done = jnp.maximum(train_state.step - first, 1)
         return train_state, jax.tree.map(lambda t: t / done, total), finite
 
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(train_loop, donate_argnums=0)
+
+
+def is_finite(metrics: Metrics) -> Array:
+    """Whether the loss and, where it is among a step's metrics, the gradient's norm are finite."""
+    finite = jnp.isfinite(metrics["loss"])
+    if "gradient_norm" in metrics:
+        finite &= jnp.isfinite(metrics["gradient_norm"])
+    return finite
+
+
+# ---- Several devices.
 
 
 def place(
@@ -247,10 +380,10 @@ def place(
     """Puts a train state and the data on every device of a mesh.
 
     Args:
-      train_state: of `init_train_state`.
-      data: the sampler's second argument.
-      mesh: of `task_mesh`.
-      per_task: whether the learner's state scope is 'task': each device has its own tasks' states.
+      train_state: State from `init_train_state`.
+      data: What the tasks are drawn from.
+      mesh: Devices, from `task_mesh`.
+      per_task: Whether the learner's state scope is 'task': each device has its own tasks' states.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = NamedSharding(mesh, PartitionSpec("task")) if per_task else everywhere
@@ -260,11 +393,11 @@ def place(
 
 
 def task_mesh(tasks: int, devices: list[jax.Device] | None = None) -> Mesh | None:
-    """A mesh with the one axis 'task', over as many devices as share the tasks evenly.
+    """Builds a mesh with the one axis 'task', over as many devices as share the tasks evenly.
 
     Args:
-      tasks: how many there are to share: a task batch, or the episodes of a test.
-      devices: by default all.
+      tasks: How many there are to share: a task batch, or the episodes of a test.
+      devices: Candidates; by default all.
 
     Returns:
       The mesh; None where one device does all.

@@ -8,94 +8,137 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from meta_jax.core import Array, Episode
-from meta_jax.training.evaluation import Score
+from meta_jax.core import Array, Batch, Episode, Objective
+from meta_jax.objectives import row_mask
+from meta_jax.training.evaluation import MeanCI
+from meta_jax.training.writers import as_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = {"train": "#9aa5b1", "val": "#1f77b4", "test": "#d95f02"}
-_LABELS = {"loss": "loss", "accuracy": "accuracy (%)", "mse": "mean squared error"}
 _RIGHT, _WRONG, _NEUTRAL = "#2a9d3f", "#d62728", "#c5ccd3"
 _MOST_QUERIES = 12  # of one class: more do not fit a page
 
 
-def learning_curve(metrics: Sequence[dict[str, Any]], path: Path | str) -> None:
-    """Draws loss, and accuracy or mean squared error, of each split over outer steps.
+class _Examples(NamedTuple):
+    """A batch as NumPy arrays, in float32."""
+
+    x: np.ndarray
+    y: np.ndarray
+    mask: np.ndarray  # bool [n], False for padding
+
+
+def learning_curve(
+    metrics: Sequence[dict[str, Any]], path: Path | str, *, objective: Objective
+) -> None:
+    """Draws a run over its outer steps: training loss, validation loss and the objective's metric.
+
+    The training loss is the method's own and has a panel to itself: it may be of another kind than
+    the loss that validation measures.
 
     Args:
-      metrics: lines of `read_metrics`: 'step', 'split' and scalars, of which 'loss', 'accuracy'
-        (a fraction, drawn in per cent) and 'mse' are drawn.
-      path: the PNG to write, in place of an older one.
+      metrics: Lines of `read_metrics`: 'step', 'split' and scalars.
+      path: The PNG to write, in place of an older one.
+      objective: Says which metric is drawn, and whether in per cent.
 
     Raises:
-      ValueError: `metrics` has none of the three.
+      ValueError: there is nothing to draw.
     """
-    names = [name for name in _LABELS if any(name in line for line in metrics)]
-    if not names:
-        raise ValueError("there is no loss, accuracy or mse to draw in these metrics")
-    figure = _figure(5.2 * len(names), 3.6)
-    for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
-        for split, colour in _COLOURS.items():
-            lines = [line for line in metrics if line["split"] == split and name in line]
-            if lines:
-                values = np.array([line[name] for line in lines])
-                axes.plot(
-                    [line["step"] for line in lines],
-                    100 * values if name == "accuracy" else values,
-                    color=colour,
-                    label=split,
-                    linewidth=1.2 if split == "train" else 2.0,
-                    # A single point would draw no line.
-                    marker="o" if len(lines) == 1 else None,
-                )
-        axes.set(xlabel="outer step", ylabel=_LABELS[name])
+    panels = _panels(metrics, objective)
+    if not panels:
+        raise ValueError(f"there is no loss or {objective.metric} to draw in these metrics")
+    figure = _figure(5.2 * len(panels), 3.6)
+    for axes, (label, curves) in zip(
+        np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        for split, (steps, values) in curves.items():
+            axes.plot(
+                steps,
+                values,
+                color=_COLOURS[split],
+                label=split,
+                linewidth=1.2 if split == "train" else 2.0,
+                # A single point would draw no line.
+                marker="o" if len(steps) == 1 else None,
+            )
+        axes.set(xlabel="outer step", ylabel=label)
         _finish(axes)
     _write(figure, path)
+
+
+# Split -> (steps, values).
+_Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _panels(metrics: Sequence[dict[str, Any]], objective: Objective) -> dict[str, _Curves]:
+    """What a learning curve shows: the label of each panel, and its curves."""
+    history = as_history(metrics)
+
+    def curves(name: str, splits: Sequence[str], scale: float = 1.0) -> _Curves:
+        found = {split: history[split] for split in splits if name in history.get(split, {})}
+        return {split: (each["step"], scale * each[name]) for split, each in found.items()}
+
+    percent = objective.unit == "%"
+    label = f"{objective.metric.replace('_', ' ')}{' (%)' if percent else ''}"
+    panels = {
+        "training loss": curves("loss", ("train",)),
+        "validation loss": curves("loss", ("val", "test")),
+        label: curves(objective.metric, tuple(_COLOURS), 100.0 if percent else 1.0),
+    }
+    validation = history.get("val", {})
+    if objective.metric in validation and "loss" in validation:
+        # Where the metric is the loss, as in regression, one panel shows both.
+        same = np.array_equal(validation["loss"], validation[objective.metric], equal_nan=True)
+        if same and objective.metric != "loss":
+            del panels["validation loss"]
+    return {label: curves for label, curves in panels.items() if curves}
 
 
 def episode_picture(episode: Episode, predictions: Array | None, path: Path | str) -> None:
     """Draws one episode, beside what a learner predicts of its queries.
 
-    Images (support.x [n, H, W, C], C of 1 or 3): one row for each class, its support set on the
+    Images (support.x [n, H, W, C], C 1 or 3): one row for each class, its support set on the
     left and its queries on the right, each query framed green and titled with a tick if it was
     predicted right, or framed red and titled with the class it was taken for. Numbers (support.x
     [n, 1], support.y [n, 1]): the support points, the queried curve and the predicted one.
 
     Args:
-      episode: the task; rows of one-hot labels that are all zero are padding and left out.
-      predictions: what the learner says of the queries, in their order: logits or probabilities
+      episode: The task; rows of padding are left out.
+      predictions: What the learner says of the queries, in their order: logits or probabilities
         [q, ways] or means [q, 1]; None draws the task alone.
-      path: the PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one.
 
     Raises:
       ValueError: the inputs are neither images nor single numbers.
     """
-    support, query = (
-        (np.asarray(batch.x, np.float32), np.asarray(batch.y, np.float32)) for batch in episode
-    )
     predicted = None if predictions is None else np.asarray(predictions, np.float32)
-    shape = support[0].shape
+    shape = getattr(episode.support.x, "shape", ())
     if len(shape) == 4 and shape[-1] in (1, 3):
-        figure = _draw_images(support, query, predicted)
-    elif len(shape) == 2 and shape[-1] == 1 and support[1].shape[-1] == 1:
-        figure = _draw_curve(support, query, predicted)
+        draw = _draw_images
+    elif len(shape) == 2 and shape[-1] == 1 and episode.support.y.shape[-1] == 1:
+        draw = _draw_curve
     else:
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
-    _write(figure, path)
+    _write(draw(_examples(episode.support), _examples(episode.query), predicted), path)
 
 
-def instance_curve(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None:
+def _examples(batch: Batch) -> _Examples:
+    x, y = (np.asarray(array, np.float32) for array in (batch.x, batch.y))
+    return _Examples(x, y, np.asarray(row_mask(batch)))
+
+
+def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:
     """Draws the accuracy at the 1st, 2nd, ... instance of a class, one curve for each name.
 
     Args:
-      curves: by name, scores in per cent, of the first instance, of the second, and so on.
-      path: the PNG to write, in place of an older one.
+      curves: By name, accuracies in per cent at the first instance, at the second, and so on.
+      path: The PNG to write, in place of an older one.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -114,17 +157,17 @@ def instance_curve(curves: Mapping[str, Sequence[Score]], path: Path | str) -> N
             marker="o",
             capsize=2,
         )
-    axes.set(xlabel="instance of a class", ylabel=_LABELS["accuracy"], ylim=(0, 100))
+    axes.set(xlabel="instance of a class", ylabel="accuracy (%)", ylim=(0, 100))
     _finish(axes)
     _write(figure, path)
 
 
-def loss_curves(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None:
+def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:
     """Draws losses of optimizers over their steps, each with its interval as a band.
 
     Args:
-      curves: by name, scores of the loss after the first step, after the second, and so on.
-      path: the PNG to write, in place of an older one.
+      curves: By name, losses after the first step, after the second, and so on.
+      path: The PNG to write, in place of an older one.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -145,49 +188,57 @@ def loss_curves(curves: Mapping[str, Sequence[Score]], path: Path | str) -> None
     _write(figure, path)
 
 
-def _draw_images(
-    support: tuple[np.ndarray, np.ndarray],
-    query: tuple[np.ndarray, np.ndarray],
-    predicted: np.ndarray | None,
-) -> "Figure":
-    (xs, ys), (xq, yq) = support, query
-    low = min(xs.min(), xq.min())
+def _draw_images(support: _Examples, query: _Examples, predicted: np.ndarray | None) -> "Figure":
+    low = min(support.x.min(), query.x.min())
     # One scale for all, so that equal brightness looks equal; a blank set divides by one.
-    scale = (max(xs.max(), xq.max()) - low) or 1.0
-    shots = [np.flatnonzero(column) for column in ys.T]
-    queries = [np.flatnonzero(column)[:_MOST_QUERIES] for column in yq.T]
+    scale = (max(support.x.max(), query.x.max()) - low) or 1.0
+    shots, queries = _rows_by_class(support), _rows_by_class(query)
+    queries = [rows[:_MOST_QUERIES] for rows in queries]
     ways, most_shots = len(shots), max(map(len, shots))
     columns = most_shots + max(2, *map(len, queries))  # two at least: the title needs them
 
     # One pair of axes for all: 300 of them would take matplotlib ten seconds.
     gap, pitch = 0.4, 1.2
-    figure = _figure(0.85 * (columns + gap + 1), 0.85 * (pitch * ways + 0.5), layout="none")
+    figure = _figure(0.85 * (columns + gap + 1), 0.85 * (pitch * ways + 0.5), layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-
-    title = "queries"
-    if predicted is not None:
-        real = yq.any(-1)
-        correct = predicted.argmax(-1) == yq.argmax(-1)
-        title += f": {correct[real].sum()} of {real.sum()} right"
     axes.text(0, -0.35, "support", va="center", fontsize=11)
-    axes.text(most_shots + gap, -0.35, title, va="center", fontsize=11)
+    axes.text(most_shots + gap, -0.35, _title(query, predicted), va="center", fontsize=11)
     for label in range(ways):
         top = pitch * label
         axes.text(-0.1, top + 0.5, f"class {label}", ha="right", va="center", fontsize=9)
-        for column, index in enumerate(shots[label]):
-            _draw_image(axes, (xs[index] - low) / scale, (column, top), _NEUTRAL)
-        for column, index in enumerate(queries[label], start=most_shots):
-            corner, colour = (column + gap, top), _NEUTRAL
-            if predicted is not None:
-                guess = predicted[index].argmax()
-                colour = _RIGHT if guess == label else _WRONG
-                mark = "\N{CHECK MARK}" if guess == label else f"as {guess}"
-                axes.text(corner[0] + 0.45, top - 0.02, mark, color=colour, ha="center", fontsize=8)
-            _draw_image(axes, (xq[index] - low) / scale, corner, colour)
+        for column, row in enumerate(shots[label]):
+            _draw_image(axes, (support.x[row] - low) / scale, (column, top), _NEUTRAL)
+        for column, row in enumerate(queries[label], start=most_shots):
+            corner = (column + gap, top)
+            guess = None if predicted is None else int(predicted[row].argmax())
+            colour = _draw_guess(axes, corner, guess, label)
+            _draw_image(axes, (query.x[row] - low) / scale, corner, colour)
     # Last, for `imshow` moves the limits.
     axes.set(xlim=(-1, columns + gap), ylim=(pitch * ways - 0.1, -0.6), aspect="equal")
     return figure
+
+
+def _rows_by_class(examples: _Examples) -> list[np.ndarray]:
+    """For each class the rows that are of it and not padding."""
+    return [np.flatnonzero((column > 0) & examples.mask) for column in examples.y.T]
+
+
+def _title(query: _Examples, predicted: np.ndarray | None) -> str:
+    if predicted is None:
+        return "queries"
+    correct = (predicted.argmax(-1) == query.y.argmax(-1)) & query.mask
+    return f"queries: {correct.sum()} of {query.mask.sum()} right"
+
+
+def _draw_guess(axes: "Axes", corner: tuple[float, float], guess: int | None, label: int) -> str:
+    """Writes above a query what it was taken for; gives the colour of its frame."""
+    if guess is None:
+        return _NEUTRAL
+    colour = _RIGHT if guess == label else _WRONG
+    mark = "\N{CHECK MARK}" if guess == label else f"as {guess}"
+    axes.text(corner[0] + 0.45, corner[1] - 0.02, mark, color=colour, ha="center", fontsize=8)
+    return colour
 
 
 def _draw_image(axes: "Axes", image: np.ndarray, corner: tuple[float, float], colour: str) -> None:
@@ -208,26 +259,25 @@ def _draw_image(axes: "Axes", image: np.ndarray, corner: tuple[float, float], co
     )
 
 
-def _draw_curve(
-    support: tuple[np.ndarray, np.ndarray],
-    query: tuple[np.ndarray, np.ndarray],
-    predicted: np.ndarray | None,
-) -> "Figure":
-    (xs, ys), (xq, yq) = support, query
-    order = xq[:, 0].argsort()
+def _draw_curve(support: _Examples, query: _Examples, predicted: np.ndarray | None) -> "Figure":
+    rows = np.flatnonzero(query.mask)
+    rows = rows[query.x[rows, 0].argsort()]
+    x, y = query.x[rows, 0], query.y[rows, 0]
     figure = _figure(6.4, 3.8)
     axes = figure.subplots()
-    axes.plot(xq[order, 0], yq[order, 0], color=_COLOURS["train"], linewidth=2, label="task")
+    axes.plot(x, y, color=_COLOURS["train"], linewidth=2, label="task")
     if predicted is not None:
+        guess = predicted[rows, 0]
         axes.plot(
-            xq[order, 0],
-            predicted[order, 0],
+            x,
+            guess,
             color=_COLOURS["val"],
             linewidth=2,
             linestyle="--",
-            label=f"prediction (mse {np.mean((predicted - yq) ** 2):.3g})",
+            label=f"prediction (mse {np.mean((guess - y) ** 2):.3g})",
         )
-    axes.plot(xs[:, 0], ys[:, 0], "o", color=_COLOURS["test"], label=f"support ({len(xs)})")
+    points = support.x[support.mask, 0], support.y[support.mask, 0]
+    axes.plot(*points, "o", color=_COLOURS["test"], label=f"support ({len(points[0])})")
     axes.set(xlabel="x", ylabel="y")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -241,7 +291,9 @@ def _finish(axes: "Axes") -> None:
     axes.legend(frameon=False)
 
 
-def _figure(width: float, height: float, layout: str = "constrained") -> "Figure":
+def _figure(
+    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout=layout)

@@ -3,10 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
 
 _FILE = "metrics.jsonl"
 
@@ -26,8 +28,8 @@ class MetricsWriter:
         """Opens the file and drops what a resumed run will write again.
 
         Args:
-          workdir: the run's folder; made if it is not there.
-          resume_step: outer steps done at the checkpoint that the run starts from; lines of later
+          workdir: The run's folder; made if it is not there.
+          resume_step: Outer steps done at the checkpoint that the run starts from; lines of later
             steps, and a last line that a kill cut short, are removed. 0 is a run from the start,
             which keeps nothing.
 
@@ -46,9 +48,9 @@ class MetricsWriter:
         """Appends one line and flushes it.
 
         Args:
-          step: outer steps done.
+          step: Outer steps done.
           split: 'train', 'val' or 'test'.
-          metrics: real scalars by name; Python, numpy or JAX ones.
+          metrics: Real scalars by name; Python, numpy or JAX ones.
 
         Raises:
           ValueError: a metric is called 'step' or 'split'.
@@ -102,21 +104,58 @@ def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
     return _lines(Path(workdir) / _FILE)
 
 
+def as_history(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Turns lines of metrics into arrays: split, such as 'train', -> name -> values.
+
+    Args:
+      lines: As `read_metrics` gives them.
+
+    Returns:
+      For each split its 'step' and its metrics, all of one length; NaN where a line lacks a metric.
+
+    Examples:
+      >>> history = as_history([{"step": 2, "split": "train", "loss": 0.5}])
+      >>> history["train"]["step"].tolist(), history["train"]["loss"].tolist()
+      ([2], [0.5])
+    """
+    splits: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        splits.setdefault(line["split"], []).append(line)
+    return {
+        split: {
+            "step": np.array([line["step"] for line in chosen]),
+            **{
+                name: np.array([line.get(name, np.nan) for line in chosen])
+                for name in sorted({name for line in chosen for name in line} - {"step", "split"})
+            },
+        }
+        for split, chosen in splits.items()
+    }
+
+
 class Progress:
-    """A progress bar on stderr: steps/s, tasks/s, loss, accuracy and time left.
+    """A progress bar on stderr: steps/s, tasks/s, chosen metrics and time left.
 
     Where stderr is not a terminal it prints nothing.
     """
 
-    def __init__(self, total_steps: int, initial: int, tasks_per_step: int) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        initial: int,
+        tasks_per_step: int,
+        shown: Sequence[str] = ("loss",),
+    ) -> None:
         """Draws the bar.
 
         Args:
-          total_steps: outer steps of the whole run.
-          initial: outer steps done before, by the run that this one resumes.
-          tasks_per_step: tasks in an outer step's batch.
+          total_steps: Outer steps of the whole run.
+          initial: Outer steps done before, by the run that this one resumes.
+          tasks_per_step: Tasks in an outer step's batch.
+          shown: Names of the metrics to show, where they are given.
         """
         self._tasks_per_step = tasks_per_step
+        self._shown = shown
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -129,16 +168,12 @@ class Progress:
         """Moves the bar on.
 
         Args:
-          steps: outer steps done since the last call.
-          metrics: scalars by name; of these loss, accuracy and mse are shown.
+          steps: Outer steps done since the last call.
+          metrics: Scalars by name.
         """
         if self._bar is None:
             return
-        shown = {
-            name: f"{float(metrics[name]):.4g}"
-            for name in ("loss", "accuracy", "mse")
-            if name in metrics
-        }
+        shown = {name: f"{float(metrics[name]):.4g}" for name in self._shown if name in metrics}
         # tqdm's own rate is steps/s; it is None until the first interval has passed.
         rate = self._bar.format_dict["rate"]
         if rate is not None:

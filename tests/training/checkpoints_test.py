@@ -348,3 +348,96 @@ def test_header_is_readable_json(tmp_path):
     header = json.loads((path / "header.json").read_text())
     assert header["metadata"] == {"step": 4}
     assert header["leaves"] == {"w": "float32[3]"}
+
+
+# ---- Whose parameters they are.
+
+CONV4 = {
+    "name": "prototypical",
+    "network": {"name": "conv4", "features": 4, "normalisation": "running"},
+    "widths": (4, 4),
+    "eval_steps": 3,
+}
+
+
+def with_network(**settings):
+    return {**CONV4, "network": {**CONV4["network"], **settings}}
+
+
+@pytest.mark.parametrize(
+    ("config", "culprit"),
+    [
+        (
+            with_network(name="strided_conv4"),
+            'network.name = "conv4", and here network.name = "str',
+        ),
+        (with_network(normalisation="support"), 'network.normalisation = "running", and here'),
+        ({**CONV4, "eval_steps": 5}, "eval_steps = 3, and here eval_steps = 5"),
+        ({**CONV4, "widths": (4, 5)}, r"widths = [4, 4], and here widths = [4, 5]"),
+        ({**CONV4, "distance": "cosine"}, 'distance = "not set", and here distance = "cosine"'),
+        ({**CONV4, "network": None}, "and here network = null"),
+    ],
+)
+def test_parameters_of_another_learner_are_refused(tmp_path, config, culprit):
+    """All leaves have the same names and shapes."""
+    checkpoints.save_step(tmp_path, 1, small(1), {}, config=CONV4)
+    for restore in (
+        lambda: checkpoints.restore(tmp_path / "step_00000001", small(0), config=config),
+        lambda: checkpoints.restore_latest(tmp_path, small(0), config=config),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            restore()
+        assert culprit in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def test_the_same_settings_are_the_same_by_value(tmp_path):
+    path = checkpoints.save(tmp_path, "best", small(1), {}, config=CONV4)
+    for config in (CONV4, json.loads(json.dumps(CONV4)), {**CONV4, "eval_steps": 3.0}):
+        assert_bitwise_equal(checkpoints.restore(path, small(0), config=config)[0], small(1))
+
+
+def test_a_recorded_learner_and_none_given(tmp_path):
+    path = checkpoints.save(tmp_path, "best", small(1), {}, config=CONV4)
+    remedy = r"of prototypical, and no config is given .*: give config=learner.config, or use meta_"
+    with pytest.raises(CheckpointError, match=remedy):
+        checkpoints.restore(path, small(0))
+
+
+def test_no_recorded_learner_and_one_given(tmp_path):
+    path = checkpoints.save(tmp_path, "best", small(1), {})
+    with pytest.raises(CheckpointError, match="does not say which learner it is of: leave config"):
+        checkpoints.restore(path, small(0), config=CONV4)
+
+
+def test_all_contents_are_read_without_a_structure(tmp_path):
+    state = make_state()
+    tree = {"state": state, "none": jnp.zeros((0, 3), jnp.int32), "half": jnp.ones(2, jnp.bfloat16)}
+    checkpoints.save_step(tmp_path, 1, tree, {"n": 1}, config=CONV4)
+    contents = checkpoints.read(tmp_path / "step_00000001")
+    assert contents.metadata == {"n": 1}
+    assert contents.config == json.loads(json.dumps(CONV4))
+    assert_bitwise_equal(contents.leaves["state/params/conv/w"], state.params["conv"]["w"])
+    assert_bitwise_equal(contents.leaves["none"], tree["none"])
+    assert_bitwise_equal(contents.leaves["half"], tree["half"])
+    newest, warnings = checkpoints.read_latest(tmp_path)
+    assert newest.leaves.keys() == contents.leaves.keys()
+    assert (warnings, checkpoints.read_latest(tmp_path / "nowhere")) == ([], None)
+
+
+def test_leaves_are_put_into_a_tree_of_their_shapes():
+    leaves = {"a/b": jnp.ones(3, jnp.bfloat16), "c": jnp.zeros(())}
+    tree = checkpoints.unflatten("here", leaves, {"a": {"b": jnp.zeros(3)}, "c": jnp.zeros(())})
+    assert_bitwise_equal(tree, {"a": {"b": leaves["a/b"]}, "c": leaves["c"]})
+    for like in ({"a": {"b": jnp.zeros(4)}, "c": jnp.zeros(())}, {"c": jnp.zeros(())}):
+        with pytest.raises(
+            CheckpointError, match=r"here holds \[3\] at a/b, where (nothing|\[4\])"
+        ):
+            checkpoints.unflatten("here", leaves, like)
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoints.save(tmp_path, "best", small(1), {}, config={"name": "x", "network": jnp})
+    assert entries(tmp_path) == []

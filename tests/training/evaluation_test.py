@@ -1,43 +1,49 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from meta_jax.core import cross_entropy
-from meta_jax.data.dataset import ImageDataset
+from meta_jax.core import MetaLearner, Tasks, supervised_evaluate
+from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.model_based.mann import mann
+from meta_jax.model_based.sequence import sequence_evaluate
 from meta_jax.networks.mlp import mlp
+from meta_jax.objectives import cross_entropy, cross_entropy_loss
 from meta_jax.training.evaluation import (
-    Score,
+    MeanCI,
     confidence_interval,
     make_evaluate,
-    make_evaluate_sequences,
+    make_validate,
 )
+from meta_jax.training.optimizers import average_params
+from meta_jax.training.outer_step import init_train_state
 
 LEARNER = prototypical(mlp((6,)))
 EPISODES = 5
 
 
 def dataset():
-    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
-    return ImageDataset(jnp.asarray(images), jnp.full(6, 4, jnp.int32), jnp.zeros(6, jnp.int32))
+    return dataset_from_classes(
+        np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
+    )
 
 
 @jax.jit
-def sampler(key, data):
+def sample(key, data):
     return sample_episode(key, data, EpisodeSpec(3, 1, 2))
 
 
 @pytest.fixture(scope="module")
 def evaluate():
-    return make_evaluate(LEARNER, sampler, cross_entropy, episodes=EPISODES)
+    return make_evaluate(LEARNER, sample, episodes=EPISODES)
 
 
 @pytest.fixture(scope="module")
 def learned():
-    return LEARNER.init(jax.random.key(0), sampler(jax.random.key(1), dataset()))
+    return LEARNER.init(jax.random.key(0), sample(jax.random.key(1), dataset()))
 
 
 def test_one_value_for_each_episode(evaluate, learned):
@@ -64,14 +70,16 @@ def test_the_parameters_are_left_as_they_are(evaluate, learned):
 
 
 def test_values_are_those_of_the_learner_at_test(evaluate, learned):
+    """Beside logits worked out in NumPy."""
     seen = []
 
     def recording(key, data):
-        episode = sampler(key, data)
-        jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(episode))
+        episode = sample(key, data)
+        leaves = (*episode.support[:2], *episode.query[:2])
+        jax.debug.callback(lambda *leaves: seen.append(leaves), *leaves)
         return episode
 
-    metrics = make_evaluate(LEARNER, recording, cross_entropy, episodes=EPISODES)(
+    metrics = make_evaluate(LEARNER, recording, episodes=EPISODES)(
         *learned, dataset(), jax.random.key(2)
     )
     jax.effects_barrier()
@@ -88,8 +96,69 @@ def test_values_are_those_of_the_learner_at_test(evaluate, learned):
             for x in (x, query_x)
         )
         logits = -((query_z[:, None] - np.asarray(y).T @ z) ** 2).sum(-1)
-        losses.append(cross_entropy(logits, query_y)[0])
+        losses.append(cross_entropy_loss(logits, query_y)[0])
     np.testing.assert_allclose(np.sort(metrics["loss"]), np.sort(losses), rtol=1e-4)
+
+
+def test_the_learner_says_what_is_measured():
+    """Whatever a task is, and whatever its metrics are called."""
+
+    def own(params, state, task, key):
+        return {"distance": jnp.abs(task["goal"] - params), "noise": jax.random.uniform(key)}
+
+    learner = MetaLearner(None, None, None, None, own)
+
+    def sample_goal(key, data):
+        return {"goal": data + jax.random.normal(key)}
+
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+        metrics = make_evaluate(learner, sample_goal, episodes=4)(
+            jnp.float32(2.0), {}, jnp.float32(10.0), jax.random.key(0)
+        )
+    keys = jax.random.split(jax.random.key(0), 4)
+    pairs = [jax.random.split(key) for key in keys]
+    goals = [10 + jax.random.normal(goal_key) for goal_key, _ in pairs]
+    np.testing.assert_allclose(metrics["distance"], np.abs(np.array(goals) - 2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["noise"], [jax.random.uniform(k) for _, k in pairs])
+
+
+@pytest.mark.parametrize("episodes", [0, 3])
+def test_episodes_that_devices_cannot_share_are_refused(episodes):
+    class TwoDevices:
+        size = 2
+
+    with pytest.raises(ValueError, match=f"2 devices must divide {episodes} episodes"):
+        make_evaluate(LEARNER, sample, episodes=episodes, mesh=TwoDevices())
+
+
+def test_validation_tests_the_averaged_parameters_on_the_same_tasks_every_time(evaluate):
+    tasks = Tasks(sample, dataset(), cross_entropy)
+    optimizer = optax.chain(optax.sgd(1.0), average_params(0.5))
+    train_state = init_train_state(LEARNER, optimizer, tasks, 0)
+    zeros = jax.tree.map(jnp.zeros_like, train_state.params)
+    moved = train_state._replace(params=zeros)  # the average is still where they were
+    validate = make_validate(LEARNER, tasks, episodes=EPISODES)
+    scores = validate(moved)
+    assert scores == validate(train_state)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    expected = evaluate(train_state.params, train_state.state, tasks.data, key)
+    assert scores == {name: float(values.mean()) for name, values in expected.items()}
+    assert scores["loss"] != pytest.approx(np.log(3), rel=1e-3)  # which zeros would give
+
+
+def test_the_confidence_interval_in_closed_form():
+    # Mean 3/4; sample variance (3/16) 4/3 = 1/4 over four episodes: 1.96 (1/2) / 2.
+    score = confidence_interval(np.array([1.0, 0.0, 1.0, 1.0]))
+    assert isinstance(score, MeanCI)
+    assert score.mean == 0.75
+    np.testing.assert_allclose(score.ci95, 0.49, atol=1e-9)
+    assert confidence_interval(np.full(7, 0.5)) == MeanCI(0.5, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 2), ()])
+def test_no_interval_of_less_than_two_values(shape):
+    with pytest.raises(ValueError, match="values must be"):
+        confidence_interval(np.zeros(shape))
 
 
 def test_learners_are_told_that_they_are_tested(learned):
@@ -99,30 +168,19 @@ def test_learners_are_told_that_they_are_tested(learned):
         told.append(train)
         return LEARNER.adapt(*arguments, train=train)
 
-    def predict(*arguments, train):
+    def predict(*arguments, train, mask=None):
         told.append(train)
-        return LEARNER.predict(*arguments, train=train)
+        return LEARNER.predict(*arguments, train=train, mask=mask)
 
-    learner = LEARNER._replace(adapt=adapt, predict=predict)
-    make_evaluate(learner, sampler, cross_entropy, episodes=1)(
-        *learned, dataset(), jax.random.key(0)
-    )
+    learner = LEARNER._replace(evaluate=supervised_evaluate(adapt, predict, cross_entropy))
+    make_evaluate(learner, sample, episodes=1)(*learned, dataset(), jax.random.key(0))
     assert told
     assert not any(told)
 
 
-def test_the_confidence_interval_in_closed_form():
-    # Mean 3/4; sample variance (3/16) 4/3 = 1/4 over four episodes: 1.96 (1/2) / 2.
-    score = confidence_interval(np.array([1.0, 0.0, 1.0, 1.0]))
-    assert isinstance(score, Score)
-    assert score.mean == 0.75
-    np.testing.assert_allclose(score.ci95, 0.49, atol=1e-9)
-    assert confidence_interval(np.full(7, 0.5)) == Score(0.5, 0.0)
-
-
 def test_the_sequence_protocol_scores_the_answers_on_the_way():
-    learner = mann(mlp((6,)), units=4, slots=4, width=2, heads=1)
-    learned = learner.init(jax.random.key(0), sampler(jax.random.key(1), dataset()))
+    learner = mann(mlp((6,)), hidden_size=4, num_slots=4, slot_size=2, num_heads=1)
+    learned = learner.init(jax.random.key(0), sample(jax.random.key(1), dataset()))
     seen = []
 
     def recording(*arguments, train):
@@ -131,10 +189,10 @@ def test_the_sequence_protocol_scores_the_answers_on_the_way():
         jax.debug.callback(lambda *leaves: seen.append(leaves), adapted.logits, arguments[2].y)
         return adapted
 
-    evaluate = make_evaluate_sequences(
-        learner._replace(adapt=recording), sampler, episodes=EPISODES
+    learner = learner._replace(evaluate=sequence_evaluate(recording))
+    metrics = make_evaluate(learner, sample, episodes=EPISODES)(
+        *learned, dataset(), jax.random.key(2)
     )
-    metrics = evaluate(*learned, dataset(), jax.random.key(2))
     jax.effects_barrier()
     assert set(metrics) == {"loss", "accuracy", "instance_1", "instance_2", "instance_3"}
     assert len(seen) == EPISODES

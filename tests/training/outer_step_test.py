@@ -10,17 +10,21 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.core import Aux, Batch, Episode, MetaLearner
-from meta_jax.data.dataset import ImageDataset
+from meta_jax.core import LossAux, MetaLearner, Tasks
+from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
+from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training.outer_step import (
+    TrainState,
     default_task_chunk,
+    gradient_norm,
     init_train_state,
     make_outer_step,
-    make_run,
+    make_train_loop,
+    mean_state,
     task_gradients,
     task_mesh,
 )
@@ -33,24 +37,25 @@ SPEC = EpisodeSpec(3, 1, 2)
 
 
 def dataset():
-    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
-    return ImageDataset(jnp.asarray(images), jnp.full(6, 4, jnp.int32), jnp.zeros(6, jnp.int32))
+    return dataset_from_classes(
+        np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
+    )
 
 
 @jax.jit
-def sampler(key, data):
+def sample(key, data):
     return sample_episode(key, data, SPEC)
 
 
 def fresh_state(seed=0):
-    return init_train_state(LEARNER, OPTIMIZER, sampler, dataset(), seed)
+    return init_train_state(LEARNER, OPTIMIZER, Tasks(sample, dataset(), cross_entropy), seed)
 
 
 def outer_step(**settings):
-    return make_outer_step(LEARNER, OPTIMIZER, sampler, task_batch=4, **settings)
+    return make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=4, **settings)
 
 
-RUN = make_run(outer_step())
+TRAIN = make_train_loop(outer_step())
 
 
 def with_plain_key(train_state):
@@ -66,24 +71,25 @@ def normed_learner():
 
     def loss(params, state, episode, key):
         x = jnp.concatenate([episode.support.x, episode.query.x])
-        value, aux = LEARNER.loss(params, {}, episode, key)
-        state = {"mean": 0.9 * state["mean"] + 0.1 * x.mean()}
-        return value, Aux(state, {**aux.metrics, "noise": jax.random.uniform(key)})
+        value, aux = LEARNER.loss(params, state["learner"], episode, key)
+        state = {"learner": aux.state, "mean": 0.9 * state["mean"] + 0.1 * x.mean()}
+        return value, LossAux(state, {**aux.metrics, "noise": jax.random.uniform(key)})
 
     def init(key, episode):
-        return LEARNER.init(key, episode)[0], {"mean": jnp.ones(())}
+        params, state = LEARNER.init(key, episode)
+        return params, {"learner": state, "mean": jnp.ones(())}
 
     return LEARNER._replace(init=init, loss=loss)
 
 
 def test_the_task_chunk_changes_nothing():
     learner, data = normed_learner(), dataset()
-    params, state = learner.init(jax.random.key(0), jax.jit(sampler)(jax.random.key(1), data))
+    params, state = learner.init(jax.random.key(0), jax.jit(sample)(jax.random.key(1), data))
     keys = jax.random.split(jax.random.key(2), 4)
 
     def gradients(chunk):
         return jax.jit(
-            lambda: task_gradients(learner, sampler, params, state, data, keys, task_chunk=chunk)
+            lambda: task_gradients(learner, sample, params, state, data, keys, task_chunk=chunk)
         )()
 
     whole = gradients(4)
@@ -96,7 +102,7 @@ def test_the_task_chunk_changes_nothing():
     def task(key):
         episode_key, loss_key = jax.random.split(key)
         (loss, aux), gradient = jax.value_and_grad(learner.loss, has_aux=True)(
-            params, state, sampler(episode_key, data), loss_key
+            params, state, sample(episode_key, data), loss_key
         )
         return gradient, aux.state, {"loss": loss, **aux.metrics}
 
@@ -111,14 +117,19 @@ def test_step_s_draws_from_the_key_folded_with_s():
     new, metrics = jax.jit(outer_step())(train_state, dataset())
     keys = jax.random.split(jax.random.fold_in(train_state.key, 5), 4)
     gradient, _, expected = jax.jit(
-        lambda params, data: task_gradients(LEARNER, sampler, params, {}, data, keys, task_chunk=4)
-    )(train_state.params, dataset())
+        lambda params, state, data: task_gradients(
+            LEARNER, sample, params, state, data, keys, task_chunk=4
+        )
+    )(train_state.params, train_state.state, dataset())
+    norm = metrics.pop("gradient_norm")
     updates, _ = OPTIMIZER.update(gradient, train_state.opt_state, train_state.params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
         (new.params, metrics),
         (optax.apply_updates(train_state.params, updates), expected),
     )
+    norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(gradient)]
+    np.testing.assert_allclose(norm, np.linalg.norm(norms), rtol=1e-5)
     assert new.step == 6
     np.testing.assert_array_equal(
         jax.random.key_data(new.key), jax.random.key_data(train_state.key)
@@ -126,40 +137,41 @@ def test_step_s_draws_from_the_key_folded_with_s():
 
 
 def test_where_a_run_is_split_makes_no_difference():
-    run, data = RUN, dataset()
+    data = dataset()
     ends = []
-    for stops in ((7,), (2, 7), (1, 3, 7)):
+    for parts in ((7,), (2, 5), (1, 2, 4)):
         train_state = fresh_state()
-        for stop in stops:
-            train_state, metrics, finite = run(train_state, data, stop)
+        for steps in parts:
+            before = int(train_state.step)
+            train_state, metrics, finite = TRAIN(train_state, data, steps)
             assert finite
-            assert train_state.step == stop
+            assert train_state.step == before + steps  # more steps, not up to a step
             assert np.isfinite(metrics["loss"])
         ends.append(train_state)
     assert_bitwise_equal(ends[0], ends[1])
     assert_bitwise_equal(ends[0], ends[2])
-    other = run(fresh_state(seed=1), data, 7)[0]
+    other = TRAIN(fresh_state(seed=1), data, 7)[0]
     assert (
         other.params["network"]["layer1"]["kernel"] != ends[0].params["network"]["layer1"]["kernel"]
     ).all()
 
 
 def test_the_metrics_of_a_run_are_means_over_its_steps():
-    run, data = RUN, dataset()
-    train_state, first, _ = run(fresh_state(), data, 1)
-    _, second, _ = run(train_state, data, 2)
-    _, both, _ = run(fresh_state(), data, 2)
+    data = dataset()
+    train_state, first, _ = TRAIN(fresh_state(), data, 1)
+    _, second, _ = TRAIN(train_state, data, 1)
+    _, both, _ = TRAIN(fresh_state(), data, 2)
     for name, value in both.items():
         np.testing.assert_allclose(value, (first[name] + second[name]) / 2, rtol=1e-12)
-    assert set(both) == {"loss", "accuracy"}
+    assert set(both) == {"loss", "accuracy", "gradient_norm"}
 
 
-def test_a_run_that_has_arrived_does_nothing():
-    run, data = RUN, dataset()
-    train_state, _, _ = run(fresh_state(), data, 2)
+def test_no_more_steps_do_nothing():
+    data = dataset()
+    train_state, _, _ = TRAIN(fresh_state(), data, 2)
     expected = jax.tree.map(jnp.copy, train_state)
-    for until in (2, 1):
-        train_state, _, finite = run(train_state, data, until)
+    for steps in (0, -1):
+        train_state, _, finite = TRAIN(train_state, data, steps)
         assert_bitwise_equal(train_state, expected)
         assert finite
 
@@ -169,43 +181,161 @@ def test_it_compiles_once_however_many_steps_are_asked_for():
 
     def counted(key, data):
         draws.append(None)
-        return sampler(key, data)
+        return sample(key, data)
 
     step = make_outer_step(LEARNER, OPTIMIZER, counted, task_batch=2)
-    run, train_state = make_run(step), fresh_state()
-    train_state, _, _ = run(train_state, dataset(), 1)
+    train, train_state = make_train_loop(step), fresh_state()
+    train_state, _, _ = train(train_state, dataset(), 1)
     traced = len(draws)
-    for until in (2, 5, 9):
-        train_state, _, _ = run(train_state, dataset(), until)
+    for steps in (2, 3, 4):
+        train_state, _, _ = train(train_state, dataset(), steps)
     assert len(draws) == traced > 0
-    assert run._cache_size() == 1
+    assert train._cache_size() == 1
 
 
-def countdown():
-    """The loss is p, with gradient 1, until p comes to nothing; then it is not a number."""
+def of_loss(loss, state=None):
+    """A learner of one parameter p, 1 at first, whose loss (params, state, task, key) is given."""
 
-    def loss(params, state, episode, key):
-        value = jnp.where(params["p"] > 0.1, params["p"], jnp.nan)
-        return value, Aux(state, {})
+    def init(key, task):
+        return {"p": jnp.ones(())}, {} if state is None else state
 
-    return MetaLearner(lambda key, episode: ({"p": jnp.ones(())}, {}), None, None, loss)
+    return MetaLearner(init, None, None, loss, None)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
-    def empty(key, data):
-        return Episode(Batch(data, data), Batch(data, data))
+def no_task(key, data):
+    del data
+    return key
 
-    learner, optimizer, data = countdown(), optax.sgd(0.25), jnp.zeros(1)
-    run = make_run(make_outer_step(learner, optimizer, empty, task_batch=1))
-    # The losses are 1, 3/4, 1/2, 1/4 and NaN.
-    train_state = init_train_state(learner, optimizer, empty, data, 0)
-    train_state, metrics, finite = run(train_state, data, 4)
+
+def countdown(then):
+    """The loss is p, with gradient 1, until p comes to nothing; `then` is added to it."""
+
+    def loss(params, state, task, key):
+        del task, key
+        p = params["p"]
+        return p + then(p), LossAux(state, {})
+
+    return of_loss(loss)
+
+
+def without_data(learner, optimizer):
+    return init_train_state(learner, optimizer, Tasks(no_task, (), squared_error), 0)
+
+
+@pytest.mark.parametrize(
+    ("then", "culprit"),
+    [
+        (lambda p: jnp.where(p > 0.1, 0.0, jnp.nan), "loss"),
+        # The root of zero, whose derivative is infinite: a finite loss with a gradient of NaN.
+        (lambda p: jnp.sqrt(jnp.where(p > 0.1, 1.0, p - p)), "gradient_norm"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_stops_the_run_with_its_step(then, culprit):
+    learner, optimizer = countdown(then), optax.sgd(0.25)
+    train = make_train_loop(make_outer_step(learner, optimizer, no_task, task_batch=1))
+    # p is 1, 3/4, 1/2, 1/4, and then 0.
+    train_state, metrics, finite = train(without_data(learner, optimizer), (), 4)
     assert finite
-    np.testing.assert_allclose(metrics["loss"], 0.625)
-    train_state, metrics, finite = run(train_state, data, 100)
+    np.testing.assert_allclose(train_state.params["p"], 0)
+    train_state, metrics, finite = train(train_state, (), 100)
     assert not finite
     assert train_state.step == 5
-    assert np.isnan(metrics["loss"])
+    assert [name for name in ("loss", "gradient_norm") if np.isnan(metrics[name])] == [culprit]
+
+
+def test_the_gradient_norm():
+    gradient = {"a": jnp.array([[1.0, 2.0]]), "b": {"c": jnp.array(2.0)}}
+    assert gradient_norm(gradient) == 3.0
+    # 300^2 is infinite in float16.
+    assert gradient_norm({"a": jnp.array([300.0], jnp.float16)}) == 300.0
+    assert gradient_norm({}) == 0.0
+
+
+def test_counters_are_not_averaged():
+    states = {"mean": jnp.array([1.0, 2.0]), "count": jnp.array([7, 7], jnp.int32)}
+    state = mean_state(states)
+    assert state["mean"] == 1.5
+    assert (state["count"], state["count"].dtype) == (7, jnp.int32)
+
+
+@pytest.mark.parametrize("task_chunk", [1, 2, 4])
+def test_a_state_with_a_counter_and_a_random_key_goes_through_every_chunking(task_chunk):
+    def loss(params, state, task, key):
+        count = state["count"] + 1
+        noise = jax.random.uniform(key)
+        state = {"count": count, "mean": noise, "seed": jax.random.fold_in(state["seed"], count)}
+        return params["p"] * count, LossAux(state, {"count": count})
+
+    start = {"count": jnp.int32(2**24), "mean": jnp.zeros(()), "seed": jax.random.key(3)}
+    learner, optimizer = of_loss(loss, start), optax.sgd(0.0)
+    step = make_outer_step(learner, optimizer, no_task, task_batch=4, task_chunk=task_chunk)
+    train_state, metrics, _ = make_train_loop(step)(without_data(learner, optimizer), (), 3)
+    # In float32 2^24 + 1 would be 2^24 again.
+    assert (train_state.state["count"], train_state.state["count"].dtype) == (2**24 + 3, jnp.int32)
+    assert metrics["count"] == 2**24 + 2
+    seed = start["seed"]
+    for i in range(1, 4):
+        seed = jax.random.fold_in(seed, 2**24 + i)
+    np.testing.assert_array_equal(
+        jax.random.key_data(train_state.state["seed"]), jax.random.key_data(seed)
+    )
+    keys = jax.random.split(jax.random.fold_in(train_state.key, 2), 4)
+    noise = [jax.random.uniform(jax.random.split(key)[1]) for key in keys]
+    np.testing.assert_allclose(train_state.state["mean"], sum(noise) / 4, rtol=1e-6)
+
+
+def test_an_optimizer_that_wants_the_value_gets_it():
+    """On a loss that does not fall, the rate is halved after each two steps."""
+
+    def loss(params, state, task, key):
+        return 5.0 + params["p"] - jax.lax.stop_gradient(params["p"]), LossAux(state, {})
+
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+    optimizer = optax.chain(optax.sgd(1.0), plateau)
+    learner = of_loss(loss)
+    step = make_outer_step(learner, optimizer, no_task, task_batch=2)
+    train_state, _, _ = make_train_loop(step)(without_data(learner, optimizer), (), 5)
+    # The first loss is the best so far; the third and the fifth step end a plateau of two.
+    np.testing.assert_allclose(train_state.params["p"], 1 - (1 + 1 + 0.5 + 0.5 + 0.25))
+
+
+@pytest.mark.parametrize("task_chunk", [1, 4])
+def test_a_line_search_gets_the_loss_of_the_same_tasks(task_chunk):
+    def loss(params, state, task, key):
+        target = jax.random.normal(task)
+        return (params["p"] - target) ** 2, LossAux(state, {})
+
+    learner, optimizer = of_loss(loss), optax.lbfgs()
+    step = make_outer_step(learner, optimizer, no_task, task_batch=4, task_chunk=task_chunk)
+    start = without_data(learner, optimizer)
+    train_state, metrics = jax.jit(step)(start, ())
+    keys = jax.random.split(jax.random.fold_in(start.key, 0), 4)
+    targets = jnp.stack([jax.random.normal(jax.random.split(key)[0]) for key in keys])
+    np.testing.assert_allclose(metrics["loss"], ((1 - targets) ** 2).mean(), rtol=1e-10)
+    # A line search along the gradient of a parabola; other tasks' loss would have another minimum.
+    assert ((train_state.params["p"] - targets) ** 2).mean() < metrics["loss"]
+    value = optax.tree.get(train_state.opt_state, "value")
+    np.testing.assert_allclose(value, ((train_state.params["p"] - targets) ** 2).mean(), rtol=1e-10)
+
+
+def test_a_metric_that_is_no_scalar_is_named():
+    def loss(params, state, task, key):
+        return params["p"], LossAux(state, {"by_class": jnp.zeros(3)})
+
+    learner, optimizer = of_loss(loss), optax.sgd(1.0)
+    step = make_outer_step(learner, optimizer, no_task, task_batch=1)
+    with pytest.raises(ValueError, match=r"metric 'by_class' .* has shape \[3\]: reduce"):
+        step(without_data(learner, optimizer), ())
+
+
+def test_random_keys_are_used_once_and_nothing_leaks():
+    step = make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=2, task_chunk=1)
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+        train_state = fresh_state(seed=5)
+        train_state, _, finite = make_train_loop(step)(train_state, dataset(), 2)
+    assert isinstance(train_state, TrainState)
+    assert finite
 
 
 def test_the_initial_state_can_be_donated():
@@ -240,22 +370,24 @@ def test_one_device_needs_no_mesh():
 EIGHT_DEVICES = """
 import json
 import jax, jax.numpy as jnp, numpy as np, optax
-from meta_jax.core import Aux
-from meta_jax.data.dataset import ImageDataset
+from meta_jax.core import LossAux, Tasks
+from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
+from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.maml import maml
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_run, task_mesh
+from meta_jax.training.outer_step import (
+    init_train_state, make_outer_step, make_train_loop, task_mesh
+)
 
 jax.config.update("jax_disable_most_optimizations", True)
-images = np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8)
-data = ImageDataset(jnp.asarray(images), jnp.full(8, 4, jnp.int32), jnp.zeros(8, jnp.int32))
-sampler = lambda key, data: sample_episode(key, data, EpisodeSpec(4, 1, 3, "per_class"))
+data = dataset_from_classes(np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8))
+sample = lambda key, data: sample_episode(key, data, EpisodeSpec(4, 1, 3, "per_class"))
 optimizer = optax.adam(1e-2)
 def shared(mesh):
-    return prototypical(strided_conv4(2, batch_norm="running", mesh=mesh))
+    return prototypical(strided_conv4(2, normalisation="running", mesh=mesh))
 
 def unshared(learner):
     return lambda mesh: learner
@@ -264,7 +396,7 @@ def unshared(learner):
 def counting_loss(params, state, episode, key):
     loss, aux = shared(None).loss(params, state["network"], episode, key)
     seen = {"tasks": state["tasks"] + 1, "ink": state["ink"] + episode.support.x[0].sum()}
-    return loss * (1 + state["ink"]), Aux({"network": aux.state, **seen}, aux.metrics)
+    return loss * (1 + state["ink"]), LossAux({"network": aux.state, **seen}, aux.metrics)
 
 def counting_init(key, episode):
     params, network = shared(None).init(key, episode)
@@ -272,10 +404,22 @@ def counting_init(key, episode):
 
 counting = shared(None)._replace(init=counting_init, loss=counting_loss, state_scope="task")
 
+# A shared state: how many steps there were, and the mean of the tasks' first images.
+def averaging_loss(params, state, episode, key):
+    loss, aux = shared(None).loss(params, state["network"], episode, key)
+    seen = {"steps": state["steps"] + 1, "ink": episode.support.x[0].sum()}
+    return loss, LossAux({"network": aux.state, **seen}, aux.metrics)
+
+def averaging_init(key, episode):
+    params, network = shared(None).init(key, episode)
+    return params, {"network": network, "steps": jnp.zeros((), jnp.int32), "ink": jnp.zeros(())}
+
+averaging = shared(None)._replace(init=averaging_init, loss=averaging_loss)
+
 # Name: (the learner of a mesh, tasks in a step, task chunk). The last one's 16 images
 # are shared, not its one task.
 learners = {
-    "prototypical": (unshared(shared(None)), 8, None),
+    "shared state": (unshared(averaging), 8, None),
     "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), 16, 8),
     "state of a task": (unshared(counting), 16, 8),
     "images": (shared, 1, None),
@@ -290,11 +434,13 @@ for name, (learner_of, batch, chunk) in learners.items():
     for devices in (jax.devices()[:1], jax.devices()):
         learner, mesh = learner_of(task_mesh(8, devices)), task_mesh(batch, devices)
         step = make_outer_step(
-            learner, optimizer, sampler, task_batch=batch, task_chunk=chunk, mesh=mesh
+            learner, optimizer, sample, task_batch=batch, task_chunk=chunk, mesh=mesh
         )
-        train_state = init_train_state(learner, optimizer, sampler, data, 0, task_batch=batch)
+        train_state = init_train_state(
+            learner, optimizer, Tasks(sample, data, cross_entropy), 0, task_batch=batch
+        )
         start = jax.tree.map(np.asarray, train_state.params)
-        run = make_run(step).lower(train_state, data, 20).compile()
+        run = make_train_loop(step).lower(train_state, data, 20).compile()
         train_state, metrics, finite = run(train_state, data, 20)
         assert finite
         ends.append(jax.tree.map(np.asarray, (train_state.params, train_state.state, metrics)))
@@ -304,7 +450,7 @@ for name, (learner_of, batch, chunk) in learners.items():
         "shared": "all-reduce" in run.as_text(),
     }
 try:
-    make_outer_step(learner, optimizer, sampler, task_batch=8, task_chunk=4, mesh=task_mesh(8))
+    make_outer_step(learner, optimizer, sample, task_batch=8, task_chunk=4, mesh=task_mesh(8))
 except ValueError as error:
     results["refused"] = str(error)
 print(json.dumps(results))
@@ -329,7 +475,7 @@ def test_eight_devices_train_as_one_does():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["devices"] == 8
-    for name in ("prototypical", "maml", "state of a task", "images"):
+    for name in ("shared state", "maml", "state of a task", "images"):
         assert results[name]["apart"] < 1e-9, results
         assert results[name]["moved"] > 1e-2, results
         assert results[name]["shared"], results
@@ -342,9 +488,12 @@ def test_tasks_that_come_from_no_data():
         return sample_sinusoid(key, 5, 5)
 
     learner = prototypical(mlp((3,)))._replace(
-        loss=lambda params, state, episode, key: ((episode.query.y**2).mean(), Aux(state, {}))
+        loss=lambda params, state, episode, key: (
+            (episode.query.y**2).mean(),
+            LossAux(state, {}),
+        )
     )
     step = make_outer_step(learner, OPTIMIZER, draw, task_batch=2)
-    train_state = init_train_state(learner, OPTIMIZER, draw, (), 0)
+    train_state = init_train_state(learner, OPTIMIZER, Tasks(draw, (), squared_error), 0)
     _, metrics = jax.jit(step)(train_state, ())
     assert metrics["loss"] > 0

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meta_jax.core import Batch, Episode
+from meta_jax.core import Batch, Episode, Objective
+from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training import pictures
-from meta_jax.training.evaluation import Score
+from meta_jax.training.evaluation import MeanCI
 
 GREEN, RED = (0x2A, 0x9D, 0x3F), (0xD6, 0x27, 0x28)
 
@@ -49,11 +50,33 @@ def test_frames_tell_right_from_wrong(tmp_path):
 
 
 def test_padding_is_not_drawn(tmp_path):
+    """Whatever stands in it: a label, and a wrong answer."""
     episode = image_episode()
-    padded = episode._replace(query=Batch(episode.query.x, episode.query.y.at[0].set(0)))
+    mask = jnp.arange(len(episode.query.y)) > 0
+    padded = episode._replace(query=episode.query._replace(mask=mask))
     wrong_there = episode.query.y.at[0].set(jnp.array([0.0, 1.0, 0.0]))
-    pictures.episode_picture(padded, wrong_there, tmp_path / "picture")
-    assert frames(tmp_path / "picture", RED) == 0
+    pictures.episode_picture(padded, wrong_there, tmp_path / "padded")
+    pictures.episode_picture(episode, wrong_there, tmp_path / "whole")
+    assert frames(tmp_path / "padded", RED) == 0
+    assert frames(tmp_path / "whole", RED) > 0
+
+
+def test_padding_is_not_drawn_in_a_curve(tmp_path):
+    x = jnp.linspace(-5, 5, 40)[:, None]
+    whole = Episode(Batch(x[::8], jnp.sin(x[::8])), Batch(x, jnp.sin(x)))
+    rubbish = jnp.full((3, 1), 9.0)
+    padded = Episode(
+        *(
+            Batch(
+                *(jnp.concatenate([a, rubbish]) for a in batch[:2]),
+                jnp.arange(len(batch.x) + 3) < len(batch.x),
+            )
+            for batch in whole
+        )
+    )
+    pictures.episode_picture(whole, whole.query.y, tmp_path / "whole")
+    pictures.episode_picture(padded, padded.query.y, tmp_path / "padded")
+    np.testing.assert_array_equal(pixels(tmp_path / "whole"), pixels(tmp_path / "padded"))
 
 
 def test_images_of_any_range_are_drawn_alike(tmp_path):
@@ -89,23 +112,61 @@ def test_other_inputs_are_refused(tmp_path):
     batch = Batch(jnp.zeros((2, 5)), jnp.eye(2))
     with pytest.raises(ValueError, match=r"shape \(2, 5\) cannot be drawn"):
         pictures.episode_picture(Episode(batch, batch), None, tmp_path / "picture")
+    tokens = Batch({"ids": jnp.zeros((2, 5), int)}, jnp.eye(2))
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        pictures.episode_picture(Episode(tokens, tokens), None, tmp_path / "picture")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_learning_curve_has_a_panel_for_each_metric(tmp_path):
-    lines = [
-        {"step": step, "split": split, "loss": 1 / step}
+def lines(splits, **metrics):
+    """Three lines for each split; metrics are functions of the step."""
+    return [
+        {"step": step, "split": split, **{name: f(step) for name, f in metrics.items()}}
         for step in (1, 2, 3)
-        for split in ("train", "val")
+        for split in splits
     ]
-    both = [{**line, "accuracy": 1 - line["loss"]} for line in lines]
-    pictures.learning_curve(lines, tmp_path / "deeper" / "loss.png")
-    pictures.learning_curve([*both, {"step": 3, "split": "test", "mse": 1}], tmp_path / "all.png")
-    assert (
-        pixels(tmp_path / "all.png").shape[1] == 3 * pixels(tmp_path / "deeper/loss.png").shape[1]
-    )
-    with pytest.raises(ValueError, match="no loss, accuracy or mse"):
-        pictures.learning_curve([{"step": 1, "split": "train"}], tmp_path / "none.png")
+
+
+def test_the_training_loss_has_a_panel_to_itself():
+    """It may be half a squared distance, or a loss of pairs; validation's is the objective's."""
+    found = [
+        *lines(["train"], loss=lambda step: 1e5 / step),
+        *lines(["val", "test"], loss=lambda step: 1 / step, accuracy=lambda step: step / 4),
+    ]
+    panels = pictures._panels(found, cross_entropy)
+    assert {label: list(curves) for label, curves in panels.items()} == {
+        "training loss": ["train"],
+        "validation loss": ["val", "test"],
+        "accuracy (%)": ["val", "test"],
+    }
+    steps, values = panels["accuracy (%)"]["val"]
+    assert (steps.tolist(), values.tolist()) == ([1, 2, 3], [25, 50, 75])
+    np.testing.assert_allclose(panels["training loss"]["train"][1], [1e5, 5e4, 1e5 / 3])
+
+
+def test_a_metric_that_is_the_loss_is_drawn_once():
+    found = lines(["train", "val"], loss=lambda step: 1 / step, mse=lambda step: 1 / step)
+    assert list(pictures._panels(found, squared_error)) == ["training loss", "mse"]
+
+
+def test_a_metric_of_ones_own_is_drawn_as_it_is():
+    found = lines(["val"], loss=lambda step: 1.0, mean_absolute_error=lambda step: 1 / step)
+    panels = pictures._panels(found, Objective(None, "mean_absolute_error", False))
+    assert list(panels) == ["validation loss", "mean absolute error"]
+    np.testing.assert_allclose(panels["mean absolute error"]["val"][1], [1, 1 / 2, 1 / 3])
+
+
+def test_learning_curve_has_its_panels_side_by_side(tmp_path):
+    loss = lines(["train"], loss=lambda step: 1 / step)
+    validation = lines(["val"], loss=lambda step: 2 / step, accuracy=lambda step: step / 4)
+    one, three = tmp_path / "deeper" / "loss.png", tmp_path / "all.png"
+    pictures.learning_curve(loss, one, objective=cross_entropy)
+    pictures.learning_curve(loss + validation, three, objective=cross_entropy)
+    assert pixels(three).shape[1] == 3 * pixels(one).shape[1]
+    with pytest.raises(ValueError, match="no loss or mse to draw"):
+        pictures.learning_curve(
+            [{"step": 1, "split": "train"}], tmp_path / "none.png", objective=squared_error
+        )
 
 
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
@@ -117,7 +178,9 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pictures.os, "replace", refuse)
     with pytest.raises(OSError, match="no space left"):
-        pictures.learning_curve([{"step": 1, "split": "train", "loss": 1.0}], path)
+        pictures.learning_curve(
+            [{"step": 1, "split": "train", "loss": 1.0}], path, objective=cross_entropy
+        )
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -125,16 +188,18 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
 def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path):
     code = """
 import sys
+from meta_jax.objectives import cross_entropy
 from meta_jax.training import pictures
 assert "matplotlib" not in sys.modules
-pictures.learning_curve([{"step": 1, "split": "train", "loss": 1.0}], sys.argv[1])
+line = {"step": 1, "split": "train", "loss": 1.0}
+pictures.learning_curve([line], sys.argv[1], objective=cross_entropy)
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, tmp_path / "curve.png"], check=True)
 
 
 def test_instance_curves_differ_where_the_scores_do(tmp_path):
-    rising = [Score(20.0 + 7 * i, 1.0) for i in range(10)]
+    rising = [MeanCI(20.0 + 7 * i, 1.0) for i in range(10)]
     pictures.instance_curve({"trained": rising, "untrained": rising[:1] * 10}, tmp_path / "two")
     pictures.instance_curve({"trained": rising}, tmp_path / "one")
     assert (pixels(tmp_path / "two") != pixels(tmp_path / "one")).any()
@@ -144,7 +209,7 @@ def test_instance_curves_differ_where_the_scores_do(tmp_path):
 
 
 def test_loss_curves_differ_where_the_losses_do(tmp_path):
-    falling = [Score(1 / step, 0.1) for step in range(1, 9)]
+    falling = [MeanCI(1 / step, 0.1) for step in range(1, 9)]
     pictures.loss_curves({"ours": falling, "adam": falling[:1] * 8}, tmp_path / "two")
     pictures.loss_curves({"ours": falling}, tmp_path / "one")
     assert (tmp_path / "two").read_bytes() != (tmp_path / "one").read_bytes()

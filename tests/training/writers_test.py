@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.training.writers import MetricsWriter, Progress, read_metrics
+from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
 
 
 def run(workdir, first, last, resume_step=0):
@@ -109,13 +109,31 @@ def test_works_without_tensorboard(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_the_history_is_arrays_by_split(tmp_path):
+    run(tmp_path, 1, 3)
+    history = as_history(read_metrics(tmp_path))
+    assert set(history) == {"train", "val"}
+    assert history["train"]["step"].tolist() == [1, 2, 3]
+    np.testing.assert_allclose(history["train"]["accuracy"], np.sqrt([1, 2, 3]))
+    assert history["val"]["step"].tolist() == [2]
+    assert as_history([]) == {}
+
+
+def test_a_metric_that_a_line_lacks_is_nan_in_the_history():
+    lines = [{"step": 1, "split": "val", "loss": 1.0}, {"step": 2, "split": "val", "mse": 3.0}]
+    history = as_history(lines)["val"]
+    np.testing.assert_array_equal(history["loss"], [1.0, np.nan])
+    np.testing.assert_array_equal(history["mse"], [np.nan, 3.0])
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
 
 
 def show_progress():
-    with Progress(total_steps=10, initial=4, tasks_per_step=16) as progress:
+    shown = ("loss", "accuracy", "absent")
+    with Progress(total_steps=10, initial=4, tasks_per_step=16, shown=shown) as progress:
         for step in range(6):
             progress.update(1, {"loss": jnp.float32(0.5), "accuracy": 0.25, "other": step})
 
