@@ -16,3 +16,8 @@ def moved(tree: PyTree, by: float = 0.3, seed: int = 42) -> PyTree:
     """Parameters away from their initial ones and zeros, so that each of them matters."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(p + by * rng.normal(size=p.shape)), tree)
+
+
+def dtypes(tree: PyTree) -> PyTree:
+    """The dtype of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)

@@ -3,14 +3,18 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
-import meta_jax as mj
-from meta_jax.optimization_based.learned_optimizers.tuning import RATES
+from meta_jax.lookup import UsageError
+from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED
+from meta_jax.optimization_based.learned_optimizers.tuning import LEARNING_RATES
+from meta_jax.training.learned_rules import load_rule
 from tests.experiments.command_line_test import ROOT, assert_refused, command
 
 TINY = [
-    *("--rule=mlp", "--estimator=pes", "--horizon=4", "--truncation=2", "--task_batch=4"),
+    *("--rule=mlp", "--estimator=pes", "--estimator.horizon=4", "--estimator.truncation=2"),
+    *("--task_batch=4", "--rule.widths=4,4"),
     *("--log_every=2", "--eval_every=4", "--checkpoint_every=2", "--val_tasks=8", "--steps=6"),
 ]
 
@@ -29,13 +33,15 @@ def trained(tmp_path_factory):
 def test_it_trains_and_compares_with_tuned_optimizers(trained):
     workdir, printed = trained
     result = json.loads((workdir / "result.json").read_text())
-    assert (result["rule"], result["family"], result["steps"]) == ("mlp", "quadratics", 4)
-    assert set(result["losses"]) == {"mlp", *mj.HAND_DESIGNED}
+    assert result["rule"] == {"name": "mlp", "widths": [4, 4]}
+    assert (result["family"]["name"], result["steps"]) == ("quadratics", 4)
+    assert set(result["losses"]) == {"mlp", *HAND_DESIGNED}
     for name, found in result["losses"].items():
-        assert f"{name}: loss {found['loss']:.4f} ± {found['ci95']:.4f} after 4 steps" in printed
-        assert found["rate"] is None if name == "mlp" else found["rate"] in RATES
+        assert f"{name}: loss {found['mean']:.4f} ± {found['ci95']:.4f} after 4 steps" in printed
+        rate = found["learning_rate"]
+        assert rate is None if name == "mlp" else rate in LEARNING_RATES
     # A rule that has hardly learned leaves the loss where it was, about 10.
-    assert result["losses"]["mlp"]["loss"] > 2 * result["losses"]["adam"]["loss"]
+    assert result["losses"]["mlp"]["mean"] > 2 * result["losses"]["adam"]["mean"]
     for name in ("learning_curve.png", "result.png"):
         assert (workdir / name).stat().st_size > 0
 
@@ -56,12 +62,13 @@ def test_weights_are_compared_elsewhere_without_training(trained, tmp_path):
     output = tmp_path / "other.json"
     found = command(
         *("learn_optimizer", f"--weights={workdir}", "--test_tasks=4", "--test_steps=2"),
-        *("--test_distribution=uniform", f"--output={output}"),
+        *("--tasks.distribution=uniform", f"--output={output}"),
     )
     assert found.returncode == 0, found.stderr
     result = json.loads(output.read_text())
-    assert (result["distribution"], result["steps"], result["tasks"]) == ("uniform", 2, 4)
-    assert result["losses"]["mlp"]["loss"] < 5  # 10 / 3 where nothing is learned; 10 on normal ones
+    assert (result["tasks"]["distribution"], result["steps"]) == ("uniform", 2)
+    assert result["num_tasks"] == 4
+    assert result["losses"]["mlp"]["mean"] < 5  # 10 / 3 where nothing is learned; 10 on normal ones
     assert output.with_suffix(".png").stat().st_size > 0
 
 
@@ -70,15 +77,64 @@ def test_weights_are_compared_elsewhere_without_training(trained, tmp_path):
     [
         ((), ("--workdir", "--weights")),
         (("--rule=adamw", "--workdir=W"), ("adamw", "adafactor_mlp")),
-        (("--family=mlp", "--activation=gelu", "--workdir=W"), ("gelu", "sigmoid")),
-        (("--truncation=30", "--workdir=W"), ("30", "divides")),
-        (("--weights=W",), ("flags.txt",)),
+        (("--family=mlp", "--family.activation=gelu", "--workdir=W"), ("gelu", "sigmoid")),
+        (("--family=quadratics", "--tasks=glyphs", "--workdir=W"), ("quadratics", "x")),
+        (("--family.width=4", "--workdir=W"), ("quadratics", "width", "none")),
+        (("--rule.widths=4", "--workdir=W"), ("lstm", "widths", "hidden_sizes")),
+        (("--adjoint=second_order", "--workdir=W"), ("second_order", "unrolled")),
+        (("--estimator.truncation=30", "--workdir=W"), ("30", "divides")),
+        (("--weights=W",), ("config.json",)),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, culprits):
     arguments = [argument.replace("=W", f"={tmp_path / 'w'}") for argument in arguments]
     assert_refused(command("learn_optimizer", *arguments), *culprits)
     assert not (tmp_path / "w").exists()
+
+
+def test_the_record_holds_every_setting_of_what_is_chosen(trained):
+    workdir, _ = trained
+    config = json.loads((workdir / "config.json").read_text())
+    learner = config["learner"]
+    assert learner["rule"] == {"name": "mlp", "widths": [4, 4]}
+    assert learner["estimator"] == {"name": "pes", "horizon": 4, "truncation": 2, "sigma": 0.01}
+    assert learner["family"] == {"name": "quadratics"}
+    assert config["tasks"].items() >= {"name": "quadratics", "dimensions": 10}.items()
+    assert config["optimizer"].items() >= {"name": "adam", "learning_rate": 1e-3}.items()
+    assert config["run"].items() >= {"steps": 6, "adjoint": "first_order", "seed": 0}.items()
+
+
+def test_a_learned_rule_is_loaded_from_its_folder_alone(trained):
+    workdir, _ = trained
+    loaded = load_rule(workdir)
+    optimizer, params = loaded.to_optax(), {"w": jnp.ones((2, 3))}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert jnp.isfinite(updates["w"]).all()
+    assert abs(updates["w"]).max() > 0
+    assert loaded.config["learner"]["rule"]["widths"] == [4, 4]
+
+
+def test_a_folder_without_a_rule_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load_rule(tmp_path)
+    config = {"learner": {"name": "maml"}, "tasks": {"name": "glyphs"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="no learned optimizer"):
+        load_rule(tmp_path)
+
+
+def test_weights_are_not_read_as_another_rule(trained):
+    workdir, _ = trained
+    assert_refused(command("learn_optimizer", f"--weights={workdir}", "--rule=lstm"), "rule")
+
+
+def test_help_shows_the_settings_of_what_is_chosen_and_no_others():
+    found = command("learn_optimizer", "--rule=lstm", "--family=mlp", "--help")
+    assert found.returncode == 0, found.stderr
+    for name in ("rule.preprocessing", "family.width", "estimator.horizon", "tasks.image_size"):
+        assert f"\n  --{name}=" in found.stdout
+    for name in ("rule.widths", "estimator.sigma", "tasks.distribution", "learner"):
+        assert f"\n  --{name}=" not in found.stdout
 
 
 def test_without_validation_the_last_rule_is_compared(tmp_path):
@@ -92,7 +148,7 @@ def test_without_validation_the_last_rule_is_compared(tmp_path):
 def test_a_workdir_trained_with_other_flags_is_refused(trained):
     workdir, _ = trained
     before = sorted(workdir.rglob("*"))
-    found = command("learn_optimizer", *TINY, "--sigma=0.02", f"--workdir={workdir}")
+    found = command("learn_optimizer", *TINY, "--estimator.sigma=0.02", f"--workdir={workdir}")
     assert_refused(found, "sigma")
     assert sorted(workdir.rglob("*")) == before
 
@@ -105,6 +161,6 @@ def test_the_shipped_optimizer_still_beats_tuned_ones(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     losses = {
-        name: found["loss"] for name, found in json.loads(output.read_text())["losses"].items()
+        name: found["mean"] for name, found in json.loads(output.read_text())["losses"].items()
     }
     assert losses["lstm"] < min(loss for name, loss in losses.items() if name != "lstm")

@@ -1,83 +1,124 @@
 """Families of problems that optimizers are trained and compared on."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
+import chex
 import jax
 
-from meta_jax.core import Batch, Criterion, Episode, Network, PyTree, cross_entropy
+from meta_jax import registry
+from meta_jax.core import Array, Batch, Network, PyTree
+from meta_jax.lookup import UsageError
+from meta_jax.networks.conv4 import strided_conv4
+from meta_jax.networks.mlp import mlp
 from meta_jax.networks.output_layer import with_output_layer
+from meta_jax.objectives import check_batch, tree_rows
 
 
 class ProblemFamily(NamedTuple):
-    """A network to be trained, and on what; a task's support set is its training set.
+    """A kind of network to be trained on a task's support set, and how.
 
-    Tasks are episodes, drawn by any sampler: `sample_quadratic`, or `sample_episode`.
+    The tasks, and what their objective asks of the network, come from a source of tasks.
     """
 
-    network: Network  # with its output layer; its initial parameters are drawn, not learned
-    criterion: Criterion  # (outputs, y) -> (loss, metrics)
-    minibatch: int | None = None  # examples drawn, with replacement, for a step; None: all
+    # From a training set to the network, with its output layer, that is trained on it. The
+    # network's initial parameters are drawn, not learned.
+    network: Callable[[Batch], Network]
+    minibatch: int | None = None  # examples drawn, with replacement, for a step; None: all of them
+    tasks: str = "glyphs"  # name of the source of tasks that it is used with by default
 
 
-def sample_quadratic(
-    key: jax.Array, data: PyTree = None, *, dimensions: int = 10, distribution: str = "normal"
-) -> Episode:
-    """A random linear system W theta = y, as an episode: W [D, D] are inputs, y [D, 1] targets.
+def network_family(network: Network, *, minibatch: int | None = None) -> ProblemFamily:
+    """Builds the problems of training a network with an output layer.
 
     Args:
-      key: of the draw.
-      data: nothing; samplers have a second argument.
-      dimensions: D.
-      distribution: of all entries, 'normal' for N(0, 1) or 'uniform' for U[0, 1).
+      network: Body of the network; a linear layer as wide as a task's targets follows it.
+      minibatch: Number of examples drawn, with replacement, for a step; None for all of them.
+
+    Returns:
+      The family.
 
     Raises:
-      ValueError: for another distribution.
+      UsageError: the minibatch is empty.
     """
-    del data
-    draws = {"normal": jax.random.normal, "uniform": jax.random.uniform}
-    if distribution not in draws:
-        raise ValueError(f"unknown distribution '{distribution}': choose normal or uniform")
-    w_key, y_key = jax.random.split(key)
-    draw = draws[distribution]
-    system = Batch(draw(w_key, (dimensions, dimensions)), draw(y_key, (dimensions, 1)))
-    return Episode(system, system)
+    if minibatch is not None and minibatch < 1:
+        raise UsageError(f"minibatch {minibatch} must be at least 1")
+    return ProblemFamily(
+        lambda batch: with_output_layer(network, batch.y.shape[-1]), minibatch=minibatch
+    )
 
 
-def quadratics() -> ProblemFamily:
-    """f(theta) = ||W theta - y||^2 from theta ~ N(0, 0.01^2) (Andrychowicz et al. 2016, 3.1).
+@registry.component("family", "mlp")
+def mlp_family(
+    *,
+    width: int = 20,
+    depth: int = 1,
+    activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid",
+    minibatch: int | None = 64,
+) -> ProblemFamily:
+    """Builds the problems of training multi-layer perceptrons.
+
+    The defaults are the networks of Andrychowicz et al. (2016), section 3.2.
+
+    Args:
+      width: Number of units of each hidden layer.
+      depth: Number of hidden layers.
+      activation: Nonlinearity of the hidden layers.
+      minibatch: Number of examples drawn for a step; None for all of them.
+
+    Returns:
+      The family.
+
+    Raises:
+      UsageError: there is no layer or unit, or the activation is unknown.
+    """
+    if min(width, depth) < 1:
+        raise UsageError(f"width {width} and depth {depth} must be at least 1")
+    return network_family(mlp((width,) * depth, activation=activation), minibatch=minibatch)
+
+
+@registry.component("family", "convnet")
+def convnet_family(*, features: int = 20, minibatch: int | None = 64) -> ProblemFamily:
+    """Builds the problems of training convolutional networks of four blocks on images.
+
+    Args:
+      features: Number of channels of each block.
+      minibatch: Number of examples drawn for a step; None for all of them.
+
+    Returns:
+      The family.
+    """
+    return network_family(strided_conv4(features, normalisation="batch"), minibatch=minibatch)
+
+
+def draw_minibatch(key: Array, batch: Batch, size: int) -> Batch:
+    """Draws examples with replacement, among those that are not padding.
+
+    Args:
+      key: Random key.
+      batch: Examples, leaves [n, ...].
+      size: Number of examples to draw.
+
+    Returns:
+      A batch of `size` rows without padding.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> family, (system, _) = quadratics(), sample_quadratic(jax.random.key(0))
-      >>> theta, _ = family.network.init(jax.random.key(1), system.x)
-      >>> outputs, _ = family.network.apply(theta, {}, system.x, key=None, train=True)
-      >>> loss, _ = family.criterion(outputs, system.y)
-      >>> bool(jnp.allclose(loss, ((system.x @ theta[:, None] - system.y) ** 2).sum()))
-      True
+      >>> batch = Batch(jnp.arange(3.0)[:, None], jnp.ones((3, 1)), jnp.array([False, True, False]))
+      >>> draw_minibatch(jax.random.key(0), batch, 2).x.tolist()
+      [[1.0], [1.0]]
     """
+    chex.assert_scalar_positive(size)
+    check_batch(batch, "the training set")
+    x, y, mask = batch
+    if mask is None:
+        chosen = jax.random.randint(key, (size,), 0, tree_rows(x))
+    else:
+        # Real rows come first: padding does not change which of them are drawn.
+        real = (~mask).argsort(stable=True)
+        chosen = real[jax.random.randint(key, (size,), 0, mask.sum())]
 
-    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        return 0.01 * jax.random.normal(key, (x.shape[1],), x.dtype), {}
+    def rows(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[chosen], tree)
 
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del key, train
-        return (x @ params)[:, None], state
-
-    def criterion(outputs: jax.Array, y: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss = ((outputs - y) ** 2).sum()
-        return loss, {"squares": loss}
-
-    return ProblemFamily(Network(init, apply), criterion)
-
-
-def classification(network: Network, *, ways: int, minibatch: int | None) -> ProblemFamily:
-    """A classifier's training by minibatches: tasks are episodes of `ways` classes.
-
-    Args:
-      network: the body; an output layer follows it.
-      ways: classes of a task.
-      minibatch: examples of a step.
-    """
-    return ProblemFamily(with_output_layer(network, ways), cross_entropy, minibatch)
+    return Batch(rows(x), rows(y))

@@ -1,66 +1,66 @@
 """Learning rates of hand-designed optimizers, tuned: what learned ones have to beat."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from meta_jax.core import Episode, PyTree
+from meta_jax.core import Array, Tasks
+from meta_jax.lookup import UsageError
 from meta_jax.optimization_based.learned_optimizers.families import ProblemFamily
-from meta_jax.optimization_based.learned_optimizers.hand_designed import with_rate
+from meta_jax.optimization_based.learned_optimizers.hand_designed import with_learning_rate
 from meta_jax.optimization_based.learned_optimizers.learned_optimizer import make_training_curves
 
 # Half decades from 1e-4 to 10.
-RATES = tuple(float(rate) for rate in 10 ** np.arange(-4, 1.5, 0.5))
+LEARNING_RATES = tuple(float(rate) for rate in 10 ** np.arange(-4, 1.5, 0.5))
 
 
 class Tuned(NamedTuple):
-    """The best of the rates tried."""
+    """The best of the learning rates tried."""
 
-    rate: float
+    learning_rate: float
     losses: dict[float, float]  # by rate, the mean last loss; infinite where it is not finite
 
 
-def tune_rate(
+def tune_learning_rate(
     transformation: optax.GradientTransformation,
     family: ProblemFamily,
-    sampler: Callable[[jax.Array, PyTree], Episode],
-    data: PyTree,
-    key: jax.Array,
+    tasks: Tasks,
+    key: Array,
     *,
     steps: int = 100,
-    tasks: int = 256,
+    num_tasks: int = 256,
     task_chunk: int = 32,
-    rates: Sequence[float] = RATES,
+    learning_rates: Sequence[float] = LEARNING_RATES,
 ) -> Tuned:
-    """The learning rate whose mean loss over tasks is smallest after the last step.
+    """Finds the learning rate whose mean loss over tasks is smallest after the last step.
 
     Args:
-      transformation: an optimizer without its rate, for example of `HAND_DESIGNED`.
-      family: what is trained.
-      sampler: draws one task.
-      data: its second argument.
-      key: of the tasks, the same for every rate.
-      steps: of a training run.
-      tasks: runs for each rate.
-      task_chunk: runs at a time.
-      rates: to choose from.
+      transformation: Optimizer without its learning rate, for example one of `HAND_DESIGNED`.
+      family: Family of the networks that are trained.
+      tasks: Tasks that are drawn, and their objective.
+      key: Random key of the tasks, the same for every rate.
+      steps: Number of steps of a training run.
+      num_tasks: Number of runs for each rate.
+      task_chunk: Number of runs at a time.
+      learning_rates: Rates to choose from.
 
     Raises:
-      ValueError: where every rate ends in a loss that is not finite.
+      UsageError: every rate ends in a loss that is not finite, or there is none.
     """
-    rule = with_rate(transformation, 1.0)
+    rule = with_learning_rate(transformation, 1.0)
     curves = make_training_curves(
-        family, rule, sampler, steps=steps, tasks=tasks, task_chunk=task_chunk
+        family, rule, tasks, steps=steps, num_tasks=num_tasks, task_chunk=task_chunk
     )
-    losses = {
-        rate: float(curves({"rate": jnp.asarray(rate)}, data, key)[:, -1].mean()) for rate in rates
-    }
-    losses = {rate: loss if np.isfinite(loss) else np.inf for rate, loss in losses.items()}
-    best = min(losses, key=losses.__getitem__)
-    if not np.isfinite(losses[best]):
-        raise ValueError(f"every rate of {tuple(rates)} diverges: give smaller ones")
+    losses = {}
+    for rate in learning_rates:
+        loss = float(curves({"learning_rate": jnp.asarray(rate)}, key)[:, -1].mean())
+        losses[rate] = loss if np.isfinite(loss) else np.inf
+    best = min(losses, key=losses.__getitem__, default=None)
+    if best is None or not np.isfinite(losses[best]):
+        raise UsageError(
+            f"every learning rate of {tuple(learning_rates)} diverges: give smaller ones"
+        )
     return Tuned(best, losses)

@@ -5,14 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_jax import registry
+from meta_jax.lookup import UsageError
 from meta_jax.optimization_based.learned_optimizers.estimators import (
     Run,
+    antithetic_loss,
     full_unroll,
     persistent_es,
+    perturbation,
     truncated_es,
     truncated_gradient,
     with_gradient,
 )
+from tests.random_trees import dtypes
 
 THETA, STEPS = 0.3, 4
 EXACT = 14.2685  # sum_t 2 theta a_t^2, a_t = (1 - 0.9^t) / 0.1
@@ -21,14 +26,14 @@ TASKS = 100_000
 
 
 def scalar_run():
-    def go_on(theta, s, key, steps):
+    def advance(theta, s, key, steps):
         def step(s, _):
             s = 0.9 * s + theta
             return s, s**2
 
         return jax.lax.scan(step, s, None, steps)
 
-    return Run(lambda theta, task, key: jnp.asarray(task), go_on)
+    return Run(lambda theta, task, key: jnp.asarray(task), advance)
 
 
 def gradients(estimator, tasks, segments, seed=0):
@@ -99,18 +104,18 @@ def test_a_run_that_has_ended_begins_anew(make):
 def test_persistent_perturbations_are_those_of_this_run():
     estimator = persistent_es(STEPS, 1)
     _, _, carried = gradients(estimator, 5, 1)
-    plus, minus, perturbations = carried.state
+    plus, minus, perturbation = carried.run
     # After one step from zero, s is theta perturbed.
-    np.testing.assert_allclose(plus - THETA, perturbations, atol=1e-7)
-    np.testing.assert_allclose(minus - THETA, -perturbations, atol=1e-7)
+    np.testing.assert_allclose(plus - THETA, perturbation, atol=1e-7)
+    np.testing.assert_allclose(minus - THETA, -perturbation, atol=1e-7)
     # The fifth segment begins a run: nothing is left of the first four.
     _, _, carried = gradients(estimator, 5, 5)
-    np.testing.assert_allclose(carried.state.plus - THETA, carried.state.perturbations, atol=1e-7)
+    np.testing.assert_allclose(carried.run.plus - THETA, carried.run.perturbation, atol=1e-7)
 
 
 def test_every_task_has_a_perturbation_of_its_own():
     _, _, carried = gradients(persistent_es(STEPS, 1), 5, 1)
-    assert len(np.unique(carried.state.perturbations)) == 5
+    assert len(np.unique(carried.run.perturbation)) == 5
 
 
 def test_a_gradient_may_be_given():
@@ -126,5 +131,58 @@ def test_a_gradient_may_be_given():
 @pytest.mark.parametrize("make", [truncated_gradient, truncated_es, persistent_es])
 @pytest.mark.parametrize("truncation", [3, 0, 8])
 def test_segments_that_do_not_fit_are_refused(make, truncation):
-    with pytest.raises(ValueError, match="divides the steps"):
+    with pytest.raises(UsageError, match="divides the horizon"):
         make(4, truncation)
+
+
+@pytest.mark.parametrize("make", [truncated_es, persistent_es])
+def test_evolution_strategies_without_noise_are_refused(make):
+    with pytest.raises(UsageError, match="sigma"):
+        make(4, 2, sigma=0.0)
+
+
+def test_a_run_without_steps_is_refused():
+    with pytest.raises(UsageError, match="horizon"):
+        full_unroll(0)
+
+
+def test_perturbations_are_normal_and_each_leaf_s_own():
+    meta = {"a": jnp.zeros(20_000), "b": jnp.zeros(20_000, jnp.bfloat16)}
+    found = perturbation(jax.random.key(0), meta, 0.1)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == {"a": jnp.float32, "b": jnp.bfloat16}
+    for leaf in found.values():
+        np.testing.assert_allclose(leaf.astype(jnp.float32).std(), 0.1, rtol=0.02)
+    correlation = np.corrcoef(found["a"], found["b"].astype(jnp.float32))[0, 1]
+    assert abs(correlation) < 0.03
+
+
+def test_an_antithetic_pair_s_gradient_is_the_slope_along_its_direction():
+    plus, minus = jnp.array([3.0, 5.0]), jnp.array([1.0, 1.0])
+    meta, direction = jnp.zeros(2), jnp.array([0.1, -0.2])
+    value, gradient = jax.value_and_grad(
+        lambda meta: antithetic_loss(plus, minus, meta, direction, 0.1)
+    )(meta)
+    assert value == 2.5
+    np.testing.assert_allclose(gradient, 3 / (2 * 0.1**2) * direction, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [truncated_gradient, truncated_es, persistent_es])
+def test_what_is_carried_keeps_its_structure_and_dtypes(make):
+    estimator, run = make(4, 2), scalar_run()
+    theta, task = jnp.asarray(THETA, jnp.bfloat16), jnp.zeros((), jnp.bfloat16)
+    carried = estimator.init(run, theta, task, jax.random.key(0))
+    loss, aux = estimator.loss(run, theta, carried, task, jax.random.key(1))
+    assert dtypes(aux.state) == dtypes(carried)
+    assert loss.dtype == jnp.bfloat16
+    assert carried.age.dtype == jnp.int32  # a counter, which no outer step averages
+
+
+@pytest.mark.parametrize("name", ["full", "truncated", "truncated_es", "pes"])
+def test_an_estimator_is_found_by_its_name_and_its_settings_are_its_own(name):
+    component = registry.find("estimator", name)
+    settings = registry.settings(component)
+    wanted = {"horizon"} | ({"truncation"} if name != "full" else set())
+    wanted |= {"sigma"} if name in ("truncated_es", "pes") else set()
+    assert set(settings) == wanted
+    assert all(setting.doc for setting in settings.values())
+    assert component.factory(horizon=40).horizon == 40

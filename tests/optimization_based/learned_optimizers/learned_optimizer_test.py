@@ -6,9 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.core import cross_entropy
+from meta_jax import registry
+from meta_jax.core import Batch, Episode, Network, Objective, Tasks
+from meta_jax.data.source import EpisodeSize, load_source
+from meta_jax.lookup import UsageError
 from meta_jax.networks.mlp import mlp
-from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
+from meta_jax.networks.normalisation import init_normalisation, normalise
+from meta_jax.objectives import cross_entropy
+from meta_jax.optimization_based.adjoints import UNROLLED
 from meta_jax.optimization_based.learned_optimizers.estimators import (
     full_unroll,
     persistent_es,
@@ -16,21 +21,29 @@ from meta_jax.optimization_based.learned_optimizers.estimators import (
 )
 from meta_jax.optimization_based.learned_optimizers.families import (
     ProblemFamily,
-    classification,
-    quadratics,
-    sample_quadratic,
+    draw_minibatch,
+    network_family,
 )
-from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
+from meta_jax.optimization_based.learned_optimizers.hand_designed import (
+    HAND_DESIGNED,
+    with_learning_rate,
+)
 from meta_jax.optimization_based.learned_optimizers.learned_optimizer import (
+    last_loss_objective,
     learned_optimizer,
     make_training_curves,
     training_run,
 )
 from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
-from meta_jax.optimization_based.learned_optimizers.mlp import adafactor_mlp_rule
-from meta_jax.optimization_based.learned_optimizers.tuning import tune_rate
+from meta_jax.optimization_based.learned_optimizers.mlp import adafactor_mlp_rule, mlp_rule
+from meta_jax.optimization_based.learned_optimizers.quadratics import (
+    quadratics,
+    sample_quadratic,
+    sum_of_squares,
+)
+from meta_jax.optimization_based.learned_optimizers.tuning import tune_learning_rate
 from meta_jax.optimization_based.learner import gradient_learner
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_run
+from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
@@ -38,13 +51,15 @@ from tests.optimization_based.tasks import (
     tanh_network,
     vectors,
 )
+from tests.random_trees import dtypes
 
-SMALL = coordinatewise_lstm((3,), preprocessing=None, scale=1.0)
+QUADRATICS = Tasks(sample_quadratic, (), sum_of_squares)
+SMALL = coordinatewise_lstm((3,), preprocessing=None, output_scale=1.0)
 
 
 def tanh_family():
     """Smooth, so that finite differences are exact."""
-    return classification(tanh_network(3), ways=3, minibatch=None)
+    return network_family(tanh_network(3))
 
 
 def directional(function, meta, direction, step=1e-5):
@@ -65,17 +80,17 @@ def pieces(adjoint):
         lambda m: m + 0.3 * jax.random.normal(KEY, m.shape), SMALL.init_meta(KEY, jnp.zeros(2))
     )
     direction = jax.tree.map(lambda m: jax.random.normal(jax.random.key(3), m.shape), meta)
-    start = run.begin(meta, episode, KEY)
+    start = run.init(meta, episode, KEY)
     return run, meta, direction, start
 
 
 @pytest.mark.usefixtures("x64")
 def test_second_derivatives_on_equal_finite_differences():
-    run, meta, direction, start = pieces(UNROLLED)
+    run, meta, direction, start = pieces("unrolled")
 
     @jax.jit
     def loss(meta):
-        return run.go_on(meta, start, KEY, 4)[1].mean()
+        return run.advance(meta, start, KEY, 4)[1].mean()
 
     slope = inner_product(jax.jit(jax.grad(loss))(meta), direction)
     np.testing.assert_allclose(slope, directional(loss, meta, direction), rtol=1e-6)
@@ -83,27 +98,27 @@ def test_second_derivatives_on_equal_finite_differences():
 
 @pytest.mark.usefixtures("x64")
 def test_second_derivatives_off_equal_finite_differences_with_the_gradients_held():
-    run, meta, direction, start = pieces(FIRST_ORDER)
-    gradient = jax.jit(jax.grad(lambda m: run.go_on(m, start, KEY, 4)[1].mean()))(meta)
+    run, meta, direction, start = pieces("first_order")
+    gradient = jax.jit(jax.grad(lambda m: run.advance(m, start, KEY, 4)[1].mean()))(meta)
     slope = inner_product(gradient, direction)
-    family = tanh_family()
+    network = tanh_family().network(start.batch)
 
     def loss_at(params):
-        outputs, _ = family.network.apply(params, {}, start.batch.x, key=None, train=True)
-        return family.criterion(outputs, start.batch.y)[0]
+        outputs, _ = network.apply(params, {}, start.batch.x, key=None, train=True)
+        return cross_entropy.loss(outputs, start.batch.y, None)[0]
 
     def losses(meta, gradients):
         """The run's losses; with gradients given, the rule sees these and not its own."""
         params, state, found, seen = start.params, start.rule_state, [], []
         for step in range(4):
             seen.append(jax.grad(loss_at)(params) if gradients is None else gradients[step])
-            updates, state = SMALL.update(meta, seen[-1], state, params, loss=None)
+            updates, state = SMALL.update(meta, seen[-1], state, params)
             params = optax.apply_updates(params, updates)
             found.append(loss_at(params))
         return jnp.stack(found), seen
 
     found, held = losses(meta, None)
-    np.testing.assert_allclose(run.go_on(meta, start, KEY, 4)[1], found, rtol=1e-10)
+    np.testing.assert_allclose(run.advance(meta, start, KEY, 4)[1], found, rtol=1e-10)
     numeric = directional(jax.jit(lambda m: losses(m, held)[0].mean()), meta, direction)
     np.testing.assert_allclose(slope, numeric, rtol=1e-6)
     # And that is not what the exact derivative gives.
@@ -113,15 +128,16 @@ def test_second_derivatives_off_equal_finite_differences_with_the_gradients_held
 
 @pytest.mark.usefixtures("x64")
 def test_losses_are_those_after_each_step():
-    run, rule = training_run(quadratics(), with_rate(optax.identity(), 0.01)), {"rate": 0.01}
+    rule, meta = with_learning_rate(optax.identity(), 0.01), {"learning_rate": 0.01}
+    run = training_run(quadratics(), rule, objective=sum_of_squares)
     episode = sample_quadratic(KEY)
-    start = run.begin(rule, episode, jax.random.key(1))
+    start = run.init(meta, episode, jax.random.key(1))
     w, y = episode.support.x, episode.support.y[:, 0]
     theta, wanted = start.params, []
     for _ in range(3):
         theta = theta - 0.01 * 2 * w.T @ (w @ theta - y)
         wanted.append(((w @ theta - y) ** 2).sum())
-    end, losses = run.go_on(rule, start, KEY, 3)
+    end, losses = run.advance(meta, start, KEY, 3)
     np.testing.assert_allclose(losses, wanted, rtol=1e-10)
     np.testing.assert_allclose(end.params, theta, rtol=1e-10)
 
@@ -130,10 +146,10 @@ def test_losses_are_those_after_each_step():
 def test_segments_go_on_where_the_last_one_ended():
     run = training_run(tanh_family(), SMALL)
     meta = SMALL.init_meta(KEY, jnp.zeros(2))
-    start = run.begin(meta, vectors(), KEY)
-    whole, losses = run.go_on(meta, start, KEY, 4)
-    half, first = run.go_on(meta, start, KEY, 2)
-    end, second = run.go_on(meta, half, KEY, 2)
+    start = run.init(meta, vectors(), KEY)
+    whole, losses = run.advance(meta, start, KEY, 4)
+    half, first = run.advance(meta, start, KEY, 2)
+    end, second = run.advance(meta, half, KEY, 2)
     assert_trees_close(end, whole)
     np.testing.assert_allclose(jnp.concatenate([first, second]), losses, rtol=1e-10)
 
@@ -141,50 +157,182 @@ def test_segments_go_on_where_the_last_one_ended():
 def test_minibatches_are_drawn_anew_and_are_no_larger():
     seen = []
 
-    def criterion(outputs, y):
+    def loss(outputs, y, mask):
+        assert mask is None
         seen.append(y.shape)
         return (outputs.sum(-1) * jnp.arange(outputs.shape[0])).sum(), {}
 
-    family = ProblemFamily(mlp((2,)), criterion, 4)
-    run = training_run(family, with_rate(optax.identity(), 0.0))
-    _, losses = run.go_on({"rate": 0.0}, run.begin({}, vectors(), KEY), KEY, 5)
+    family = ProblemFamily(lambda batch: mlp((2,)), minibatch=4)
+    rule = with_learning_rate(optax.identity(), 0.0)
+    run = training_run(family, rule, objective=Objective(loss, "loss", maximise=False))
+    meta = {"learning_rate": 0.0}
+    _, losses = run.advance(meta, run.init(meta, vectors(), KEY), KEY, 5)
     assert set(seen) == {(4, 3)}
     assert len(np.unique(losses)) == 5  # the parameters stay where they are
 
 
-@pytest.mark.parametrize("rule", [SMALL, adafactor_mlp_rule()])
+@pytest.mark.parametrize("rule", [SMALL, adafactor_mlp_rule((2,))])
 def test_a_rule_is_learned(rule):
-    learner = learned_optimizer(quadratics(), rule, truncated_gradient(8, 4))
+    learner = learned_optimizer(
+        quadratics(), rule, truncated_gradient(8, 4), objective=sum_of_squares
+    )
     optimizer = optax.adam(1e-2)
-    initial = init_train_state(learner, optimizer, sample_quadratic, None, 0, task_batch=4)
+    initial = init_train_state(learner, optimizer, QUADRATICS, 0, task_batch=4)
+    before = jax.tree.map(np.asarray, initial.params)
     step = make_outer_step(learner, optimizer, sample_quadratic, task_batch=4, task_chunk=4)
-    state, metrics, finite = make_run(step)(initial, None, 3)
+    state, metrics, finite = make_train_loop(step)(initial, (), 3)
     assert finite
     assert metrics["loss"] > 0
     assert state.state.age.tolist() == [4] * 4  # 4, 8, and 4 of the next run
-    first, second = (state.state.state.batch.x[i] for i in range(2))
+    first, second = (state.state.run.batch.x[i] for i in range(2))
     assert abs(first - second).max() > 0.1
+    moved = jax.tree.map(lambda a, b: abs(a - b).max(), before, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
 
 
 def test_adapt_trains_a_network_and_predict_asks_it():
-    rule = with_rate(HAND_DESIGNED["adam"](), 0.1)
-    learner = learned_optimizer(
-        classification(mlp((8,)), ways=3, minibatch=None), rule, full_unroll(5), test_steps=60
-    )
+    rule = with_learning_rate(HAND_DESIGNED["adam"](), 0.1)
+    learner = learned_optimizer(network_family(mlp((8,))), rule, full_unroll(5), test_steps=60)
     episode = vectors()
     meta, state = learner.init(KEY, episode)
     adapted = jax.jit(functools.partial(learner.adapt, train=False))(
         meta, state, episode.support, KEY
     )
     outputs, _ = learner.predict(meta, adapted, episode.support.x, KEY, train=False)
-    assert cross_entropy(outputs, episode.support.y)[1]["accuracy"] == 1
+    assert cross_entropy.loss(outputs, episode.support.y, None)[1]["accuracy"] == 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_evaluate_gives_what_a_training_curve_does():
+    rule, meta = with_learning_rate(optax.identity(), 0.01), {"learning_rate": jnp.asarray(0.01)}
+    learner = learned_optimizer(quadratics(), rule, full_unroll(3), objective=sum_of_squares)
+    task_key, key = jax.random.split(KEY)
+    task = sample_quadratic(task_key)
+    found = learner.evaluate(meta, {}, task, key)
+    theta, losses = 0.01 * jax.random.normal(jax.random.split(key)[0], (10,)), []
+    w, y = task.support.x, task.support.y[:, 0]
+    for _ in range(3):  # as many as the estimator's horizon
+        theta = theta - 0.01 * 2 * w.T @ (w @ theta - y)
+        losses.append(((w @ theta - y) ** 2).sum())
+    np.testing.assert_allclose(found["last_loss"], losses[-1], rtol=1e-10)
+    np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-10)
+
+
+def test_a_rule_is_selected_by_its_last_loss_whatever_the_tasks_ask():
+    for objective in (cross_entropy, sum_of_squares):
+        selection = last_loss_objective(objective)
+        assert (selection.metric, selection.maximise, selection.unit) == ("last_loss", False, "")
+        assert selection.loss is objective.loss
+
+
+def padded(batch, rows=3):
+    """The batch with rubbish in between its rows, and the mask that says so."""
+    n = batch.y.shape[0]
+    order = np.random.default_rng(0).permutation(n + rows)
+    mask = jnp.asarray(order < n)
+    place = np.where(order < n, np.cumsum(order < n) - 1, 0)
+    x, y = (jnp.where(mask[:, None], leaf[place], 7.0) for leaf in (batch.x, batch.y))
+    return Batch(x, y, mask)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("minibatch", [None, 4])
+def test_padding_changes_no_training(minibatch):
+    def init(key, x):
+        scale, state = init_normalisation(4, "batch")
+        return {"w": jax.random.normal(key, (4, 4)), "normalisation": scale}, state
+
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
+        return normalise(
+            params["normalisation"],
+            state,
+            x @ params["w"],
+            mode="batch",
+            moments=moments,
+            mask=mask,
+        )
+
+    family = network_family(Network(init, apply, "batch"), minibatch=minibatch)
+    rule, meta = with_learning_rate(optax.identity(), 0.1), {"learning_rate": 0.1}
+    run = training_run(family, rule)
+    support = vectors().support
+    ends = []
+    for batch in (support, padded(support)):
+        start = run.init(meta, Episode(batch, batch), KEY)
+        end, losses = run.advance(meta, start, KEY, 3)
+        ends.append((end.params, losses))
+    assert_trees_close(*ends)
+
+
+def test_minibatches_of_dictionaries_come_from_the_same_rows():
+    x = {"ids": jnp.arange(6), "half": jnp.arange(6) / 2}
+    y = jnp.arange(6.0)[:, None]
+    drawn = draw_minibatch(KEY, Batch(x, y), 5)
+    np.testing.assert_array_equal(drawn.x["ids"], drawn.y[:, 0])
+    np.testing.assert_array_equal(drawn.x["half"], drawn.y[:, 0] / 2)
+    assert drawn.x["ids"].dtype == jnp.int32
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_all_is_finite_and_in_the_precision_of_what_comes_in(dtype):
+    learner = learned_optimizer(tanh_family(), SMALL, truncated_gradient(4, 2))
+    inputs = *learner.init(KEY, vectors()), vectors()
+    params, state, episode = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        inputs,
+    )
+
+    def both(params, state, episode):
+        adapted = learner.adapt(params, state, episode.support, KEY, train=False)
+        outputs, _ = learner.predict(params, adapted, episode.query.x, KEY, train=False)
+        loss, aux = learner.loss(params, state, episode, KEY)
+        return outputs, loss, aux.state
+
+    outputs, loss, new = jax.jit(both)(params, state, episode)
+    assert outputs.dtype == loss.dtype == dtype
+    assert jnp.isfinite(outputs).all() and jnp.isfinite(loss)
+    assert dtypes(new) == dtypes(state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "estimator", [full_unroll(1), truncated_gradient(2, 1), persistent_es(2, 1)]
+)
+def test_a_loss_uses_no_key_twice_and_leaks_no_tracer(estimator):
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+
+        def gradient(key):
+            # Built here too: what a factory computes once must not stay in a trace.
+            family, rule = network_family(mlp((2,)), minibatch=2), mlp_rule((2,))
+            learner = learned_optimizer(family, rule, estimator)
+            init_key, loss_key = jax.random.split(key)
+            params, state = learner.init(init_key, vectors())
+            return jax.grad(lambda p: learner.loss(p, state, vectors(), loss_key)[0])(params)
+
+        jax.block_until_ready(jax.jit(gradient)(jax.random.key(5)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_test_uses_no_key_twice_and_leaks_no_tracer():
+    learner = learned_optimizer(network_family(mlp((2,)), minibatch=2), SMALL, full_unroll(1))
+    with jax.debug_key_reuse(True), jax.checking_leaks():
+
+        def test(key):
+            keys = jax.random.split(key, 4)
+            params, state = learner.init(keys[0], vectors())
+            adapted = learner.adapt(params, state, vectors().support, keys[1], train=False)
+            outputs, _ = learner.predict(params, adapted, vectors().query.x, keys[2], train=False)
+            return outputs, learner.evaluate(params, state, vectors(), keys[3])
+
+        jax.block_until_ready(jax.jit(test)(jax.random.key(5)))
 
 
 def test_equal_keys_give_every_rule_equal_problems():
-    ask = {"steps": 2, "tasks": 6, "task_chunk": 3}
+    ask = {"steps": 2, "num_tasks": 6, "task_chunk": 3}
     still, again = (
-        make_training_curves(quadratics(), with_rate(make(), 0.0), sample_quadratic, **ask)(
-            {"rate": jnp.asarray(0.0)}, None, KEY
+        make_training_curves(quadratics(), with_learning_rate(make(), 0.0), QUADRATICS, **ask)(
+            {"learning_rate": jnp.asarray(0.0)}, KEY
         )
         for make in (HAND_DESIGNED["sgd"], HAND_DESIGNED["adam"])
     )
@@ -193,32 +341,39 @@ def test_equal_keys_give_every_rule_equal_problems():
     assert len(np.unique(still[:, 0])) == 6
 
 
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"num_tasks": 0}, {"task_chunk": 0}])
+def test_curves_of_nothing_are_refused(wrong):
+    ask = {"steps": 2, "num_tasks": 6, "task_chunk": 3, **wrong}
+    with pytest.raises(UsageError, match="at least 1"):
+        make_training_curves(quadratics(), SMALL, QUADRATICS, **ask)
+
+
 def test_the_tuner_finds_the_best_rate_and_survives_those_that_diverge():
     rates = (1e-4, 1e-3, 1e-2, 1e3)
-    ask = {"steps": 30, "tasks": 8, "task_chunk": 8}
-    tuned = tune_rate(
-        optax.identity(), quadratics(), sample_quadratic, None, KEY, rates=rates, **ask
+    ask = {"steps": 30, "num_tasks": 8, "task_chunk": 8}
+    tuned = tune_learning_rate(
+        optax.identity(), quadratics(), QUADRATICS, KEY, learning_rates=rates, **ask
     )
-    assert tuned.rate == 1e-2
+    assert tuned.learning_rate == 1e-2
     assert tuned.losses[1e3] == np.inf
     curves = make_training_curves(
-        quadratics(), with_rate(optax.identity(), 1.0), sample_quadratic, **ask
+        quadratics(), with_learning_rate(optax.identity(), 1.0), QUADRATICS, **ask
     )
-    wanted = curves({"rate": jnp.asarray(1e-3)}, None, KEY)[:, -1].mean()
+    wanted = curves({"learning_rate": jnp.asarray(1e-3)}, KEY)[:, -1].mean()
     np.testing.assert_allclose(tuned.losses[1e-3], wanted, rtol=1e-6)
 
 
-def test_a_grid_on_which_all_diverges_is_refused():
-    with pytest.raises(ValueError, match="give smaller ones"):
-        tune_rate(
+@pytest.mark.parametrize("rates", [(1e3,), ()])
+def test_a_grid_on_which_all_diverges_is_refused(rates):
+    with pytest.raises(UsageError, match="give smaller ones"):
+        tune_learning_rate(
             optax.identity(),
             quadratics(),
-            sample_quadratic,
-            None,
+            QUADRATICS,
             KEY,
             steps=40,
-            tasks=2,
-            rates=(1e3,),
+            num_tasks=2,
+            learning_rates=rates,
         )
 
 
@@ -230,8 +385,72 @@ def test_quadratics_are_as_published():
     np.testing.assert_allclose((system.y**2).sum((1, 2)).mean(), 10 / 3, rtol=0.05)
     system = jax.vmap(sample_quadratic)(jax.random.split(KEY, 500)).support
     np.testing.assert_allclose((system.y**2).sum((1, 2)).mean(), 10, rtol=0.05)
-    with pytest.raises(ValueError, match="choose normal or uniform"):
+    with pytest.raises(UsageError, match="choose normal or uniform"):
         sample_quadratic(KEY, distribution="cauchy")
+
+
+def test_quadratics_are_a_source_of_tasks_with_settings_of_their_own():
+    source = load_source("quadratics", dimensions=3, distribution="uniform")
+    tasks = source.tasks("val", EpisodeSize(5, 1, 15), train=False)
+    episode = tasks.sample(KEY, tasks.data)
+    assert episode.support.x.shape == (3, 3)
+    assert (episode.support.x >= 0).all()
+    assert tasks.objective.name.endswith(":sum_of_squares")
+    with pytest.raises(UsageError, match="cauchy"):
+        load_source("quadratics", distribution="cauchy")
+
+
+def test_the_sum_of_squares_forgets_padding_and_broadcasts_nothing():
+    outputs, y = jnp.array([[1.0], [2.0], [9.0]]), jnp.zeros((3, 1))
+    loss, metrics = sum_of_squares.loss(outputs, y, jnp.array([True, True, False]))
+    assert loss == metrics["squares"] == 5
+    with pytest.raises(ValueError, match="differ in shape"):
+        sum_of_squares.loss(outputs[:, 0], y, None)
+
+
+def test_quadratics_of_something_else_are_refused():
+    run = training_run(quadratics(), SMALL, objective=sum_of_squares)
+    with pytest.raises(UsageError, match="quadratics"):
+        run.init(SMALL.init_meta(KEY, jnp.zeros(2)), vectors(), KEY)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "outputs"),
+    [
+        ("quadratics", {}, (10, 1)),
+        ("mlp", {"width": 3, "depth": 2, "activation": "tanh"}, (6, 3)),
+        ("convnet", {"features": 2}, (6, 3)),
+    ],
+)
+def test_a_family_is_found_by_its_name_and_its_settings_are_its_own(name, settings, outputs):
+    component = registry.find("family", name)
+    known = registry.settings(component)
+    assert set(settings) <= set(known)
+    assert all(setting.doc for setting in known.values())
+    batch = Batch(jnp.zeros((6, 8, 8, 1)), jnp.eye(3).repeat(2, 0))
+    if name == "quadratics":
+        batch = sample_quadratic(KEY).support
+    network = component.factory(**settings).network(batch)
+
+    def ask(key):
+        params, state = network.init(key, batch.x)
+        return network.apply(params, state, batch.x, key=key, train=True, moments="batch")[0]
+
+    assert jax.eval_shape(ask, KEY).shape == outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mlp", {"width": 0}),
+        ("mlp", {"activation": "gelu-ish"}),
+        ("mlp", {"minibatch": 0}),
+        ("convnet", {"minibatch": -1}),
+    ],
+)
+def test_families_that_cannot_be_are_refused(name, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))}"):
+        registry.find("family", name).factory(**wrong)
 
 
 @pytest.mark.usefixtures("x64")
@@ -243,7 +462,7 @@ def test_learned_rules_are_inner_optimizers_of_maml_s_relatives():
         eval_steps=2,
         adjoint=UNROLLED,
         mask=None,
-        criterion=cross_entropy,
+        objective=cross_entropy,
     )
     episode = vectors()
     params, state = learner.init(KEY, episode)
@@ -255,16 +474,18 @@ def test_learned_rules_are_inner_optimizers_of_maml_s_relatives():
 
 @pytest.mark.usefixtures("x64")
 def test_a_chunk_of_tasks_keeps_each_its_state():
-    learner = learned_optimizer(quadratics(), SMALL, persistent_es(4, 2, sigma=0.1))
+    learner = learned_optimizer(
+        quadratics(), SMALL, persistent_es(4, 2, sigma=0.1), objective=sum_of_squares
+    )
     optimizer = optax.sgd(0.01)
     ends = []
     for chunk in (1, 2):
-        initial = init_train_state(learner, optimizer, sample_quadratic, None, 0, task_batch=4)
+        initial = init_train_state(learner, optimizer, QUADRATICS, 0, task_batch=4)
         step = make_outer_step(learner, optimizer, sample_quadratic, task_batch=4, task_chunk=chunk)
-        ends.append(make_run(step)(initial, None, 3)[0])
+        ends.append(make_train_loop(step)(initial, (), 3)[0])
     for end in ends[1:]:
         assert_trees_close(
             (end.params, end.state), (ends[0].params, ends[0].state), rtol=1e-9, atol=1e-9
         )
     # Each task's state is what the task alone would have.
-    assert len(np.unique(ends[0].state.state.plus.params[:, 0])) == 4
+    assert len(np.unique(ends[0].state.run.plus.params[:, 0])) == 4

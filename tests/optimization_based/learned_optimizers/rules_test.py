@@ -7,9 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.optimization_based.inner_loop import unroll
-from meta_jax.optimization_based.learned_optimizers.export import as_optax
-from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED, with_rate
+from meta_jax import registry
+from meta_jax.lookup import UsageError
+from meta_jax.optimization_based.inner_loop import run_inner_loop
+from meta_jax.optimization_based.learned_optimizers.export import to_optax
+from meta_jax.optimization_based.learned_optimizers.hand_designed import (
+    HAND_DESIGNED,
+    with_learning_rate,
+)
 from meta_jax.optimization_based.learned_optimizers.lstm import coordinatewise_lstm
 from meta_jax.optimization_based.learned_optimizers.mlp import (
     adafactor_mlp_rule,
@@ -21,7 +26,7 @@ from meta_jax.optimization_based.lstm_meta_learner import lstm_rule
 from meta_jax.optimization_based.update_rules import UpdateRule, log_and_sign
 from meta_jax.training.checkpoints import restore, save
 from tests.optimization_based.tasks import KEY, assert_trees_close, vectors
-from tests.random_trees import moved, normal
+from tests.random_trees import dtypes, moved, normal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -48,7 +53,7 @@ def meta_of(rule):
 @functools.cache
 def compiled(rule):
     """A rule's init and update, compiled once for all tests."""
-    return jax.jit(rule.init), jax.jit(functools.partial(rule.update, loss=None))
+    return jax.jit(rule.init), jax.jit(rule.update)
 
 
 def run(rule, meta, params, steps=4, permute=lambda tree: tree):
@@ -131,7 +136,7 @@ def test_the_lstm_keeps_a_state_for_every_coordinate():
 
 
 def test_the_lstm_of_plain_gradients_by_hand():
-    rule = coordinatewise_lstm((2,), preprocessing=None, scale=3.0)
+    rule = coordinatewise_lstm((2,), preprocessing=None, output_scale=3.0)
     zeros = jax.tree.map(jnp.zeros_like, initial_meta(rule))
     # Gates i, f, u, o of two units each: only u sees the gradient; the output sums h.
     kernel = zeros["lstm1"]["kernel"].at[0, 4:6].set(1.0)
@@ -208,14 +213,14 @@ OPTAX = {
 
 
 @pytest.mark.parametrize("name", HAND_DESIGNED)
-def test_hand_designed_rules_train_as_optax_does(name):
-    rule, rate = with_rate(HAND_DESIGNED[name](), 1.0), 0.03
+def test_hand_designed_rules_train_to_optax_does(name):
+    rule, rate = with_learning_rate(HAND_DESIGNED[name](), 1.0), 0.03
 
     def problem(params, state, step):
         return sum((p**4).sum() for p in params.values()), state
 
     params = some_params()
-    end = unroll(problem, rule, {"rate": jnp.asarray(rate)}, params, {}, steps=20)
+    end = run_inner_loop(problem, rule, {"learning_rate": jnp.asarray(rate)}, params, {}, steps=20)
     optimizer, wanted = OPTAX[name](rate), params
     state = optimizer.init(wanted)
 
@@ -233,8 +238,8 @@ def test_hand_designed_rules_train_as_optax_does(name):
 def test_adam_written_as_a_rule_equals_optax():
     """A rule from its equations, through the same interface."""
 
-    def update(meta, gradient, state, params, *, loss):
-        del meta, params, loss
+    def update(meta, gradient, state, params, *, loss, value_fn):
+        del meta, params, loss, value_fn
         t, m, v = state
         t = t + 1
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
@@ -249,7 +254,7 @@ def test_adam_written_as_a_rule_equals_optax():
         return 0, zeros, zeros
 
     rule = UpdateRule(lambda key, params: {}, init, update)
-    ours, theirs = as_optax(rule, {}), optax.adam(0.05)
+    ours, theirs = to_optax(rule, {}), optax.adam(0.05)
     params = some_params()
     states = [ours.init(params), theirs.init(params)]
     for step in range(5):
@@ -261,12 +266,12 @@ def test_adam_written_as_a_rule_equals_optax():
 
 
 @every_rule
-def test_as_optax_is_exact_to_the_rule(name):
+def test_to_optax_is_exact_to_the_rule(name):
     rule, params = RULES[name], some_params()
     meta = meta_of(rule)
-    optimizer = as_optax(rule, meta)
+    optimizer = to_optax(rule, meta)
     inits = optimizer.init, functools.partial(rule.init, meta)
-    updates = optimizer.update, functools.partial(rule.update, meta, loss=None)
+    updates = optimizer.update, functools.partial(rule.update, meta)
     ends = []
     for init, update in zip(map(jax.jit, inits), map(jax.jit, updates), strict=True):
         end, state = params, init(params)
@@ -281,7 +286,7 @@ def test_as_optax_is_exact_to_the_rule(name):
 def test_the_loss_reaches_rules_that_look_at_it():
     rule, params = lstm_rule(3), {"w": jnp.ones(2)}
     meta = jax.jit(rule.init_meta)(KEY, params)
-    optimizer = as_optax(rule, meta)
+    optimizer = to_optax(rule, meta)
     state, loss = jax.jit(optimizer.init)(params), jnp.asarray(2.0)
     ours, _ = jax.jit(optimizer.update)(params, state, params, value=loss)
     state = jax.jit(rule.init)(meta, params)
@@ -289,18 +294,74 @@ def test_the_loss_reaches_rules_that_look_at_it():
     assert_trees_close(ours, wanted)
 
 
-def test_an_lstm_without_units_is_refused():
-    with pytest.raises(ValueError, match="at least one LSTM"):
-        coordinatewise_lstm(())
+@pytest.mark.parametrize("hidden_sizes", [(), (20, 0)])
+def test_an_lstm_without_units_is_refused(hidden_sizes):
+    with pytest.raises(UsageError, match="at least one LSTM"):
+        coordinatewise_lstm(hidden_sizes)
+
+
+def test_preprocessing_that_is_no_power_is_refused():
+    with pytest.raises(UsageError, match="plain gradients"):
+        coordinatewise_lstm(preprocessing=0.0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "adafactor_mlp"])
+def test_rules_that_look_at_the_parameters_say_so(name):
+    rule, params = RULES[name], some_params()
+    meta = initial_meta(rule)
+    optimizer = to_optax(rule, meta)
+    with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
+        optimizer.update(params, optimizer.init(params))
+
+
+@every_rule
+def test_a_rule_is_found_by_its_name_and_its_settings_are_its_own(name):
+    component = registry.find("rule", name)
+    settings = registry.settings(component)
+    widths = "hidden_sizes" if name == "lstm" else "widths"
+    assert settings[widths].type is tuple
+    assert all(setting.doc for setting in settings.values())
+    meta = jax.eval_shape(component.factory(**{widths: (3,)}).init_meta, KEY, some_params())
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(meta)} & {3, 5, 12}
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_updates_are_finite_and_of_the_gradients_dtype(name, dtype):
+    rule = RULES[name]
+    cast = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
+    meta, params = cast(meta_of(rule)), cast(some_params())
+    init, update = compiled(rule)
+    state = init(meta, params)
+    # Gradients that are exactly zero, and larger ones than a square of 16 bits holds exactly.
+    for gradient in (jax.tree.map(jnp.zeros_like, params), cast(some_params(10)), params):
+        updates, new = update(meta, gradient, state, params)
+        assert dtypes(updates) == dtypes(params)
+        assert dtypes(new) == dtypes(state)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, new)))
+        state = new
+
+
+@every_rule
+def test_a_gradient_of_zero_has_a_finite_meta_gradient(name):
+    rule, params = RULES[name], some_params()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def loss(meta, gradient):
+        updates, _ = rule.update(meta, gradient, rule.init(meta, params), params)
+        return sum(leaf.sum() for leaf in jax.tree.leaves(updates))
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(meta_of(rule), zeros)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 @every_rule
 def test_an_exported_rule_trains_a_flax_model_and_checkpoints(name, tmp_path):
     rule = RULES[name]
     # Flax's parameters are in single precision, the rule's in double.
-    optimizer = as_optax(rule, initial_meta(rule))
+    optimizer = to_optax(rule, initial_meta(rule))
     model = nn.Sequential([nn.Dense(4), nn.sigmoid, nn.Dense(3)])
-    x, y = vectors().support
+    x, y, _ = vectors().support
 
     @jax.jit
     def step(params, state):
