@@ -1,56 +1,74 @@
 """Kernel classification and regression on learned embeddings."""
 
-from meta_jax.core import MetaLearner, Network, cross_entropy, squared_error
-from meta_jax.metric_based.heads import (
+from typing import Literal
+
+from meta_jax import registry
+from meta_jax.core import Array, MetaLearner, Network, Objective
+from meta_jax.metric_based.heads import kernel_head
+from meta_jax.metric_based.learner import metric_learner
+from meta_jax.metric_based.primitives import (
+    Similarity,
+    check_positive,
+    choose,
     cosine_similarity,
-    kernel_head,
     manhattan_distance,
     squared_distance,
 )
-from meta_jax.metric_based.learner import metric_learner
+from meta_jax.objectives import cross_entropy
 
-KERNELS = {
-    "gaussian": lambda a, b: -squared_distance(a, b),
-    "laplacian": lambda a, b: -manhattan_distance(a, b),
+
+def _gaussian(a: Array, b: Array) -> Array:
+    return -squared_distance(a, b)
+
+
+def _laplacian(a: Array, b: Array) -> Array:
+    return -manhattan_distance(a, b)
+
+
+KERNELS: dict[str, Similarity] = {
+    "gaussian": _gaussian,
+    "laplacian": _laplacian,
     "cosine": cosine_similarity,
 }
 
 
+@registry.learner("kernel", network="conv4", normalisation="running")
 def kernel_learner(
     network: Network,
     *,
-    kernel: str = "gaussian",
+    objective: Objective = cross_entropy,
+    kernel: Literal["gaussian", "laplacian", "cosine"] = "gaussian",
     bandwidth: float = 1.0,
     learn_bandwidth: bool = True,
-    regression: bool = False,
     joint_encoding: bool = True,
 ) -> MetaLearner:
-    """P(y | x, S) = sum_i k(f(x), f(x_i)) y_i / sum_i k(f(x), f(x_i)).
+    """Builds a kernel learner: the Nadaraya-Watson estimator on a learned embedding.
 
-    This is the Nadaraya-Watson estimator on a learned embedding. At one shot and bandwidth 1 the
-    Gaussian kernel is a Prototypical Network. A class with more support examples than another
+    P(y | x, S) = sum_i k(f(x), f(x_i)) y_i / sum_i k(f(x), f(x_i)). At one shot and bandwidth 1
+    the Gaussian kernel is a Prototypical Network. A class with more support examples than another
     weighs more, which prototypes do not do.
 
     Args:
-      network: the embedding network f.
-      kernel: 'gaussian' for exp(-||a - b||^2 / bandwidth), 'laplacian' for
-        exp(-||a - b||_1 / bandwidth), or 'cosine' for exp(cos(a, b) / bandwidth).
-      bandwidth: the kernel's, or the first one where it is learned.
-      learn_bandwidth: whether the bandwidth is trained with the network.
-      regression: whether y are real targets, trained by their squared error.
-      joint_encoding: embed support and queries as one batch in training.
+      network: Embedding network f.
+      objective: Objective of the tasks.
+      kernel: Kernel: gaussian for exp(-||a - b||^2 / bandwidth), laplacian for
+        exp(-||a - b||_1 / bandwidth), or cosine for exp(cos(a, b) / bandwidth).
+      bandwidth: Bandwidth of the kernel, or the first one where it is learned.
+      learn_bandwidth: Whether the bandwidth is trained with the network.
+      joint_encoding: Whether support and queries are embedded as one batch in training.
 
     Returns:
       The learner. Ways, shots and queries may differ between training and tests.
 
     Raises:
-      ValueError: for an unknown kernel, or a bandwidth that is not positive.
+      UsageError: an unknown kernel, or a bandwidth that is not positive.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from meta_jax.core import Batch, Episode
       >>> from meta_jax.networks.mlp import mlp
-      >>> learner = kernel_learner(mlp((8,)), kernel="laplacian", regression=True)
+      >>> from meta_jax.objectives import squared_error
+      >>> learner = kernel_learner(mlp((8,)), kernel="laplacian", objective=squared_error)
       >>> support = Batch(jnp.array([[0., 1.], [1., 0.]]), jnp.array([[0.5], [0.5]]))
       >>> params, state = learner.init(jax.random.key(0), Episode(support, support))
       >>> adapted = learner.adapt(params, state, support, jax.random.key(1), train=False)
@@ -58,15 +76,11 @@ def kernel_learner(
       >>> y.tolist()
       [[0.5], [0.5]]
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel '{kernel}': choose one of {', '.join(KERNELS)}")
-    if bandwidth <= 0:
-        raise ValueError(f"bandwidth {bandwidth} is impossible: use a positive one")
+    check_positive("bandwidth", bandwidth)
     head = kernel_head(
-        KERNELS[kernel],
+        choose(KERNELS, "kernel", kernel),
         bandwidth=bandwidth,
         learn_bandwidth=learn_bandwidth,
-        regression=regression,
+        kind=objective.kind,
     )
-    criterion = squared_error if regression else cross_entropy
-    return metric_learner(network, head, criterion, joint_encoding=joint_encoding)
+    return metric_learner(network, head, objective, joint_encoding=joint_encoding)

@@ -1,116 +1,162 @@
 """The metric learner: an embedding network and a head on its embeddings."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from meta_jax.core import (
-    Aux,
+    Array,
     Batch,
-    Criterion,
     Episode,
+    Loss,
+    LossAux,
     MetaLearner,
     Network,
+    Objective,
+    ObjectiveLoss,
     PyTree,
-    cross_entropy,
+    supervised_evaluate,
 )
 from meta_jax.metric_based.heads import Head
+from meta_jax.networks.normalisation import (
+    embed_queries,
+    embed_support,
+    embed_together,
+    may_embed_together,
+    queries_need_support,
+)
+from meta_jax.objectives import check_batch, cross_entropy
 
 
 class MetricAdapted(NamedTuple):
     """A support set absorbed."""
 
     fitted: Any  # what the head keeps of the support embeddings
-    state: PyTree  # the network's state, and the head's
+    state: PyTree  # {'network', 'head'}
+    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
 
 
 def metric_learner(
     network: Network,
     head: Head,
-    criterion: Criterion = cross_entropy,
+    objective: Objective = cross_entropy,
     *,
     joint_encoding: bool = True,
+    train_loss: ObjectiveLoss | None = None,
 ) -> MetaLearner:
-    """Embeds the support set, fits the head on it, and asks the head about the queries.
+    """Builds a learner that embeds the support set, fits a head on it, and asks it about queries.
 
     Args:
-      network: the embedding network.
-      head: see `meta_jax.metric_based.heads`.
-      criterion: (outputs [m, ways], y [m, ways]) -> (loss, metrics); unused where the head has a
-        loss of its own.
-      joint_encoding: while training, embed support and queries as one batch, as Snell et al.
-        (2017) do; it matters to batch norm only. Without it, and where the network's batch norm
-        is 'support', the training loss is criterion(predict(adapt(S), B)).
+      network: Embedding network.
+      head: Head on the embeddings; see `meta_jax.metric_based.heads`.
+      objective: Objective of the tasks.
+      joint_encoding: Whether support and queries are embedded as one batch in training, as Snell
+        et al. (2017) do, where the network's mode of normalisation allows it. It matters only where
+        moments of the batch are taken.
+      train_loss: Loss of the outputs in training, where it is not the objective's. A head's own
+        loss takes its place.
 
     Returns:
-      The learner; its parameters are {'network', 'head'}. Its state is the network's, with the
-      head's under 'head' where the head has one.
+      The learner; its parameters and its state are {'network', 'head'} each.
     """
-    joint = joint_encoding and network.batch_norm != "support"
-
-    def init(key: jax.Array, episode: Episode) -> tuple[PyTree, PyTree]:
-        network_key, head_key = jax.random.split(key)
-        support = episode.support
-        params, state = network.init(network_key, support.x)
-        z, _ = network.apply_to_support(params, state, support.x, key=head_key, train=False)
-        head_params, head_state = head.init(head_key, z, support.y)
-        return {"network": params, "head": head_params}, _joined(state, head_state)
 
     def adapt(
-        params: PyTree, state: PyTree, support: Batch, key: jax.Array, *, train: bool
+        params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
     ) -> MetricAdapted:
-        state, head_state = _apart(state)
-        z, state = network.apply_to_support(
-            params["network"], state, support.x, key=key, train=train
+        check_batch(support, "support")
+        z, network_state = embed_support(
+            network, params["network"], state["network"], support, key=key, train=train
         )
-        fitted, head_state = head.fit(params["head"], head_state, z, support.y, train=train)
-        return MetricAdapted(fitted, _joined(state, head_state))
+        fitted, head_state = head.fit(
+            params["head"], state["head"], z, support.y, support.mask, train=train
+        )
+        kept = support if queries_need_support(network.normalisation) else None
+        return MetricAdapted(fitted, {"network": network_state, "head": head_state}, kept)
 
     def predict(
-        params: PyTree, adapted: MetricAdapted, x: jax.Array, key: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        state, head_state = _apart(adapted.state)
-        z, state = network.apply_to_queries(params["network"], state, x, key=key, train=train)
-        outputs, head_state = head.predict(
-            params["head"], head_state, adapted.fitted, z, train=train
+        params: PyTree,
+        adapted: MetricAdapted,
+        x: PyTree,
+        key: Array,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        z, network_state = embed_queries(
+            network,
+            params["network"],
+            adapted.state["network"],
+            x,
+            support=adapted.support,
+            key=key,
+            train=train,
+            mask=mask,
         )
-        return outputs, _joined(state, head_state)
+        outputs, head_state = head.predict(
+            params["head"], adapted.state["head"], adapted.fitted, z, train=train, mask=mask
+        )
+        return outputs, {"network": network_state, "head": head_state}
 
-    def loss(
-        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
+    loss = _training_loss(
+        network, head, train_loss or objective.loss, joint_encoding=joint_encoding
+    )
+    init = functools.partial(_init, network, head)
+    return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
+
+
+def _init(network: Network, head: Head, key: Array, episode: Episode) -> tuple[PyTree, PyTree]:
+    network_key, embed_key, head_key = jax.random.split(key, 3)
+    support = episode.support
+    check_batch(support, "support")
+    params, state = network.init(network_key, support.x)
+    z, _ = embed_support(network, params, state, support, key=embed_key, train=False)
+    head_params, head_state = head.init(head_key, z, support.y, support.mask)
+    return {"network": params, "head": head_params}, {"network": state, "head": head_state}
+
+
+def _training_loss(
+    network: Network, head: Head, output_loss: ObjectiveLoss, *, joint_encoding: bool
+) -> Loss:
+    joint = joint_encoding and may_embed_together(network.normalisation)
+
+    def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        state, head_state = _apart(state)
-        if joint:
-            x, n = jnp.concatenate([support.x, query.x]), support.x.shape[0]
-            z, state = network.apply(params["network"], state, x, key=key, train=True)
-            z_support, z_query = z[:n], z[n:]
-        else:
-            keys = jax.random.split(key)
-            z_support, state = network.apply_to_support(
-                params["network"], state, support.x, key=keys[0], train=True
-            )
-            z_query, state = network.apply_to_queries(
-                params["network"], state, query.x, key=keys[1], train=True
-            )
-        fitted, head_state = head.fit(params["head"], head_state, z_support, support.y, train=True)
+        check_batch(support, "support")
+        check_batch(query, "query")
+        embed = embed_together if joint else _embed_apart
+        z_support, z, network_state = embed(
+            network, params["network"], state["network"], support, query, key=key
+        )
+        fitted, head_state = head.fit(
+            params["head"], state["head"], z_support, support.y, support.mask, train=True
+        )
         if head.loss is not None:
-            value, metrics = head.loss(params["head"], fitted, z_query, query.y)
+            value, metrics = head.loss(params["head"], fitted, z, query.y, query.mask)
         else:
             outputs, head_state = head.predict(
-                params["head"], head_state, fitted, z_query, train=True
+                params["head"], head_state, fitted, z, train=True, mask=query.mask
             )
-            value, metrics = criterion(outputs, query.y)
-        return value, Aux(_joined(state, head_state), metrics)
+            value, metrics = output_loss(outputs, query.y, query.mask)
+        return value, LossAux({"network": network_state, "head": head_state}, metrics)
 
-    return MetaLearner(init, adapt, predict, loss)
-
-
-def _joined(state: PyTree, head_state: PyTree) -> PyTree:
-    return {**state, "head": head_state} if head_state else state
+    return loss
 
 
-def _apart(state: PyTree) -> tuple[PyTree, PyTree]:
-    network_state = {name: value for name, value in state.items() if name != "head"}
-    return network_state, state.get("head", {})
+def _embed_apart(
+    network: Network, params: PyTree, state: PyTree, support: Batch, query: Batch, *, key: Array
+) -> tuple[Array, Array, PyTree]:
+    """As `embed_together`, but the support set first and the queries with the state it leaves."""
+    support_key, query_key = jax.random.split(key)
+    z_support, state = embed_support(network, params, state, support, key=support_key, train=True)
+    z, state = embed_queries(
+        network,
+        params,
+        state,
+        query.x,
+        support=support,
+        key=query_key,
+        train=True,
+        mask=query.mask,
+    )
+    return z_support, z, state

@@ -1,41 +1,57 @@
 """Prototypical Networks (Snell, Swersky and Zemel 2017, arXiv:1703.05175)."""
 
-from meta_jax.core import MetaLearner, Network, cross_entropy, squared_error
-from meta_jax.metric_based.heads import (
+from typing import Literal
+
+from meta_jax import registry
+from meta_jax.core import Array, MetaLearner, Network, Objective
+from meta_jax.metric_based.heads import prototype_head, prototype_regression_head
+from meta_jax.metric_based.learner import metric_learner
+from meta_jax.metric_based.primitives import (
+    Similarity,
+    choose,
     cosine_similarity,
-    linear_head,
-    prototype_head,
     squared_distance,
 )
-from meta_jax.metric_based.learner import metric_learner
+from meta_jax.objectives import cross_entropy
 
-_SIMILARITIES = {
-    "squared_euclidean": lambda z, c: -squared_distance(z, c),
+
+def _negative_squared_distance(z: Array, c: Array) -> Array:
+    return -squared_distance(z, c)
+
+
+_SIMILARITIES: dict[str, Similarity] = {
+    "squared_euclidean": _negative_squared_distance,
     "cosine": cosine_similarity,
 }
 
 
+@registry.learner("prototypical", network="conv4", normalisation="running")
 def prototypical(
     network: Network,
     *,
-    distance: str = "squared_euclidean",
-    regression: bool = False,
+    objective: Objective = cross_entropy,
+    distance: Literal["squared_euclidean", "cosine"] = "squared_euclidean",
     joint_encoding: bool = True,
 ) -> MetaLearner:
-    """p(y = k | x) = softmax_k(-||f(x) - c_k||^2), with c_k the mean embedding of class k (eq. 2).
+    """Builds a Prototypical Network: each class is the mean of its support embeddings.
+
+    p(y = k | x) = softmax_k(-||f(x) - c_k||^2), with c_k the mean embedding of class k (eq. 2).
+    The paper only classifies; real targets get a prototype for each output,
+    `prototype_regression_head`.
 
     Args:
-      network: the embedding network f.
-      distance: 'squared_euclidean', or 'cosine' for logits cos(f(x), c_k).
-      regression: whether y are real targets, trained by their squared error; then the head is
-        `linear_head`, whatever the distance. The paper only classifies.
-      joint_encoding: embed support and queries as one batch in training, as the authors do.
+      network: Embedding network f.
+      objective: Objective of the tasks.
+      distance: Distance to the prototypes: squared_euclidean, or cosine for logits
+        cos(f(x), c_k). Regression does not use it.
+      joint_encoding: Whether support and queries are embedded as one batch in training, as the
+        authors do.
 
     Returns:
       The learner. Ways, shots and queries may differ between training and tests.
 
     Raises:
-      ValueError: for an unknown distance.
+      UsageError: an unknown distance.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -49,9 +65,7 @@ def prototypical(
       >>> logits.argmax(1).tolist()
       [0, 1]
     """
-    if distance not in _SIMILARITIES:
-        raise ValueError(f"unknown distance '{distance}': choose one of {', '.join(_SIMILARITIES)}")
-    if regression:
-        return metric_learner(network, linear_head(), squared_error, joint_encoding=joint_encoding)
-    head = prototype_head(_SIMILARITIES[distance])
-    return metric_learner(network, head, cross_entropy, joint_encoding=joint_encoding)
+    similarity = choose(_SIMILARITIES, "distance", distance)
+    classifies = objective.kind == "classification"
+    head = prototype_head(similarity) if classifies else prototype_regression_head()
+    return metric_learner(network, head, objective, joint_encoding=joint_encoding)

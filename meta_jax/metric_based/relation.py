@@ -1,24 +1,51 @@
 """Relation Networks (Sung et al. 2018, arXiv:1711.06025)."""
 
+from typing import Any, Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import MetaLearner, Network, PyTree, cross_entropy
+from meta_jax import registry
+from meta_jax.core import (
+    Array,
+    MetaLearner,
+    Metrics,
+    Network,
+    Normalisation,
+    Objective,
+    ObjectiveLoss,
+    PyTree,
+)
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.heads import Head
 from meta_jax.metric_based.learner import metric_learner
-from meta_jax.networks.layers import check_batch_norm
+from meta_jax.metric_based.primitives import check_examples, choose
+from meta_jax.networks.normalisation import (
+    check_mode,
+    keeps_support_moments,
+    queries_need_support,
+    query_moments,
+    support_moments,
+)
 from meta_jax.networks.relation_network import init_relation_module, relation_module
+from meta_jax.objectives import check_kind, check_outputs, cross_entropy, masked_mean
+
+Padding = Literal["SAME", "VALID"]
 
 
-def class_maps(z: jax.Array, y: jax.Array) -> jax.Array:
+def class_maps(z: Array, y: Array, mask: Array | None = None) -> Array:
     """Sums of feature maps over the examples of each class (Sung et al. 2018, section 3.2).
 
     Args:
       z: feature maps [n, height, width, channels].
-      y: one-hot labels [n, ways]; all-zero rows are padding.
+      y: one-hot labels [n, ways].
+      mask: bool [n], False for padding.
 
     Returns:
       [ways, height, width, channels].
+
+    Raises:
+      ValueError: y or mask does not fit z.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -27,20 +54,27 @@ def class_maps(z: jax.Array, y: jax.Array) -> jax.Array:
       >>> class_maps(z, y).ravel().tolist()
       [3.0, 5.0]
     """
+    check_examples(z, y, mask)
+    if mask is not None:
+        z = jnp.where(mask.reshape(-1, *[1] * (z.ndim - 1)), z, 0)
     return jnp.einsum("nk,n...->k...", y, z)
 
 
-def relation_error(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def relation_error(logits: Array, y: Array, mask: Array | None = None) -> tuple[Array, Metrics]:
     """Mean over all pairs of (sigmoid(logit) - 1[y_i = y_j])^2 (eq. 2).
 
     Scores that do not depend on the pair cannot beat (1 - 1/ways) / ways: 0.16 for 5 ways.
 
     Args:
       logits: [n, ways], relation scores before their sigmoid.
-      y: one-hot labels [n, ways]; an all-zero row is padding.
+      y: one-hot labels [n, ways].
+      mask: bool [n], False for padding.
 
     Returns:
-      The loss and the metric `accuracy`.
+      The loss and no metrics.
+
+    Raises:
+      ValueError: logits and y differ in shape.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -48,87 +82,156 @@ def relation_error(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, dict[str
       >>> round(float(loss), 4)
       0.16
     """
-    real = y.sum(1, keepdims=True)
-    error = real * (jax.nn.sigmoid(logits) - y) ** 2
-    _, metrics = cross_entropy(logits, y)
-    return error.sum() / (jnp.maximum(real.sum(), 1) * y.shape[1]), metrics
+    check_outputs(logits, y)
+    return masked_mean(((jax.nn.sigmoid(logits) - y) ** 2).mean(-1), mask), {}
 
 
-_CRITERIA = {"squared_error": relation_error, "cross_entropy": cross_entropy}
+class RelationFitted(NamedTuple):
+    """What the relation head keeps of a support set."""
+
+    maps: Array  # one feature map for each class [ways, height, width, channels]
+    # Where queries are compared beside the support examples, in the mode `one_at_a_time`:
+    z: Array | None  # the support's feature maps [n, height, width, channels]
+    mask: Array | None  # bool [n], False for padding
 
 
-def relation_head(*, batch_norm: str, features: int = 64, padding: str = "SAME") -> Head:
-    """The relation module on sums of feature maps; its outputs are scores before their sigmoid.
+def relation_head(
+    *, normalisation: Normalisation, features: int = 64, padding: Padding = "SAME"
+) -> Head:
+    """Builds the relation module on sums of feature maps.
 
-    Where batch norm is 'support', `fit` takes the module's statistics from the pairs of a class and
-    a support example.
+    Its outputs are scores before their sigmoid. Where the mode keeps the support set's moments,
+    `fit` takes the module's from the pairs of a class and a support example; in the mode
+    `one_at_a_time` a query's pairs are normalised with these in tests.
 
     Args:
-      batch_norm: a mode of `meta_jax.networks.layers`.
+      normalisation: mode of the module's normalisation layers.
       features: channels of the module's convolutions.
       padding: of its convolutions, see `init_relation_module`.
-    """
-    check_batch_norm(batch_norm)
 
-    def init(key: jax.Array, z: jax.Array, y: jax.Array) -> tuple[PyTree, PyTree]:
-        del y
-        return init_relation_module(key, z, features=features, padding=padding)
+    Raises:
+      UsageError: an unknown mode.
+    """
+    check_mode(normalisation)
+    settings = {"normalisation": normalisation, "padding": padding}
+
+    def init(key: Array, z: Array, y: Array, mask: Array | None) -> tuple[PyTree, PyTree]:
+        del y, mask
+        check_maps(z)
+        return init_relation_module(key, z, features=features, **settings)
 
     def fit(
-        params: PyTree, state: PyTree, z: jax.Array, y: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del train
-        maps = class_maps(z, y)
-        if batch_norm == "support":
+        params: PyTree, state: PyTree, z: Array, y: Array, mask: Array | None, *, train: bool
+    ) -> tuple[RelationFitted, PyTree]:
+        check_maps(z)
+        maps = class_maps(z, y, mask)
+        if keeps_support_moments(normalisation):
+            moments = support_moments(normalisation, train=train)
             _, state = relation_module(
-                params, state, maps, z, batch_norm=batch_norm, train=True, padding=padding
+                params, state, maps, z, moments=moments, mask=mask, **settings
             )
-        return maps, state
+        kept = (z, mask) if queries_need_support(normalisation) else (None, None)
+        return RelationFitted(maps, *kept), state
 
     def predict(
-        params: PyTree, state: PyTree, fitted: jax.Array, z: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
+        params: PyTree,
+        state: PyTree,
+        fitted: RelationFitted,
+        z: Array,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        if fitted.z is not None and not train:
+            return _one_at_a_time(params, state, fitted, fitted.z, z, settings), state
+        moments = query_moments(normalisation, train=train)
         return relation_module(
-            params,
-            state,
-            fitted,
-            z,
-            batch_norm=batch_norm,
-            train=train and batch_norm != "support",
-            padding=padding,
+            params, state, fitted.maps, z, moments=moments, mask=mask, **settings
         )
 
     return Head(init, fit, predict)
 
 
+def _one_at_a_time(
+    params: PyTree,
+    state: PyTree,
+    fitted: RelationFitted,
+    z_support: Array,
+    z: Array,
+    settings: dict[str, Any],
+) -> Array:
+    """Scores of each query, its pairs normalised beside those of the support set."""
+    mask = None
+    if fitted.mask is not None:
+        mask = jnp.concatenate([fitted.mask, jnp.ones(1, bool)])
+
+    def score(query: Array) -> Array:
+        beside = jnp.concatenate([z_support, query[None]])
+        scores, _ = relation_module(
+            params, state, fitted.maps, beside, moments="batch", mask=mask, **settings
+        )
+        return scores[-1]
+
+    return jax.vmap(score)(z)
+
+
+def check_maps(z: Array) -> None:
+    """Refuses embeddings that are no feature maps.
+
+    Raises:
+      UsageError: z is not [n, height, width, channels].
+    """
+    if z.ndim != 4:
+        raise UsageError(
+            f"relation compares feature maps [n, height, width, channels], and its network gives "
+            f"{list(z.shape)}: use --network=relation_encoder, or one that keeps the places"
+        )
+
+
+def default_joint_encoding(network: Network | None, objective: Objective) -> bool:
+    """True where moments are kept for tests: those of support and queries together."""
+    del objective
+    return network is not None and network.normalisation == "running"
+
+
+@registry.learner(
+    "relation",
+    network="relation_encoder",
+    normalisation="batch",
+    defaults={"joint_encoding": default_joint_encoding},
+)
 def relation(
     network: Network,
     *,
-    criterion: str = "squared_error",
+    objective: Objective = cross_entropy,
+    loss: Literal["squared_error", "cross_entropy"] = "squared_error",
     features: int = 64,
-    padding: str = "SAME",
+    padding: Padding = "SAME",
     joint_encoding: bool | None = None,
 ) -> MetaLearner:
-    """r_ij = sigmoid(g([sum_k f(x_ik), f(x_j)])), g a network that learns to compare (eq. 1).
+    """Builds a Relation Network, which learns to compare queries with classes.
 
-    The module's batch norm has the network's mode. The paper's is 'batch': statistics of whatever
-    is asked, transductive on queries.
+    r_ij = sigmoid(g([sum_k f(x_ik), f(x_j)])), g a network (eq. 1). Its normalisation has the
+    mode of f. The paper's is batch: moments of whatever is asked, transductive on queries.
 
     Args:
-      network: the encoder f, from images to feature maps: `relation_encoder`.
-      criterion: 'squared_error' of the sigmoid against 1[y_i = y_j], as in the paper, or
-        'cross_entropy' of the scores as logits.
-      features: channels of the relation module.
-      padding: of the relation module: 'SAME' (Omniglot), or 'VALID' (miniImageNet).
-      joint_encoding: embed support and queries as one batch in training; by default where batch
-        norm is 'running'. The authors, whose 'batch' mode takes the statistics of each apart in
+      network: Encoder f, from images to feature maps.
+      objective: Objective of the tasks; it classifies.
+      loss: Training loss of the scores: squared_error of their sigmoids against 1[y_i = y_j], as
+        in the paper, or cross_entropy, for the objective on the scores as logits.
+      features: Channels of the relation module.
+      padding: Padding of the relation module's convolutions: SAME (Omniglot), or VALID
+        (miniImageNet).
+      joint_encoding: Whether support and queries are embedded as one batch in training; by default
+        in the normalisation mode running alone. The authors, who take the moments of each apart in
         tests, embed them apart in training too.
 
     Returns:
       The learner. Ways, shots and queries may differ between training and tests.
 
     Raises:
-      ValueError: for an unknown criterion, or a network without batch norm.
+      UsageError: the objective does not classify, an unknown loss, or a network whose outputs are
+        no feature maps.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -140,9 +243,28 @@ def relation(
       >>> {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in params}
       {'head': 111505, 'network': 111936}
     """
-    if criterion not in _CRITERIA:
-        raise ValueError(f"unknown criterion '{criterion}': choose one of {', '.join(_CRITERIA)}")
+    check_kind(objective, "classification", "relation")
+    choose(dict.fromkeys(("SAME", "VALID")), "padding", padding)
+    losses: dict[str, ObjectiveLoss] = {
+        "squared_error": _with_metrics(relation_error, objective),
+        "cross_entropy": objective.loss,
+    }
     if joint_encoding is None:
-        joint_encoding = network.batch_norm == "running"
-    head = relation_head(batch_norm=network.batch_norm, features=features, padding=padding)
-    return metric_learner(network, head, _CRITERIA[criterion], joint_encoding=joint_encoding)
+        joint_encoding = default_joint_encoding(network, objective)
+    return metric_learner(
+        network,
+        relation_head(normalisation=network.normalisation, features=features, padding=padding),
+        objective,
+        joint_encoding=joint_encoding,
+        train_loss=choose(losses, "loss", loss),
+    )
+
+
+def _with_metrics(loss: ObjectiveLoss, objective: Objective) -> ObjectiveLoss:
+    """A loss with the metrics of an objective."""
+
+    def with_metrics(outputs: Array, y: Array, mask: Array | None) -> tuple[Array, Metrics]:
+        value, metrics = loss(outputs, y, mask)
+        return value, {**objective.loss(outputs, y, mask)[1], **metrics}
+
+    return with_metrics

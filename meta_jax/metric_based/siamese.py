@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import MetaLearner, Network, PyTree, cross_entropy
-from meta_jax.metric_based.heads import Head, stateless_head
+from meta_jax import registry
+from meta_jax.core import Array, MetaLearner, Metrics, Network, Objective, PyTree
+from meta_jax.metric_based.heads import Examples, Head, keep_examples, stateless_head
 from meta_jax.metric_based.learner import metric_learner
+from meta_jax.metric_based.primitives import check_examples, check_vectors, impossible_logit
+from meta_jax.objectives import check_kind, check_outputs, cross_entropy, without_padding
 
 
-def pair_logits(params: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
+def pair_logits(params: PyTree, a: Array, b: Array) -> Array:
     """The logit of "same class" for each pair, sum_j alpha_j |a_j - b_j| + beta.
 
     Args:
@@ -19,6 +22,9 @@ def pair_logits(params: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
     Returns:
       [m, n]; symmetric in a and b, and beta where they are equal.
 
+    Raises:
+      ValueError: a or b is not of rank 2.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> params = {"weight": jnp.array([-1., -2.]), "bias": jnp.array(3.)}
@@ -26,10 +32,12 @@ def pair_logits(params: PyTree, a: jax.Array, b: jax.Array) -> jax.Array:
       >>> pair_logits(params, a, jnp.array([[1., 1.], [0., 3.]])).tolist()
       [[3.0, -2.0]]
     """
+    check_vectors("a", a)
+    check_vectors("b", b)
     return abs(a[:, None] - b) @ params["weight"] + params["bias"]
 
 
-def pair_cross_entropy(logits: jax.Array, same: jax.Array, real: jax.Array) -> jax.Array:
+def pair_cross_entropy(logits: Array, same: Array, mask: Array | None = None) -> Array:
     """Binary cross-entropy over pairs, in nats; equal and unequal pairs weigh one half each.
 
     Koch et al. draw as many pairs of one class as of two. An episode's pairs are mostly of two
@@ -38,75 +46,106 @@ def pair_cross_entropy(logits: jax.Array, same: jax.Array, real: jax.Array) -> j
     Args:
       logits: of "same class", [m, n].
       same: 1 for a pair of one class, else 0, [m, n].
-      real: 0 for pairs with padding, else 1, [m, n].
+      mask: bool [m, n], False for pairs with padding.
+
+    Raises:
+      ValueError: logits and same differ in shape.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> loss = pair_cross_entropy(jnp.zeros((5, 5)), jnp.eye(5), jnp.ones((5, 5)))
+      >>> loss = pair_cross_entropy(jnp.zeros((5, 5)), jnp.eye(5))
       >>> round(float(loss), 4)  # ln 2
       0.6931
     """
+    check_outputs(logits, same)
     loss = jnp.logaddexp(0, jnp.where(same > 0, -logits, logits))
-    shares = [weight / jnp.maximum(weight.sum(), 1) for weight in (real * same, real * (1 - same))]
-    return (0.5 * sum(shares) * loss).sum()
+    if mask is None:
+        mask = jnp.ones(same.shape, bool)
+    return 0.5 * (_mean_of(loss, mask & (same > 0)) + _mean_of(loss, mask & (same <= 0)))
 
 
-def pairwise_head(*, init_scale: float = 0.02) -> Head:
-    """The head that compares each query with each support example, by `pair_logits`.
+def _mean_of(loss: Array, chosen: Array) -> Array:
+    return jnp.where(chosen, loss, 0).sum() / jnp.maximum(chosen.sum(), 1).astype(loss.dtype)
+
+
+def best_pair(logits: Array, y: Array, mask: Array | None = None) -> Array:
+    """The logit of each class's best pair.
+
+    Args:
+      logits: of "same class", [m, n].
+      y: one-hot labels of the support examples [n, ways].
+      mask: bool [n], False for padding.
+
+    Returns:
+      [m, ways]; about -1e30 for a class without examples.
+    """
+    y = without_padding(y, mask)
+    return jnp.where(y > 0, logits[:, :, None], impossible_logit(logits.dtype)).max(1)
+
+
+def pairwise_head(*, objective: Objective = cross_entropy, init_scale: float = 0.02) -> Head:
+    """Builds the head that compares each query with each support example, by `pair_logits`.
 
     Its outputs are the logits of each class's best pair, its loss is `pair_cross_entropy` over all
     pairs of a query and a support example.
 
     Args:
+      objective: gives the metrics of training.
       init_scale: the first alpha are -|N(0, init_scale)|. The paper's are N(0, 0.2), of either
         sign, on sigmoid outputs; on Conv4's, smaller ones of one sign learn faster.
     """
 
-    def init(key: jax.Array, z: jax.Array, y: jax.Array) -> PyTree:
-        del y
+    def init(key: Array, z: Array, y: Array, mask: Array | None) -> PyTree:
+        del y, mask
+        check_vectors("z", z)
         # All signs alike: what begins as a reward for being different would have to be unlearned.
         weight = -init_scale * abs(jax.random.normal(key, z.shape[1:], z.dtype))
         return {"weight": weight, "bias": jnp.zeros((), z.dtype)}
 
-    def fit(params: PyTree, z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del params
-        return z, y
-
-    def best(logits: jax.Array, y: jax.Array) -> jax.Array:
-        # The logit of a class without examples is finite, as in `kernel_logits`.
-        return jnp.where(y > 0, logits[:, :, None], -1e30).max(1)
-
-    def predict(params: PyTree, fitted: tuple[jax.Array, jax.Array], z: jax.Array) -> jax.Array:
-        support, y = fitted
-        return best(pair_logits(params, z, support), y)
+    def predict(params: PyTree, fitted: Examples, z: Array) -> Array:
+        return best_pair(pair_logits(params, z, fitted.z), fitted.y, fitted.mask)
 
     def loss(
-        params: PyTree, fitted: tuple[jax.Array, jax.Array], z: jax.Array, y: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        support, y_support = fitted
-        logits = pair_logits(params, z, support)
-        real = y.sum(1)[:, None] * y_support.sum(1)
-        value = pair_cross_entropy(logits, y @ y_support.T, real)
+        params: PyTree, fitted: Examples, z: Array, y: Array, mask: Array | None
+    ) -> tuple[Array, Metrics]:
+        check_examples(z, y, mask)
+        logits = pair_logits(params, z, fitted.z)
+        pairs = None
+        if mask is not None or fitted.mask is not None:
+            pairs = _real(y, mask)[:, None] & _real(fitted.y, fitted.mask)
+        value = pair_cross_entropy(logits, y @ fitted.y.T, pairs)
         # A tie between the best pairs is wrong, not the class that happens to come first.
-        _, metrics = cross_entropy(best(logits, y_support), y)
+        _, metrics = objective.loss(best_pair(logits, fitted.y, fitted.mask), y, mask)
         return value, metrics
 
-    return stateless_head(fit, predict, init=init, loss=loss)
+    return stateless_head(keep_examples, predict, init=init, loss=loss)
 
 
-def siamese(network: Network, *, joint_encoding: bool = True) -> MetaLearner:
-    """p(x, x') = sigma(sum_j alpha_j |f_j(x) - f_j(x')| + beta), f the twins.
+def _real(y: Array, mask: Array | None) -> Array:
+    return jnp.ones(y.shape[0], bool) if mask is None else mask
 
-    A query takes the class of its best pair. Koch et al. train on distorted images:
-    `distorted_training`.
+
+@registry.learner("siamese", network="conv4", normalisation="running")
+def siamese(
+    network: Network, *, objective: Objective = cross_entropy, joint_encoding: bool = True
+) -> MetaLearner:
+    """Builds a Siamese Network, which learns whether two examples are of one class.
+
+    p(x, x') = sigma(sum_j alpha_j |f_j(x) - f_j(x')| + beta), f the twins. A query takes the class
+    of its best pair. Training minimises `pair_cross_entropy` and tests measure the objective. Koch
+    et al. train on randomly transformed images.
 
     Args:
-      network: the twins' embedding network f: `koch` in the paper, `conv4` for small images.
-      joint_encoding: embed support and queries as one batch in training.
+      network: Embedding network f of the twins: koch in the paper, conv4 for small images.
+      objective: Objective of the tasks; it classifies.
+      joint_encoding: Whether support and queries are embedded as one batch in training.
 
     Returns:
       The learner. Ways, shots and queries may differ between training and tests. Its outputs are
       the logits of "same class" of the best pair of each class.
+
+    Raises:
+      UsageError: the objective does not classify.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -120,4 +159,6 @@ def siamese(network: Network, *, joint_encoding: bool = True) -> MetaLearner:
       >>> logits.shape
       (2, 2)
     """
-    return metric_learner(network, pairwise_head(), joint_encoding=joint_encoding)
+    check_kind(objective, "classification", "siamese")
+    head = pairwise_head(objective=objective)
+    return metric_learner(network, head, objective, joint_encoding=joint_encoding)

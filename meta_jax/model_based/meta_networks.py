@@ -5,6 +5,7 @@ coordinate by coordinate, into fast weights. Gradients are constants to the trai
 second derivatives.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from meta_jax.core import Batch, Episode, MetaLearner, PyTree, cross_entropy, episode_loss
+from meta_jax import registry
+from meta_jax.core import (
+    Array,
+    Batch,
+    Episode,
+    MetaLearner,
+    Objective,
+    PyTree,
+    supervised_evaluate,
+    supervised_loss,
+)
+from meta_jax.lookup import UsageError
+from meta_jax.model_based.memory import content_address
+from meta_jax.model_based.sequence import check_ways
 from meta_jax.networks.augmented import classify, init_augmented, represent
 from meta_jax.networks.coordinates import (
     join_coordinates,
@@ -23,6 +37,14 @@ from meta_jax.networks.coordinates import (
 )
 from meta_jax.networks.layers import init_linear
 from meta_jax.networks.lstm import init_lstm
+from meta_jax.networks.normalisation import blank_padding
+from meta_jax.objectives import (
+    check_batch,
+    check_kind,
+    check_targets,
+    cross_entropy,
+    cross_entropy_loss,
+)
 
 _UNITS = 20  # of the meta-networks
 _K = 7  # of the preprocessing: gradients below e^-7 are small
@@ -31,15 +53,17 @@ _K = 7  # of the preprocessing: gradients below e^-7 are small
 class FastWeightMemory(NamedTuple):
     """A support set absorbed."""
 
-    keys: jax.Array  # r'_i [n, hidden], representations of the support inputs
+    keys: Array  # r'_i [n, hidden], representations of the support inputs
     values: PyTree  # W*_i, the base learner's fast weights, leaves [n, ...]
-    real: jax.Array  # bool [n], False for padding
+    mask: Array | None  # bool [n], False for padding
     embedding: PyTree  # Q*, the embedding's fast weights
-    state: PyTree
+    state: PyTree  # empty
 
 
-def preprocess_gradient(gradient: jax.Array) -> jax.Array:
-    """[max(ln |g| / 7, -1), clip(e^7 g, -1, 1)]: magnitude and sign, both of order one.
+def preprocess_gradient(gradient: Array) -> Array:
+    """Splits gradients into magnitude and sign, both of order one.
+
+    [max(ln |g| / 7, -1), clip(e^7 g, -1, 1)].
 
     Args:
       gradient: [...].
@@ -55,32 +79,16 @@ def preprocess_gradient(gradient: jax.Array) -> jax.Array:
     return jnp.stack([magnitude, jnp.clip(gradient * jnp.exp(_K), -1, 1)], axis=-1)
 
 
-def attend(
-    queries: jax.Array, keys: jax.Array, real: jax.Array, *, strength: float = 1.0
-) -> jax.Array:
-    """softmax_i(strength cos(r, r'_i)) over the keys that are not padding.
-
-    Args:
-      queries: [m, D].
-      keys: [n, D].
-      real: bool [n].
-      strength: 1 in the paper, so that no weight can exceed another by more than e^2.
-
-    Returns:
-      Weights [m, n], each row's summing to 1.
-    """
-
-    def normalised(x: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-8)
-
-    cosines = normalised(queries) @ normalised(keys).T
-    return jax.nn.softmax(jnp.where(real, strength * cosines, -jnp.inf))
-
-
+@registry.learner("meta_networks", network=None)
 def meta_networks(
-    features: int = 64, *, hidden: int = 64, fast_scale: float = 0.01, strength: float = 1.0
+    *,
+    objective: Objective = cross_entropy,
+    features: int = 64,
+    hidden: int = 64,
+    fast_scale: float = 0.01,
+    key_strength: float = 10.0,
 ) -> MetaLearner:
-    """Fast weights for the embedding and, one memory of them for each support example, the base.
+    """Builds a Meta Network, which answers with fast weights from a memory.
 
     1. Q* = d(G, {grad_Q loss_emb(u(Q, x'_i), y'_i)}), an LSTM over the support examples.
     2. W*_i = m(Z, grad_W loss(b(W, x'_i), y'_i)), stored under r'_i = u(Q, Q*, x'_i).
@@ -90,19 +98,24 @@ def meta_networks(
     one pair for those of convolutions and one for the others.
 
     Args:
-      features: channels of the convolutions of both networks u and b (see `networks.augmented`).
-      hidden: units of the layer behind them, the width of r.
-      fast_scale: what the outputs of d and m are multiplied by. A coordinate's share in a layer is
-        small, and one step of Adam moves all of them together: at 1 the activations explode.
-      strength: what the cosines of attention are multiplied by; 1 in the paper.
+      objective: Objective of the tasks; it classifies.
+      features: Channels of the convolutions of both networks u and b (see `networks.augmented`).
+      hidden: Units of the layer behind them, the size of r.
+      fast_scale: Factor of the outputs of d and m. A coordinate's share in a layer is small, and
+        one step of Adam moves all of them together: at 1 the activations explode.
+      key_strength: Factor of the cosines of attention; with 1, the paper's, no weight exceeds
+        another by more than e^2 and training is slower.
 
     Returns:
       The learner; its parameters are {'embedding': Q, 'base': W, 'embedding_meta': G,
       'base_meta': Z}. The number of ways is fixed. The classifier of Q, which serves loss_emb
       alone, stays as it was drawn. The order of the support matters (to d).
 
+    Raises:
+      UsageError: the objective does not classify.
+
     Examples:
-      >>> learner = meta_networks(2, hidden=4)
+      >>> learner = meta_networks(features=2, hidden=4)
       >>> x = jnp.linspace(0, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
       >>> support = Batch(x, jnp.eye(2))
       >>> params, state = learner.init(jax.random.key(0), Episode(support, support))
@@ -110,98 +123,157 @@ def meta_networks(
       >>> learner.predict(params, adapted, x, jax.random.key(2), train=False)[0].shape
       (2, 2)
     """
+    check_kind(objective, "classification", "meta_networks")
 
-    def init(key: jax.Array, episode: Episode) -> tuple[PyTree, PyTree]:
-        x, y = episode.support
-        keys = jax.random.split(key, 4)
+    adapt = functools.partial(_adapt, fast_scale)
+    predict = functools.partial(_predict, key_strength)
+    return MetaLearner(
+        functools.partial(_init, features, hidden),
+        adapt,
+        predict,
+        supervised_loss(adapt, predict, objective),
+        supervised_evaluate(adapt, predict, objective),
+    )
 
-        def slow(key: jax.Array) -> PyTree:
-            return init_augmented(key, x, features, hidden, y.shape[-1])
 
-        params = {"embedding": slow(keys[0]), "base": slow(keys[1])}
-        for name, init_meta, meta_key in (
-            ("embedding_meta", _init_d, keys[2]),
-            ("base_meta", _init_m, keys[3]),
-        ):
-            conv_key, dense_key = jax.random.split(meta_key)
-            params[name] = {"conv": init_meta(conv_key), "dense": init_meta(dense_key)}
-        return params, {}
+def _init(features: int, hidden: int, key: Array, episode: Episode) -> tuple[PyTree, PyTree]:
+    support = episode.support
+    check_support(support)
+    *slow_keys, d_key, m_key = jax.random.split(key, 4)
+    embedding, base = (
+        init_augmented(slow_key, support.x, features, hidden, support.y.shape[1])
+        for slow_key in slow_keys
+    )
+    params = {"embedding": embedding, "base": base}
+    for name, init_meta, meta_key in (
+        ("embedding_meta", _init_d, d_key),
+        ("base_meta", _init_m, m_key),
+    ):
+        conv_key, dense_key = jax.random.split(meta_key)
+        params[name] = {"conv": init_meta(conv_key), "dense": init_meta(dense_key)}
+    return params, {}
 
-    def adapt(
-        params: PyTree, state: PyTree, support: Batch, key: jax.Array, *, train: bool
-    ) -> FastWeightMemory:
-        del key, train
-        real = support.y.any(-1)
 
-        def fast(meta: PyTree, gradients: PyTree, make: Callable) -> PyTree:
-            """Fast weights by group of coordinates; `make` gets [n, 2, coordinates]."""
-            made = {}
-            for group, tree in gradients.items():
-                unravel = ravel_pytree(params["base"][group])[1]
-                each = jax.vmap(lambda leaf: ravel_pytree(leaf)[0])(tree)
-                inputs = jnp.moveaxis(preprocess_gradient(each), -1, 1)
-                flat = fast_scale * make(meta[group], inputs)
-                made[group] = jax.vmap(unravel)(flat) if flat.ndim == 2 else unravel(flat)
-            return made
+def _adapt(
+    fast_scale: float, params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
+) -> FastWeightMemory:
+    del key, train
+    check_support(support)
+    check_ways(params["base"]["dense"]["classifier"].shape[1], support.y)
+    mask = support.mask
+    support = support._replace(x=blank_padding(support.x, mask))
+    slow = params["embedding"]
+    embedding = _fast_weights(
+        functools.partial(_d, mask=mask),
+        params["embedding_meta"],
+        _gradients(slow, support),
+        slow,
+        fast_scale,
+    )
+    values = _fast_weights(
+        _m, params["base_meta"], _gradients(params["base"], support), params["base"], fast_scale
+    )
+    return FastWeightMemory(represent(slow, embedding, support.x), values, mask, embedding, state)
 
-        embedding = fast(
-            params["embedding_meta"],
-            _gradients(params["embedding"], support),
-            lambda meta, inputs: _d(meta, inputs, real),
+
+def _predict(
+    key_strength: float,
+    params: PyTree,
+    adapted: FastWeightMemory,
+    x: Array,
+    key: Array,
+    *,
+    train: bool,
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    del key, train
+    x = blank_padding(x, mask)
+    r = represent(params["embedding"], adapted.embedding, x)
+    weights = content_address(r, adapted.keys, key_strength=key_strength, mask=adapted.mask)
+
+    def answer(x: Array, weights: Array) -> Array:
+        fast = jax.tree.map(lambda each: jnp.tensordot(weights, each, 1), adapted.values)
+        return classify(params["base"], fast, x[None])[0]
+
+    return jax.vmap(answer)(x, weights), adapted.state
+
+
+def check_support(support: Batch) -> None:
+    """Refuses a support set that is not of images with one-hot labels.
+
+    Raises:
+      UsageError: the inputs are no images.
+      ValueError: the labels are not one-hot, or the numbers of rows differ.
+    """
+    check_batch(support, "support")
+    check_targets(support.y)
+    if getattr(support.x, "ndim", None) != 4:
+        raise UsageError(
+            "meta_networks has convolutions of its own: give it images [n, height, width, channels]"
         )
-        values = fast(params["base_meta"], _gradients(params["base"], support), _m)
-        keys = represent(params["embedding"], embedding, support.x)
-        return FastWeightMemory(keys, values, real, embedding, state)
 
-    def predict(
-        params: PyTree, adapted: FastWeightMemory, x: jax.Array, key: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del key, train
-        r = represent(params["embedding"], adapted.embedding, x)
-        weights = attend(r, adapted.keys, adapted.real, strength=strength)
 
-        def answer(x: jax.Array, weights: jax.Array) -> jax.Array:
-            fast = jax.tree.map(lambda each: jnp.tensordot(weights, each, 1), adapted.values)
-            return classify(params["base"], fast, x[None])[0]
+def _fast_weights(
+    meta_network: Callable[[PyTree, Array], Array],
+    meta: PyTree,
+    gradients: PyTree,
+    slow: PyTree,
+    fast_scale: float,
+) -> PyTree:
+    """Fast weights by group of coordinates.
 
-        return jax.vmap(answer)(x, weights), adapted.state
-
-    return MetaLearner(init, adapt, predict, episode_loss(adapt, predict, cross_entropy))
+    Args:
+      meta_network: (params, inputs [n, 2, coordinates]) -> [coordinates] or [n, coordinates].
+      meta: its parameters by group.
+      gradients: of each example, leaves [n, ...], by group.
+      slow: the slow weights, for their structure.
+      fast_scale: factor of the outputs.
+    """
+    made = {}
+    for group, tree in gradients.items():
+        unravel = ravel_pytree(slow[group])[1]
+        each = jax.vmap(lambda leaf: ravel_pytree(leaf)[0])(tree)
+        inputs = jnp.moveaxis(preprocess_gradient(each), -1, 1)
+        flat = fast_scale * meta_network(meta[group], inputs)
+        made[group] = jax.vmap(unravel)(flat) if flat.ndim == 2 else unravel(flat)
+    return made
 
 
 def _gradients(slow: PyTree, support: Batch) -> PyTree:
     """The slow network's gradient at each support example, leaves [n, ...], as constants."""
 
-    def loss(slow: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-        return cross_entropy(classify(slow, None, x[None]), y[None])[0]
+    def loss(slow: PyTree, x: Array, y: Array) -> Array:
+        return cross_entropy_loss(classify(slow, None, x[None]), y[None])[0]
 
-    gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(slow, *support)
+    gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(slow, support.x, support.y)
     return jax.lax.stop_gradient(gradients)
 
 
-def _init_d(key: jax.Array) -> PyTree:
+def _init_d(key: Array) -> PyTree:
     lstm_key, output_key = jax.random.split(key)
     output = _zeros(init_linear(output_key, _UNITS, 1))
     return {"lstm": init_lstm(lstm_key, 2, _UNITS), "output": output}
 
 
-def _d(params: PyTree, inputs: jax.Array, real: jax.Array) -> jax.Array:
+def _d(params: PyTree, inputs: Array, mask: Array | None = None) -> Array:
     """An LSTM over the examples, for each coordinate: [n, 2, coordinates] -> [coordinates]."""
 
-    def network(examples: jax.Array) -> jax.Array:
+    def network(examples: Array) -> Array:
         def step(carry: tuple, example: tuple) -> tuple[tuple, None]:
             x, real = example
             new = lstm_across(params["lstm"], x, *carry)
-            return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), None
+            if real is not None:
+                new = jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry)
+            return new, None
 
         start = jnp.zeros((_UNITS, examples.shape[-1]), examples.dtype)
-        (h, _), _ = jax.lax.scan(step, (start, start), (examples, real))
+        (h, _), _ = jax.lax.scan(step, (start, start), (examples, mask))
         return linear_across(params["output"], h)[0]
 
     return _by_chunks(network, inputs)
 
 
-def _init_m(key: jax.Array) -> PyTree:
+def _init_m(key: Array) -> PyTree:
     sizes = ((2, _UNITS), (_UNITS, _UNITS), (_UNITS, 1))
     keys = jax.random.split(key, len(sizes))
     params = {f"layer{i + 1}": init_linear(keys[i], *size) for i, size in enumerate(sizes)}
@@ -213,10 +285,10 @@ def _zeros(layer: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, layer)
 
 
-def _m(params: PyTree, inputs: jax.Array) -> jax.Array:
+def _m(params: PyTree, inputs: Array) -> Array:
     """A small network, for each example and coordinate: [n, 2, coordinates] -> [n, coordinates]."""
 
-    def network(examples: jax.Array) -> jax.Array:
+    def network(examples: Array) -> Array:
         x = jax.nn.relu(linear_across(params["layer1"], examples))
         x = jax.nn.relu(linear_across(params["layer2"], x))
         return linear_across(params["layer3"], x)[:, 0]
@@ -224,5 +296,5 @@ def _m(params: PyTree, inputs: jax.Array) -> jax.Array:
     return _by_chunks(network, inputs)
 
 
-def _by_chunks(network: Callable[[jax.Array], jax.Array], inputs: jax.Array) -> jax.Array:
+def _by_chunks(network: Callable[[Array], Array], inputs: Array) -> Array:
     return join_coordinates(map_chunks(network, split_coordinates(inputs)), inputs.shape[-1])

@@ -6,23 +6,61 @@ protocol (Santoro et al. 2016, section 4) is the sequence itself: every x_t is a
 label is shown, and the accuracy is that at the 1st, 2nd, ... instance of a class.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Aux, Batch, Episode, MetaLearner, Network, PyTree, cross_entropy
+from meta_jax.core import (
+    Adapt,
+    Array,
+    Batch,
+    Episode,
+    Evaluate,
+    Loss,
+    LossAux,
+    MetaLearner,
+    Metrics,
+    Network,
+    Objective,
+    PyTree,
+    supervised_evaluate,
+)
+from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
+from meta_jax.networks.normalisation import embed_queries, embed_support, queries_need_support
+from meta_jax.objectives import (
+    check_batch,
+    check_outputs,
+    check_targets,
+    cross_entropy,
+    cross_entropy_loss,
+    row_mask,
+    without_padding,
+)
+
+EvaluationProtocol = Literal["few_shot", "sequence"]
+
+
+class CellInit(Protocol):
+    """(key, inputs, ways) -> params."""
+
+    def __call__(self, key: Array, inputs: int, ways: int, /) -> PyTree:
+        """Initial parameters for embeddings of that size and that many classes."""
+        ...
 
 
 class Cell(NamedTuple):
-    """A recurrent cell, for one task; `drive` is all that does not depend on its state."""
+    """A recurrent cell, for one task."""
 
-    init: Callable[..., PyTree]  # (key, inputs, ways) -> params
+    init: CellInit
     start: Callable[[PyTree], PyTree]  # params -> the carry before the first step
-    drive: Callable[..., jax.Array]  # (params, z [n, inputs], y [n, ways]) -> [n, ...]
-    step: Callable[..., tuple[PyTree, jax.Array]]  # (params, carry, drive) -> carry, output [F]
+    # (params, z [n, inputs], y [n, ways]) -> [n, ...]: all that does not depend on the carry
+    input_projection: Callable[[PyTree, Array, Array], Array]
+    # (params, carry, row of the projection) -> carry, output [F]
+    step: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]]
     outputs: int  # F
 
 
@@ -30,183 +68,362 @@ class SequenceAdapted(NamedTuple):
     """A support set that was read."""
 
     carry: PyTree  # the cell's, after the last input
-    label: jax.Array  # [ways], the last label, which comes with the next input
-    logits: jax.Array  # [n, ways], what was answered to each input before its label was shown
+    label: Array  # [ways], the last label, which comes with the next input
+    logits: Array  # [n, ways], what was answered to each input before its label was shown
     state: PyTree  # the network's
+    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
 
 
-def as_sequence(key: jax.Array, episode: Episode) -> Batch:
+# ---- Sequences of labelled examples.
+
+
+def as_sequence(key: Array, episode: Episode) -> Batch:
     """All examples of an episode, support and queries, in uniformly random order.
 
     Padding comes last, where it cannot be remembered.
+
+    Args:
+      key: a random key.
+      episode: inputs may be pytrees, leaves [n, ...].
     """
-    x, y = (jnp.concatenate(parts) for parts in zip(*episode, strict=True))
-    order = jnp.argsort(jax.random.uniform(key, y.shape[:1]) + ~y.any(-1))
-    return Batch(x[order], y[order])
+    support, query = episode
+    check_batch(support, "support")
+    check_batch(query, "query")
+    x = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, query.x)
+    y = jnp.concatenate([support.y, query.y])
+    rank = jax.random.uniform(key, y.shape[:1])
+    mask = None
+    if support.mask is not None or query.mask is not None:
+        mask = jnp.concatenate([row_mask(support), row_mask(query)])
+        rank += ~mask
+    order = jnp.argsort(rank)
+    return jax.tree.map(lambda leaf: leaf[order], Batch(x, y, mask))
 
 
-def instance_numbers(y: jax.Array) -> jax.Array:
+def instance_numbers(y: Array, mask: Array | None = None) -> Array:
     """Which instance of its class each step is: 1 for the first; 0 for padding.
 
     Args:
       y: one-hot labels of a sequence [n, ways].
+      mask: bool [n], False for padding.
 
     Returns:
       int [n].
+
+    Raises:
+      ValueError: y is not one-hot [n, ways].
 
     Examples:
       >>> instance_numbers(jnp.eye(3)[jnp.array([2, 0, 2, 2, 0])]).tolist()
       [1, 1, 2, 3, 2]
     """
-    return (jnp.cumsum(y, 0) * y).sum(-1).astype(int)
+    check_targets(y)
+    shown = (without_padding(y, mask) > 0).astype(int)
+    return (jnp.cumsum(shown, 0) * shown).sum(-1)
 
 
-def instance_accuracy(logits: jax.Array, y: jax.Array, count: int) -> jax.Array:
+def instance_accuracy(logits: Array, y: Array, count: int, mask: Array | None = None) -> Array:
     """Accuracy at the 1st, 2nd, ... instance of each class (Santoro et al. 2016, table 1).
 
     Args:
       logits: answers [n, ways]; a tie for the largest counts as wrong.
-      y: one-hot labels [n, ways]; all-zero rows are padding.
+      y: one-hot labels [n, ways].
       count: how many instances of a class there are at most.
+      mask: bool [n], False for padding.
 
     Returns:
       [count] in [0, 1], NaN for an instance that no class has.
+
+    Raises:
+      ValueError: logits and y differ in shape.
 
     Examples:
       >>> labels = jnp.eye(2)[jnp.array([0, 0, 1, 1])]
       >>> instance_accuracy(jnp.array([[0., 1.], [1., 0.], [0., 1.], [0., 1.]]), labels, 2).tolist()
       [0.5, 1.0]
     """
-    right = jax.vmap(lambda a, b: cross_entropy(a[None], b[None])[1]["accuracy"])(logits, y)
-    at = instance_numbers(y)[:, None] == jnp.arange(1, count + 1)
-    return (right[:, None] * at).sum(0) / at.sum(0)
+    check_outputs(logits, y)
+    right = jax.vmap(lambda a, b: cross_entropy_loss(a[None], b[None])[1]["accuracy"])(logits, y)
+    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)
+    return jnp.where(at, right[:, None], 0).sum(0) / at.sum(0).astype(right.dtype)
 
 
-def sequence_criterion(logits: jax.Array, y: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy over all steps; metrics `accuracy` and, for each instance, `instance_i`.
+def sequence_metrics(logits: Array, y: Array, mask: Array | None = None) -> Metrics:
+    """Metrics of the sequence protocol: instance_1, instance_2, ..., the accuracy at each.
 
     Args:
-      logits: [n, ways].
+      logits: answers [n, ways].
       y: one-hot labels [n, ways], of n // ways instances of each class.
+      mask: bool [n], False for padding.
     """
-    loss, metrics = cross_entropy(logits, y)
-    each = instance_accuracy(logits, y, y.shape[0] // y.shape[1])
-    return loss, {**metrics, **{f"instance_{i + 1}": value for i, value in enumerate(each)}}
+    each = instance_accuracy(logits, y, y.shape[0] // y.shape[1], mask)
+    return {f"instance_{i + 1}": value for i, value in enumerate(each)}
 
 
-def neighbour_loss(z: jax.Array, y: jax.Array) -> jax.Array:
+def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
     """Neighbourhood components analysis: -log of the share of z's neighbours in its own class.
 
     The mean over i of -log sum_{j: y_j = y_i} p_ij, p_ij = softmax_{j != i}(-||z_i - z_j||^2)
-    (Goldberger et al. 2004, the variant with the logarithm).
+    (Goldberger et al. 2004, the variant with the logarithm). Examples that are the only ones of
+    their class do not count.
 
     Args:
       z: embedded inputs [n, D].
-      y: one-hot labels [n, ways], two of each class at least; all-zero rows are padding.
+      y: one-hot labels [n, ways].
+      mask: bool [n], False for padding.
 
     Returns:
       The loss, in nats.
 
+    Raises:
+      ValueError: z is not of rank 2, or y is not one-hot with as many rows.
+
     Examples:
       >>> z, y = jnp.array([[0.0], [0.0], [1.0], [1.0]]), jnp.eye(2)[jnp.array([0, 0, 1, 1])]
-      >>> round(float(neighbour_loss(z, y)), 4)  # -log(1 / (1 + 2 / e))
+      >>> round(float(nca_loss(z, y)), 4)  # -log(1 / (1 + 2 / e))
       0.5514
     """
+    check_targets(y)
+    if z.ndim != 2 or z.shape[0] != y.shape[0]:
+        raise ValueError(f"z must be embeddings [{y.shape[0]}, D], as y has it, not {z.shape}")
+    z, y = without_padding(z, mask), without_padding(y, mask)
     squares = (z * z).sum(-1)
     distances = squares[:, None] + squares - 2 * z @ z.T
-    real = y.any(-1)
-    others = real[None] & ~jnp.eye(y.shape[0], dtype=bool)
+    others = ~jnp.eye(y.shape[0], dtype=bool)
+    if mask is not None:
+        others &= mask
     logits = jnp.where(others, -distances, -jnp.inf)
-    same = ((y @ y.T > 0) | ~real[:, None]) & others  # all are neighbours of padding: it loses 0
+    same = (y @ y.T > 0) & others
+    counts = same.any(-1)
+    # All are neighbours of what does not count: it loses 0, and its gradient is 0.
+    same = same | (~counts[:, None] & others)
     near = jax.nn.logsumexp(jnp.where(same, logits, -jnp.inf), -1)
-    return (jax.nn.logsumexp(logits, -1) - near).sum() / real.sum()
+    lost = (jax.nn.logsumexp(logits, -1) - near).sum()
+    return lost / jnp.maximum(counts.sum(), 1).astype(lost.dtype)
 
 
-def sequence_learner(network: Network, cell: Cell, *, neighbour_weight: float = 0.0) -> MetaLearner:
-    """A cell that reads embedded inputs, each with the label of the one before, and answers.
-
-    `adapt` reads the support set in the order given; its `logits` are the answers on the way, so
-    the sequence protocol is `adapt` on a whole sequence. `predict` takes one step for each query
-    from the same carry. The training loss is the sequence's: support and queries, shuffled anew,
-    sum to one sequence, and every step of it counts.
+def labels_before(y: Array, mask: Array | None = None) -> tuple[Array, Array]:
+    """The label that was shown last before each step, zeros at first, and the last one of all.
 
     Args:
-      network: the embedding network. Where its batch norm takes statistics, it takes those of the
-        whole sequence at once (in the mode 'running': in training alone).
+      y: one-hot labels [n, ways].
+      mask: bool [n], False for padding, whose labels are not shown.
+
+    Returns:
+      [n, ways] and [ways].
+
+    Examples:
+      >>> before, last = labels_before(jnp.eye(3))
+      >>> before.argmax(1).tolist(), before.sum(1).tolist(), int(last.argmax())
+      ([0, 0, 1], [0.0, 1.0, 1.0], 2)
+    """
+    check_targets(y)
+    labels = jnp.concatenate([jnp.zeros_like(y[:1]), y])
+    if mask is None:
+        return labels[:-1], labels[-1]
+    # The index into `labels` of the last one shown, after each step.
+    last = jax.lax.cummax(jnp.where(mask, jnp.arange(1, mask.size + 1), 0))
+    return labels[jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])], labels[last[-1]]
+
+
+def read_sequence(
+    cell: Cell, params: PyTree, z: Array, y: Array, mask: Array | None = None
+) -> tuple[PyTree, Array, Array]:
+    """Steps through a sequence; padding leaves the carry as it is.
+
+    Args:
       cell: the recurrent cell.
-      neighbour_weight: of the encoder's own loss, `neighbour_loss`, which is added to the
-        sequence's: a memory is of no use before the encoder tells classes apart, and the encoder
-        learns nothing from a memory that is of no use.
+      params: the cell's.
+      z: embedded inputs [n, inputs].
+      y: one-hot labels [n, ways], each shown with the next input.
+      mask: bool [n], False for padding.
+
+    Returns:
+      The carry after the last input, the last label [ways], and the outputs [n, F].
+    """
+    before, last = labels_before(y, mask)
+    projected = cell.input_projection(params, without_padding(z, mask), before)
+
+    def step(carry: PyTree, inputs: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
+        row, real = inputs
+        new, output = cell.step(params, carry, row)
+        if real is not None:
+            new = jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry)
+        return new, output
+
+    carry, outputs = jax.lax.scan(step, cell.start(params), (projected, mask))
+    return carry, last, outputs
+
+
+# ---- The learner.
+
+
+def sequence_learner(
+    network: Network,
+    cell: Cell,
+    objective: Objective = cross_entropy,
+    *,
+    nca_weight: float = 0.0,
+    protocol: EvaluationProtocol = "few_shot",
+) -> MetaLearner:
+    """Builds a learner whose cell reads embedded inputs, each with the label before it.
+
+    `adapt` reads the support set in the order given; its `logits` are the answers on the way.
+    `predict` takes one step for each query from the same carry. The training loss is the
+    sequence's: support and queries, shuffled anew, make one sequence, and each of its steps counts.
+
+    Args:
+      network: Embedding network. Where its normalisation takes moments of a batch, it takes those
+        of the whole sequence at once.
+      cell: Recurrent cell.
+      objective: Objective of the tasks; it classifies.
+      nca_weight: Weight of the encoder's own loss, `nca_loss`, which is added to the sequence's: a
+        memory is of no use before the encoder tells classes apart, and the encoder learns nothing
+        from a memory that is of no use.
+      protocol: What a test measures: 'few_shot' for the queries after the support set, 'sequence'
+        for every step of the shuffled whole (loss, accuracy, instance_1, instance_2, ...).
 
     Returns:
       The learner; its parameters are {'network', 'cell', 'output'}. Labels are inputs and outputs,
       so the number of ways is fixed, and the order of the support matters.
+
+    Raises:
+      UsageError: an unknown protocol.
     """
-
-    def init(key: jax.Array, episode: Episode) -> tuple[PyTree, PyTree]:
-        network_key, cell_key, output_key = jax.random.split(key, 3)
-        x, y = episode.support
-        params, state = network.init(network_key, x)
-        z, _ = network.apply_to_support(params, state, x, key=cell_key, train=False)
-        params = {
-            "network": params,
-            "cell": cell.init(cell_key, z.shape[-1], y.shape[-1]),
-            "output": init_linear(output_key, cell.outputs, y.shape[-1]),
-        }
-        return params, state
-
-    def answer(params: PyTree, outputs: jax.Array) -> jax.Array:
-        return linear(params["output"], outputs)
+    protocols = get_args(EvaluationProtocol)
+    if protocol not in protocols:
+        raise UsageError(f"unknown protocol '{protocol}': choose one of {', '.join(protocols)}")
 
     def adapt(
-        params: PyTree, state: PyTree, support: Batch, key: jax.Array, *, train: bool
+        params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
     ) -> SequenceAdapted:
-        z, state = network.apply_to_support(
-            params["network"], state, support.x, key=key, train=train
-        )
-        real = support.y.any(-1)
-        labels = jnp.concatenate([jnp.zeros_like(support.y[:1]), support.y])
-        # The index into `labels` of the last one shown, after each step: padding shows none.
-        last = jax.lax.cummax(jnp.where(real, jnp.arange(1, real.size + 1), 0))
-        before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-
-        def step(carry: PyTree, inputs: tuple) -> tuple[PyTree, jax.Array]:
-            drive, real = inputs
-            new, output = cell.step(params["cell"], carry, drive)
-            return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), output
-
-        drive = cell.drive(params["cell"], z, labels[before])
-        carry, outputs = jax.lax.scan(step, cell.start(params["cell"]), (drive, real))
-        return SequenceAdapted(carry, labels[last[-1]], answer(params, outputs), state)
+        check_batch(support, "support")
+        check_ways(params["output"]["kernel"].shape[1], support.y)
+        z, state = embed_support(network, params["network"], state, support, key=key, train=train)
+        carry, label, outputs = read_sequence(cell, params["cell"], z, support.y, support.mask)
+        kept = support if queries_need_support(network.normalisation) else None
+        return SequenceAdapted(carry, label, linear(params["output"], outputs), state, kept)
 
     def predict(
-        params: PyTree, adapted: SequenceAdapted, x: jax.Array, key: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        z, state = network.apply_to_queries(
-            params["network"], adapted.state, x, key=key, train=train
+        params: PyTree,
+        adapted: SequenceAdapted,
+        x: PyTree,
+        key: Array,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[Array, PyTree]:
+        z, state = embed_queries(
+            network,
+            params["network"],
+            adapted.state,
+            x,
+            support=adapted.support,
+            key=key,
+            train=train,
+            mask=mask,
         )
         labels = jnp.broadcast_to(adapted.label, (z.shape[0], adapted.label.size))
-        drive = cell.drive(params["cell"], z, labels)
-        _, outputs = jax.vmap(lambda d: cell.step(params["cell"], adapted.carry, d))(drive)
-        return answer(params, outputs), state
+        projected = cell.input_projection(params["cell"], z, labels)
+        _, outputs = jax.vmap(cell.step, (None, None, 0))(params["cell"], adapted.carry, projected)
+        return linear(params["output"], outputs), state
 
-    def loss(
-        params: PyTree, state: PyTree, episode: Episode, key: jax.Array
-    ) -> tuple[jax.Array, Aux]:
+    evaluate = {
+        "few_shot": supervised_evaluate(adapt, predict, objective),
+        "sequence": sequence_evaluate(adapt, objective),
+    }
+    loss = _sequence_loss(network, cell, objective, nca_weight)
+    init = functools.partial(_init, network, cell)
+    return MetaLearner(init, adapt, predict, loss, evaluate[protocol])
+
+
+def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[PyTree, PyTree]:
+    network_key, embed_key, cell_key, output_key = jax.random.split(key, 4)
+    support = episode.support
+    check_batch(support, "support")
+    check_targets(support.y)
+    ways = support.y.shape[1]
+    params, state = network.init(network_key, support.x)
+    z, _ = embed_support(network, params, state, support, key=embed_key, train=False)
+    check_vectors(z)
+    params = {
+        "network": params,
+        "cell": cell.init(cell_key, z.shape[1], ways),
+        "output": init_linear(output_key, cell.outputs, ways),
+    }
+    return params, state
+
+
+def _sequence_loss(network: Network, cell: Cell, objective: Objective, nca_weight: float) -> Loss:
+    def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         order_key, network_key = jax.random.split(key)
-        x, y = as_sequence(order_key, episode)
-        z, state = network.apply_to_support(
-            params["network"], state, x, key=network_key, train=True
+        sequence = as_sequence(order_key, episode)
+        _, y, mask = sequence
+        check_ways(params["output"]["kernel"].shape[1], y)
+        z, state = embed_support(
+            network, params["network"], state, sequence, key=network_key, train=True
         )
-        # No mask against padding, as `adapt` has: it comes last.
-        drive = cell.drive(params["cell"], z, jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]))
-        _, outputs = jax.lax.scan(
-            lambda carry, d: cell.step(params["cell"], carry, d), cell.start(params["cell"]), drive
-        )
-        value, metrics = sequence_criterion(answer(params, outputs), y)
-        if neighbour_weight:
-            near = neighbour_loss(z, y)
-            value, metrics = value + neighbour_weight * near, {**metrics, "neighbour_loss": near}
-        return value, Aux(state, metrics)
+        _, _, outputs = read_sequence(cell, params["cell"], z, y, mask)
+        logits = linear(params["output"], outputs)
+        value, metrics = objective.loss(logits, y, mask)
+        metrics = {**metrics, **sequence_metrics(logits, y, mask)}
+        if nca_weight:
+            near = nca_loss(z, y, mask)
+            value, metrics = value + nca_weight * near, {**metrics, "nca_loss": near}
+        return value, LossAux(state, metrics)
 
-    return MetaLearner(init, adapt, predict, loss)
+    return loss
+
+
+def sequence_evaluate(adapt: Adapt, objective: Objective = cross_entropy) -> Evaluate:
+    """Builds the sequence protocol of a learner whose `adapt` gives the `logits` on the way.
+
+    All examples of an episode come one after another in random order; each is answered before its
+    label is shown (Santoro et al. 2016, section 4). The metrics are the loss and those of the
+    objective over all steps, and `sequence_metrics`.
+
+    Args:
+      adapt: the learner's; what it returns has `logits` [n, ways].
+      objective: Objective of the tasks.
+    """
+
+    def evaluate(params: PyTree, state: PyTree, episode: Episode, key: Array) -> Metrics:
+        order_key, adapt_key = jax.random.split(key)
+        sequence = as_sequence(order_key, episode)
+        logits = adapt(params, state, sequence, adapt_key, train=False).logits
+        loss, metrics = objective.loss(logits, sequence.y, sequence.mask)
+        return {"loss": loss, **metrics, **sequence_metrics(logits, sequence.y, sequence.mask)}
+
+    return evaluate
+
+
+def check_vectors(z: Array) -> None:
+    """Refuses embeddings that are not vectors.
+
+    Raises:
+      UsageError: z is not [n, D].
+    """
+    if z.ndim != 2:
+        raise UsageError(
+            f"a sequence learner reads vectors [n, D], and its network gives {list(z.shape)}: use "
+            "one that gives vectors, such as strided_conv4"
+        )
+
+
+def check_ways(ways: int, y: Array) -> None:
+    """Refuses labels of another number of classes than a learner has outputs.
+
+    Args:
+      ways: number of the outputs.
+      y: one-hot labels [n, ways].
+
+    Raises:
+      ValueError: y is not one-hot.
+      UsageError: the numbers differ.
+    """
+    check_targets(y)
+    if y.shape[1] != ways:
+        raise UsageError(
+            f"this learner has one output for each of the {ways} ways it trains with, and y has "
+            f"{y.shape[1]}: tests need as many ways as training"
+        )

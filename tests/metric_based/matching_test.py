@@ -3,22 +3,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, Network, cross_entropy
-from meta_jax.metric_based.heads import cosine_similarity, kernel_logits
+from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.matching import (
     embed_queries_in_context,
     embed_support_in_context,
     init_full_context,
     matching,
+    matching_fce,
 )
+from meta_jax.metric_based.primitives import cosine_similarity, kernel_logits
 from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.objectives import cross_entropy_loss
 from tests.random_trees import moved, normal
+from tests.small_networks import IDENTITY
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
-# Embeddings are the inputs themselves.
-IDENTITY = Network(lambda key, x: ({}, {}), lambda params, state, x, *, key, train: (x, state))
 
 
 def episode(ways=3, shots=2, queries=2, size=4, seed=0):
@@ -60,7 +62,7 @@ def test_the_floor_of_the_loss_without_a_temperature(ways, floor):
     @jax.jit
     def loss(z):
         logits = kernel_logits(cosine_similarity(z, z), jnp.eye(ways))
-        return cross_entropy(logits, jnp.eye(ways))[0]
+        return cross_entropy_loss(logits, jnp.eye(ways))[0]
 
     np.testing.assert_allclose(loss(simplex), floor, atol=5e-4)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(simplex), np.zeros((ways, ways)), atol=1e-12)
@@ -75,7 +77,7 @@ def test_no_query_costs_less_than_the_bound_on_cosines():
     query = jnp.array([[2.0, 0]])
     for temperature, bound in ((1.0, 0.4327), (0.1, 8.2446e-9)):
         logits = answer(matching(IDENTITY, temperature=temperature), support, query)
-        loss, _ = cross_entropy(logits, jnp.eye(5)[:1])
+        loss, _ = cross_entropy_loss(logits, jnp.eye(5)[:1])
         np.testing.assert_allclose(loss, bound, rtol=2e-4)
 
 
@@ -113,7 +115,7 @@ def test_the_support_in_context_by_hand():
         for i in order:
             h, c = cell(params[direction], z[i], h, c)
             expected[i] += h
-    found = embed_support_in_context(params, z, jnp.ones(6, bool))
+    found = jax.jit(embed_support_in_context)(params, z)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -130,7 +132,7 @@ def test_the_queries_in_context_by_hand(steps):
             h, c = cell(params["attention"], x, np.concatenate([h, r]), c)
             h = h + x
         expected.append(h)
-    found = embed_queries_in_context(params, z, g, jnp.ones(6, bool), steps=steps)
+    found = embed_queries_in_context(params, z, g, steps=steps)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -147,7 +149,7 @@ def test_full_context_of_zero_weights_is_the_identity():
         return jax.tree.map(jnp.zeros_like, params)
 
     plain = answer(matching(IDENTITY), support, query.x)
-    in_context = matching(IDENTITY, full_context_steps=3)
+    in_context = matching_fce(IDENTITY)
     np.testing.assert_allclose(answer(in_context, support, query.x, zeros), plain, atol=1e-12)
     assert abs(answer(in_context, support, query.x) - plain).max() > 1e-2
 
@@ -155,7 +157,7 @@ def test_full_context_of_zero_weights_is_the_identity():
 @pytest.mark.parametrize(("steps", "same"), [(0, True), (2, False)])
 def test_the_order_of_the_support_matters_to_full_context_embeddings_alone(steps, same):
     support, query = episode()
-    learner = matching(IDENTITY, full_context_steps=steps)
+    learner = matching_fce(IDENTITY, full_context_steps=steps) if steps else matching(IDENTITY)
     reversed_support = Batch(support.x[::-1], support.y[::-1])
     difference = abs(
         answer(learner, support, query.x) - answer(learner, reversed_support, query.x)
@@ -168,9 +170,12 @@ def test_the_order_of_the_support_matters_to_full_context_embeddings_alone(steps
     [
         ({"similarity": "x"}, "unknown similarity 'x': choose one of cosine, squared_euclidean"),
         ({"temperature": 0.0}, "temperature 0.0 is impossible: use a positive one"),
-        ({"full_context_steps": -1}, "-1 full-context steps are impossible"),
+        ({"full_context_steps": 0}, "0 full-context steps are impossible: use at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, culprit):
-    with pytest.raises(ValueError, match=culprit):
-        matching(IDENTITY, **settings)
+    with pytest.raises(UsageError, match=culprit):
+        matching_fce(IDENTITY, **settings)
+    if "full_context_steps" not in settings:
+        with pytest.raises(UsageError, match=culprit):
+            matching(IDENTITY, **settings)

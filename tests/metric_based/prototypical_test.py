@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
 from tests.random_trees import moved, normal
+from tests.small_networks import normalised
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -23,13 +25,13 @@ def episode(ways=3, shots=2, queries=2, seed=0):
 
 
 def conv_learner(mode, **settings):
-    network = strided_conv4(4, batch_norm=mode)
+    network = strided_conv4(4, normalisation=mode)
     return network, prototypical(network, **settings)
 
 
-def encode(network, params, state, x, train):
-    return jax.jit(network.apply, static_argnames=("key", "train"))(
-        params["network"], state, x, key=None, train=train
+def encode(network, params, state, x, moments):
+    return jax.jit(network.apply, static_argnames=("key", "train", "moments"))(
+        params["network"], state["network"], x, key=None, train=False, moments=moments
     )
 
 
@@ -56,7 +58,7 @@ def test_the_test_protocol_by_hand(ways):
     support, query = episode(ways, 1, 3, seed=1)
     logits, new_state = answer(learner, params, state, support, query.x)
     z_support, z_query = (
-        encode(network, params, state, x, train=False)[0] for x in (support.x, query.x)
+        encode(network, params, state, x, "stored")[0] for x in (support.x, query.x)
     )
     assert logits.shape == (3 * ways, ways)
     np.testing.assert_allclose(logits, negative_distances(z_support, z_query, ways), atol=1e-12)
@@ -70,14 +72,14 @@ def test_the_training_loss_embeds_support_and_queries_as_one_batch():
     params = moved(params)
     loss, aux = jax.jit(learner.loss)(params, state, Episode(support, query), KEY)
     together = np.concatenate([support.x, query.x])
-    z, new_state = encode(network, params, state, together, train=True)
+    z, new_state = encode(network, params, state, together, "update")
     z = np.asarray(z)
     logits = negative_distances(z[:6], z[6:], 3)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = np.arange(6) % 3
     np.testing.assert_allclose(loss, -np.log(p[np.arange(6), labels]).mean(), atol=1e-12)
     np.testing.assert_allclose(aux.metrics["accuracy"], (logits.argmax(1) == labels).mean())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b), aux.state, new_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b), aux.state["network"], new_state)
 
 
 def losses(network):
@@ -90,16 +92,17 @@ def losses(network):
     return values
 
 
-def test_joint_encoding_changes_nothing_without_batch_norm():
+def test_joint_encoding_changes_nothing_without_normalisation():
     joint, apart = losses(mlp((6, 4)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), joint, apart)
 
 
 @pytest.mark.parametrize(
-    ("mode", "same"), [("batch", False), ("running", False), ("support", True)]
+    ("mode", "same"),
+    [("batch", False), ("running", False), ("support", True), ("layer", True), ("tasknorm", True)],
 )
-def test_joint_encoding_matters_where_batch_norm_sees_the_batch(mode, same):
-    joint, apart = losses(strided_conv4(4, batch_norm=mode))
+def test_joint_encoding_matters_where_moments_are_the_batch_s(mode, same):
+    joint, apart = losses(normalised(mode))
     assert bool(abs(joint[0] - apart[0]) < 1e-12) == same
 
 
@@ -109,8 +112,8 @@ def test_support_mode_normalises_queries_by_the_support_alone():
     params, state = jax.jit(learner.init)(KEY, episode())
     params = moved(params)
     logits, _ = answer(learner, params, state, support, query.x)
-    z_support, of_support = encode(network, params, state, support.x, train=True)
-    z_query, _ = encode(network, params, of_support, query.x, train=False)
+    z_support, of_support = encode(network, params, state, support.x, "replace")
+    z_query, _ = encode(network, params, {"network": of_support}, query.x, "stored")
     np.testing.assert_allclose(logits, negative_distances(z_support, z_query, 3), atol=1e-12)
 
 
@@ -130,6 +133,6 @@ def test_cosine_logits_by_hand():
 
 def test_an_unknown_distance_is_refused():
     with pytest.raises(
-        ValueError, match="unknown distance 'manhattan': choose one of squared_eucl"
+        UsageError, match="unknown distance 'manhattan': choose one of squared_eucl"
     ):
         prototypical(mlp(), distance="manhattan")

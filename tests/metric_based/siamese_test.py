@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, cross_entropy
+from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.siamese import pair_cross_entropy, pair_logits, siamese
 from meta_jax.networks.mlp import mlp
+from meta_jax.objectives import cross_entropy, cross_entropy_loss, squared_error
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -62,7 +64,7 @@ def test_the_gradients_of_the_twins_add():
 def test_the_loss_by_hand():
     logits = jnp.array([[2.0, -1.0, 0.5], [0.3, 1.0, 9.0]])
     same = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    real = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    real = jnp.array([[True, True, True], [True, True, False]])
     p = 1 / (1 + np.exp(-np.asarray(logits)))
     equal = -np.log(p[[0, 1], [0, 1]]).mean()
     unequal = -np.log(1 - p[[0, 0, 1], [1, 2, 0]]).mean()
@@ -101,9 +103,11 @@ def test_the_training_loss_is_over_all_pairs():
     loss, aux = learner.loss(params, state, Episode(support, query), KEY)
     pairs = pair_logits(params["head"], embed(params, query.x), embed(params, support.x))
     same = query.y @ support.y.T
-    np.testing.assert_allclose(loss, pair_cross_entropy(pairs, same, jnp.ones((6, 6))), atol=1e-12)
+    np.testing.assert_allclose(loss, pair_cross_entropy(pairs, same), atol=1e-12)
     best = jnp.maximum(pairs[:, :3], pairs[:, 3:])
-    np.testing.assert_allclose(aux.metrics["accuracy"], cross_entropy(best, query.y)[1]["accuracy"])
+    np.testing.assert_allclose(
+        aux.metrics["accuracy"], cross_entropy_loss(best, query.y)[1]["accuracy"]
+    )
 
 
 def test_padding_counts_nowhere():
@@ -111,13 +115,36 @@ def test_padding_counts_nowhere():
     support, query = episode()
 
     def padded(batch):
-        return Batch(
-            jnp.concatenate([batch.x, batch.x[:1]]), jnp.concatenate([batch.y, 0 * batch.y[:1]])
-        )
+        x = jnp.concatenate([batch.x, 1e30 * jnp.ones_like(batch.x[:1])])
+        y = jnp.concatenate([batch.y, batch.y[:1]])
+        return Batch(x, y, jnp.arange(len(x)) < len(batch.x))
 
-    found = learner.loss(params, state, Episode(padded(support), padded(query)), KEY)
-    expected = learner.loss(params, state, episode(), KEY)
+    loss = jax.value_and_grad(learner.loss, has_aux=True)
+    found = loss(params, state, Episode(padded(support), padded(query)), KEY)
+    expected = loss(params, state, episode(), KEY)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
+
+
+def test_training_has_the_pairs_loss_and_tests_the_objective_s():
+    def margin(outputs, y, mask=None):
+        return cross_entropy_loss(2 * outputs, y, mask)[0], {"margin": outputs.max()}
+
+    objective = cross_entropy._replace(loss=margin, metric="margin")
+    learner = siamese(mlp((6, 4)), objective=objective)
+    _, params, state = built()
+    loss, aux = learner.loss(params, state, episode(), KEY)
+    np.testing.assert_allclose(loss, built()[0].loss(params, state, episode(), KEY)[0])
+    assert set(aux.metrics) == {"margin"}
+    support, query = episode()
+    adapted = learner.adapt(params, state, support, KEY, train=False)
+    outputs, _ = learner.predict(params, adapted, query.x, KEY, train=False)
+    expected, _ = margin(outputs, query.y)
+    np.testing.assert_allclose(learner.evaluate(params, state, episode(), KEY)["loss"], expected)
+
+
+def test_real_targets_are_refused():
+    with pytest.raises(UsageError, match="siamese is for classification, and its tasks ask for re"):
+        siamese(mlp(), objective=squared_error)
 
 
 def test_a_stuck_network_gets_no_point_for_the_first_class():
@@ -131,4 +158,4 @@ def test_a_stuck_network_gets_no_point_for_the_first_class():
     adapted = learner.adapt(stuck, state, support, KEY, train=False)
     outputs, _ = learner.predict(stuck, adapted, query.x, KEY, train=False)
     first = jnp.tile(jnp.eye(3)[:1], (6, 1))
-    assert cross_entropy(outputs, first)[1]["accuracy"] == 0
+    assert cross_entropy_loss(outputs, first)[1]["accuracy"] == 0

@@ -5,27 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, cross_entropy
+from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.model_based.mann import lstm_learner, mann
 from meta_jax.model_based.sequence import (
     as_sequence,
     instance_accuracy,
     instance_numbers,
-    neighbour_loss,
+    labels_before,
+    nca_loss,
+    sequence_metrics,
 )
 from meta_jax.networks.flatten import flatten
+from meta_jax.objectives import cross_entropy_loss, squared_error
 from tests.random_trees import moved, normal
+from tests.small_networks import mixed_inputs, normalised
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
-UNITS, SLOTS, WIDTH, HEADS = 5, 6, 3, 2
+UNITS, SLOTS, SIZE, HEADS = 5, 6, 3, 2
+PAPER = {"key_strength": 1.0, "nca_weight": 0.0}
+SMALL = {
+    "hidden_size": UNITS,
+    "num_slots": SLOTS,
+    "slot_size": SIZE,
+    "num_heads": HEADS,
+    "usage_decay": 0.9,
+}
 LEARNERS = {
-    "mann": mann(flatten(), units=UNITS, slots=SLOTS, width=WIDTH, heads=HEADS, decay=0.9),
-    "mann_values": mann(
-        flatten(), units=UNITS, slots=SLOTS, width=WIDTH, heads=HEADS, decay=0.9, values=True
-    ),
-    "lstm": lstm_learner(flatten(), units=UNITS),
+    "mann": mann(flatten(), write_values=False, **SMALL, **PAPER),
+    "mann_values": mann(flatten(), write_values=True, **SMALL, **PAPER),
+    "lstm": lstm_learner(flatten(), hidden_size=UNITS, nca_weight=0.0),
 }
 every_learner = pytest.mark.parametrize("name", LEARNERS)
 
@@ -82,11 +93,11 @@ def by_hand(name, params, batch):
     params, batch = jax.tree.map(np.asarray, (params, batch))
     lstm = params["cell"] if name == "lstm" else params["cell"]["lstm"]
     h = c = np.zeros(UNITS)
-    what = np.zeros(HEADS * WIDTH)
-    memory = np.zeros((SLOTS, WIDTH)), np.full((HEADS, SLOTS), 1 / SLOTS), np.zeros(SLOTS)
+    read_vectors = np.zeros(HEADS * SIZE)
+    memory = np.zeros((SLOTS, SIZE)), np.full((HEADS, SLOTS), 1 / SLOTS), np.zeros(SLOTS)
     label, logits = np.zeros(batch.y.shape[1]), []
     for x, y in zip(batch.x.reshape(len(batch.x), -1), batch.y, strict=True):
-        inputs = [x, label, h] if name == "lstm" else [x, label, what, h]
+        inputs = [x, label, h] if name == "lstm" else [x, label, read_vectors, h]
         i, f, u, o = np.split(np.concatenate(inputs) @ lstm["kernel"] + lstm["bias"], 4)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(u)
         h = sigmoid(o) * np.tanh(c)
@@ -94,10 +105,10 @@ def by_hand(name, params, batch):
         if name != "lstm":
             interface = params["cell"]["access"]
             out = (h @ interface["kernel"] + interface["bias"]).reshape(HEADS, -1)
-            keys = np.tanh(out[:, :WIDTH])
-            values = np.tanh(out[:, WIDTH + 1 :]) if name == "mann_values" else keys
-            *memory, what = access(*memory, keys, sigmoid(out[:, WIDTH]), values)
-            output = np.concatenate([h, what])
+            keys = np.tanh(out[:, :SIZE])
+            values = np.tanh(out[:, SIZE + 1 :]) if name == "mann_values" else keys
+            *memory, read_vectors = access(*memory, keys, sigmoid(out[:, SIZE]), values)
+            output = np.concatenate([h, read_vectors])
         logits.append(output @ params["output"]["kernel"] + params["output"]["bias"])
         label = y
     return np.stack(logits)
@@ -112,7 +123,7 @@ def test_the_answers_are_the_equations_step_by_step(name):
 
 @every_learner
 def test_a_query_is_the_next_step_of_the_sequence(name):
-    x, y = sequence()
+    x, y, _ = sequence()
     adapted = read(name, Batch(x[:7], y[:7]))
     predict = jax.jit(functools.partial(LEARNERS[name].predict, train=False))
     answers, _ = predict(params_of(name), adapted, x[7:9], KEY)
@@ -124,7 +135,7 @@ def test_a_query_is_the_next_step_of_the_sequence(name):
 @every_learner
 @pytest.mark.parametrize("t", [0, 5])
 def test_a_label_reaches_later_answers_alone(name, t):
-    x, y = sequence()
+    x, y, _ = sequence()
     relabelled = Batch(x, y.at[t].set(jnp.roll(y[t], 1)))
     before, after = read(name, sequence()).logits, read(name, relabelled).logits
     np.testing.assert_array_equal(before[: t + 1], after[: t + 1])
@@ -133,7 +144,7 @@ def test_a_label_reaches_later_answers_alone(name, t):
 
 @every_learner
 def test_an_input_reaches_its_own_and_later_answers(name):
-    x, y = sequence()
+    x, y, _ = sequence()
     before, after = read(name, sequence()).logits, read(name, Batch(x.at[5].add(1), y)).logits
     np.testing.assert_array_equal(before[:5], after[:5])
     assert (abs(before[5:] - after[5:]).max(1) > 1e-6).all()
@@ -151,12 +162,12 @@ def test_every_task_starts_anew(name):
 
 @every_learner
 def test_the_training_loss_is_that_of_every_step_of_a_shuffled_sequence(name):
-    x, y = sequence()
+    x, y, _ = sequence()
     episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
     loss, aux = jax.jit(LEARNERS[name].loss)(params_of(name), {}, episode, KEY)
     shuffled = as_sequence(jax.random.split(KEY)[0], episode)
     logits = by_hand(name, params_of(name), shuffled)
-    expected, metrics = cross_entropy(logits, shuffled.y)
+    expected, metrics = cross_entropy_loss(logits, shuffled.y)
     np.testing.assert_allclose(loss, expected, atol=1e-9)
     assert set(aux.metrics) == {"accuracy", *(f"instance_{i}" for i in range(1, 5))}
     np.testing.assert_allclose(aux.metrics["accuracy"], metrics["accuracy"])
@@ -168,7 +179,7 @@ def test_the_training_loss_is_that_of_every_step_of_a_shuffled_sequence(name):
 
 @every_learner
 def test_the_gradient_agrees_with_central_differences(name):
-    x, y = sequence(each=2)
+    x, y, _ = sequence(each=2)
     episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
     value_and_grad = jax.jit(
         jax.value_and_grad(lambda params: LEARNERS[name].loss(params, {}, episode, KEY)[0])
@@ -188,7 +199,7 @@ def test_the_gradient_agrees_with_central_differences(name):
     np.testing.assert_allclose((ahead - behind) / (2 * step), along, rtol=1e-6)
 
 
-def test_the_neighbour_loss_is_the_share_of_the_own_class_among_all_neighbours():
+def test_the_nca_loss_is_the_share_of_the_own_class_among_all_neighbours():
     z = np.random.default_rng(0).normal(size=(7, 3))
     labels = np.array([0, 1, 0, 2, 1, 2, 0])
     lost = []
@@ -196,66 +207,243 @@ def test_the_neighbour_loss_is_the_share_of_the_own_class_among_all_neighbours()
         near = np.exp(-((z[i] - z) ** 2).sum(1)) * (np.arange(7) != i)
         lost.append(-np.log(near[labels == labels[i]].sum() / near.sum()))
     y = jnp.eye(3)[labels]
-    found = jax.jit(neighbour_loss)(jnp.asarray(z), y)
+    found = jax.jit(nca_loss)(jnp.asarray(z), y)
     np.testing.assert_allclose(found, np.mean(lost), atol=1e-12)
     # Padding is nobody's neighbour and has none to find; its gradient is zero, not NaN.
-    padded = jnp.concatenate([z, 9 * jnp.ones((2, 3))]), jnp.concatenate([y, jnp.zeros((2, 3))])
-    loss, gradient = jax.value_and_grad(neighbour_loss)(*padded)
+    padded = jnp.concatenate([z, 1e9 * jnp.ones((2, 3))]), jnp.concatenate([y, y[:2]])
+    loss, gradient = jax.value_and_grad(nca_loss)(*padded, jnp.arange(9) < 7)
     np.testing.assert_allclose(loss, np.mean(lost), atol=1e-12)
     np.testing.assert_array_equal(gradient[7:], 0)
 
 
+def test_examples_alone_in_their_class_do_not_count_for_the_nca_loss():
+    z = normal(4, 3)
+    pairs = jnp.eye(3)[jnp.array([0, 0, 1, 2])]
+    value, gradient = jax.value_and_grad(nca_loss)(z, pairs)
+    lost = []
+    for i in (0, 1):
+        near = np.exp(-((z[i] - z) ** 2).sum(1)) * (np.arange(4) != i)
+        lost.append(-np.log(near[1 - i] / near.sum()))
+    np.testing.assert_allclose(value, np.mean(lost), atol=1e-12)
+    assert np.isfinite(gradient).all()
+    value, gradient = jax.value_and_grad(nca_loss)(z, jnp.eye(4))
+    assert value == 0
+    assert np.isfinite(gradient).all()
+
+
 def test_the_encoders_own_loss_is_added_with_its_weight():
-    x, y = sequence()
+    x, y, _ = sequence()
     episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
     plain, _ = jax.jit(LEARNERS["lstm"].loss)(params_of("lstm"), {}, episode, KEY)
-    learner = lstm_learner(flatten(), units=UNITS, neighbour_weight=0.5)
+    learner = lstm_learner(flatten(), hidden_size=UNITS, nca_weight=0.5)
     loss, aux = jax.jit(learner.loss)(params_of("lstm"), {}, episode, KEY)
-    near = neighbour_loss(x.reshape(12, 4), y)
+    near = nca_loss(x.reshape(12, 4), y)
     np.testing.assert_allclose(loss, plain + 0.5 * near, atol=1e-12)
-    np.testing.assert_allclose(aux.metrics["neighbour_loss"], near, atol=1e-12)
+    np.testing.assert_allclose(aux.metrics["nca_loss"], near, atol=1e-12)
 
 
 def test_a_shuffled_sequence_is_the_episode_with_its_padding_last():
-    x, y = sequence()
-    episode = Episode(Batch(x[:3], y[:3].at[1].set(0)), Batch(x[3:], y[3:]))
+    x, y, _ = sequence()
+    mask = jnp.array([True, False, True])
+    tree = {"pixels": x, "ids": jnp.arange(12)}
+    first, last = (jax.tree.map(lambda a, s=s: a[s], tree) for s in (slice(3), slice(3, 12)))
+    episode = Episode(Batch(first, y[:3], mask), Batch(last, y[3:]))
     orders = set()
     for seed in range(3):
         batch = as_sequence(jax.random.key(seed), episode)
-        assert not batch.y[-1].any()
-        assert batch.y[:-1].any(1).all()
-        pairs = {
-            (float(a), tuple(np.asarray(b)))
-            for a, b in zip(batch.x[:, 0, 0, 0], batch.y, strict=True)
-        }
-        wanted = zip(x[:, 0, 0, 0], y.at[1].set(0), strict=True)
-        assert pairs == {(float(a), tuple(np.asarray(b))) for a, b in wanted}
-        orders.add(tuple(np.asarray(batch.x[:, 0, 0, 0])))
+        ids = np.asarray(batch.x["ids"])
+        assert ids[-1] == 1  # the padding
+        np.testing.assert_array_equal(batch.mask, np.arange(12) < 11)
+        np.testing.assert_array_equal(np.sort(ids), np.arange(12))
+        np.testing.assert_array_equal(batch.x["pixels"], x[ids])
+        np.testing.assert_array_equal(batch.y, y[ids])
+        orders.add(tuple(ids))
     assert len(orders) == 3
+    assert as_sequence(KEY, Episode(Batch(first, y[:3]), Batch(last, y[3:]))).mask is None
+
+
+def test_labels_are_shown_one_step_late_and_those_of_padding_never():
+    y = jnp.eye(3)
+    before, last = labels_before(y)
+    np.testing.assert_array_equal(before, [[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(last, [0, 0, 1])
+    before, last = labels_before(y, jnp.array([True, False, False]))
+    np.testing.assert_array_equal(before, [[0, 0, 0], [1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(last, [1, 0, 0])
+    _, last = labels_before(y, jnp.zeros(3, bool))
+    np.testing.assert_array_equal(last, [0, 0, 0])
 
 
 def test_instances_and_their_accuracy_by_hand():
     labels = np.array([1, 0, 1, 1, 0, 2])
-    y = jnp.eye(3)[labels].at[4].set(0)  # the second 0 is padding
-    np.testing.assert_array_equal(instance_numbers(y), [1, 1, 2, 3, 0, 1])
+    y, mask = jnp.eye(3)[labels], jnp.arange(6) != 4  # the second 0 is padding
+    np.testing.assert_array_equal(instance_numbers(y, mask), [1, 1, 2, 3, 0, 1])
+    np.testing.assert_array_equal(instance_numbers(y), [1, 1, 2, 3, 2, 1])
     answers = np.array([1, 2, 1, 0, 0, 2])
-    found = instance_accuracy(jnp.eye(3)[answers], y, 4)
+    found = instance_accuracy(jnp.eye(3)[answers], y, 4, mask)
     np.testing.assert_allclose(found, [2 / 3, 1, 0, np.nan])
     # A tie is no answer.
     tied = jnp.eye(3)[answers].at[0].set(1)
-    np.testing.assert_allclose(instance_accuracy(tied, y, 4), [1 / 3, 1, 0, np.nan])
+    np.testing.assert_allclose(instance_accuracy(tied, y, 4, mask), [1 / 3, 1, 0, np.nan])
+    metrics = sequence_metrics(jnp.eye(3)[answers], y, mask)
+    np.testing.assert_allclose(metrics["instance_1"], 2 / 3)
+    assert set(metrics) == {"instance_1", "instance_2"}
+
+
+def rubbish_between(batch):
+    """Two more rows, of rubbish, in front and behind."""
+    n = len(batch.y)
+    mask = jnp.asarray([False, *[True] * n, False])
+    rows = np.array([0, *range(n), 1])
+    x = jnp.where(mask[:, None, None, None], batch.x[rows], 1e4)
+    return Batch(x, jnp.where(mask[:, None], batch.y[rows], 7), mask)
+
+
+@pytest.mark.parametrize("mode", ["running", "batch", "support", "layer", "one_at_a_time"])
+def test_rubbish_in_padding_changes_nothing(mode):
+    learner = mann(normalised(mode), write_values=True, **SMALL)
+    x, y, _ = sequence()
+    bare = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
+    full = Episode(*map(rubbish_between, bare))
+    params, state = jax.jit(learner.init)(KEY, bare)
+    params, state = moved(params), jax.tree.map(lambda s: s + 0.1, state)
+
+    @jax.jit
+    def test(task):
+        adapted = learner.adapt(params, state, task.support, KEY, train=False)
+        answers, _ = learner.predict(
+            params, adapted, task.query.x, KEY, train=False, mask=task.query.mask
+        )
+        return answers, adapted.logits, learner.evaluate(params, state, task, KEY)
+
+    expected, logits, metrics = test(bare)
+    found, all_logits, same_metrics = test(full)
+    np.testing.assert_allclose(found[1:-1], expected, atol=1e-9)
+    np.testing.assert_allclose(all_logits[1:-1], logits, atol=1e-9)
+    np.testing.assert_allclose(same_metrics["loss"], metrics["loss"], atol=1e-9)
+    unmasked, _, _ = test(Episode(full.support._replace(mask=None), full.query))
+    assert abs(unmasked[1:-1] - expected).max() > 1e-4
+
+
+@every_learner
+def test_the_training_loss_leaves_padding_out(name):
+    x, y, _ = sequence()
+    # All padding behind: the shuffled order of the others stays as it is.
+    mask = jnp.arange(14) < 9
+    loud = jnp.concatenate([x[3:], 1e30 * x[:5]]), jnp.concatenate([y[3:], y[:5]])
+    gradient = jax.jit(jax.value_and_grad(LEARNERS[name].loss, has_aux=True))
+    support = Batch(x[:3], y[:3])
+    (loss, aux), of_params = gradient(
+        params_of(name), {}, Episode(support, Batch(*loud, mask)), KEY
+    )
+    # By hand on the sequence that was read.
+    read_in = as_sequence(jax.random.split(KEY)[0], Episode(support, Batch(*loud, mask)))
+    real = Batch(read_in.x[:12], read_in.y[:12])
+    logits = by_hand(name, params_of(name), real)
+    expected, metrics = cross_entropy_loss(logits, real.y)
+    np.testing.assert_allclose(loss, expected, atol=1e-9)
+    np.testing.assert_allclose(aux.metrics["accuracy"], metrics["accuracy"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(of_params))
+
+
+def test_the_sequence_protocol_equals_a_loop_over_steps():
+    settings = {"hidden_size": UNITS, "nca_weight": 0.0}
+    learner = lstm_learner(flatten(), protocol="sequence", **settings)
+    x, y, _ = sequence()
+    episode = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
+    params, traces = params_of("lstm"), []
+
+    @jax.jit
+    def evaluate(key):
+        traces.append(None)
+        return learner.evaluate(params, {}, episode, key)
+
+    for seed in range(3):
+        key = jax.random.key(seed)
+        found = evaluate(key)
+        shuffled = as_sequence(jax.random.split(key)[0], episode)
+        logits = by_hand("lstm", params, shuffled)
+        seen, right = dict.fromkeys(range(3), 0), {i: [] for i in range(1, 5)}
+        for answer, label in zip(logits.argmax(1), np.asarray(shuffled.y).argmax(1), strict=True):
+            seen[label] += 1
+            right[seen[label]].append(answer == label)
+        expected = {f"instance_{i}": np.mean(each) for i, each in right.items()}
+        expected["accuracy"] = np.mean(list(right.values()))
+        p = np.log(softmax(logits))
+        expected["loss"] = -(p * np.asarray(shuffled.y)).sum(1).mean()
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-9, err_msg=name)
+    assert len(traces) == 1
+    # The other protocol looks at the queries alone.
+    assert set(LEARNERS["lstm"].evaluate(params, {}, episode, KEY)) == {"loss", "accuracy"}
+
+
+def test_inputs_may_be_trees():
+    learner = lstm_learner(mixed_inputs(), hidden_size=UNITS)
+    x = {"ids": jnp.arange(12).reshape(4, 3) % 5, "real": jnp.ones((4, 3), bool)}
+    batch = Batch(x, jnp.eye(2)[jnp.array([0, 1, 0, 1])])
+    params, state = learner.init(KEY, Episode(batch, batch))
+    loss, _ = jax.jit(learner.loss)(params, state, Episode(batch, batch), KEY)
+    metrics = learner.evaluate(params, state, Episode(batch, batch), KEY)
+    assert np.isfinite(loss)
+    assert np.isfinite(metrics["loss"])
+
+
+@every_learner
+def test_bfloat16_gives_finite_bfloat16(name):
+    x, y, _ = sequence()
+    task = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params_of(name), task))
+    found = jax.jit(jax.value_and_grad(LEARNERS[name].loss, has_aux=True))(
+        half[0], {}, half[1], KEY
+    )
+    for leaf in jax.tree.leaves(found):
+        assert leaf.dtype == jnp.bfloat16
+        assert np.isfinite(np.float32(leaf)).all()
+
+
+def test_keys_are_used_once_and_nothing_leaks():
+    learner = mann(normalised("running"), **SMALL)
+    x, y, _ = sequence()
+    task = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
+    jax.config.update("jax_debug_key_reuse", True)
+    try:
+        with jax.checking_leaks():
+            params, state = jax.jit(learner.init)(jax.random.key(1), task)
+            jax.jit(learner.loss)(params, state, task, jax.random.key(2))
+            jax.jit(learner.evaluate)(params, state, task, jax.random.key(3))
+    finally:
+        jax.config.update("jax_debug_key_reuse", False)
+
+
+def test_what_cannot_be_read_is_refused():
+    x, y, _ = sequence()
+    learner, params = LEARNERS["lstm"], params_of("lstm")
+    for batch, culprit in (
+        (Batch(x, y.argmax(1)), "one-hot"),
+        (Batch(x, y[:, :2]), "each of the 3 ways it trains with, and y has 2"),
+        (Batch(x[:4], y), "same number of rows"),
+    ):
+        with pytest.raises(ValueError, match=culprit):
+            learner.adapt(params, {}, batch, KEY, train=False)
+    maps = mann(normalised("batch", flat=False))
+    with pytest.raises(UsageError, match=r"reads vectors .* network gives"):
+        maps.init(KEY, Episode(sequence(), sequence()))
 
 
 @pytest.mark.parametrize(
     ("settings", "culprit"),
     [
-        ({"slots": 3, "heads": 4}, "4 heads do not fit 3 memory slots"),
-        ({"heads": 0}, "0 heads"),
-        ({"decay": 1.0}, r"usage decay 1.0 is outside \[0, 1\)"),
+        ({"num_slots": 3, "num_heads": 4}, "4 heads do not fit 3 memory slots"),
+        ({"num_heads": 0}, "0 heads"),
+        ({"usage_decay": 1.0}, r"usage_decay 1.0 is outside \[0, 1\)"),
+        ({"protocol": "x"}, "unknown protocol 'x': choose one of few_shot, sequence"),
+        ({"objective": squared_error}, "mann is for classification"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, culprit):
-    with pytest.raises(ValueError, match=culprit):
+    with pytest.raises(UsageError, match=culprit):
         mann(flatten(), **settings)
 
 
@@ -263,7 +451,15 @@ def test_it_learns_to_bind_labels_to_inputs():
     """Five one-hot inputs whose labels are drawn anew for every task: memory alone can answer."""
     import optax
 
-    learner = mann(flatten(), units=16, slots=8, width=8, heads=1)
+    learner = mann(
+        flatten(),
+        hidden_size=16,
+        num_slots=8,
+        slot_size=8,
+        num_heads=1,
+        **PAPER,
+        write_values=False,
+    )
 
     def draw(key):
         order_key, label_key = jax.random.split(key)

@@ -23,11 +23,11 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def used_memory(slots=7, width=3, heads=2):
+def used_memory(num_slots=7, slot_size=3, num_heads=2):
     return Memory(
-        normal(0, slots, width),
-        jax.nn.softmax(normal(1, heads, slots)),
-        jax.random.uniform(jax.random.key(2), (slots,)),
+        normal(0, num_slots, slot_size),
+        jax.nn.softmax(normal(1, num_heads, num_slots)),
+        jax.random.uniform(jax.random.key(2), (num_slots,)),
     )
 
 
@@ -61,17 +61,17 @@ class TestTheFixture:
         np.testing.assert_allclose(weights, self.read_weights, atol=1e-5)
 
     def test_read(self):
-        what = read_memory(self.rows, self.read_weights)
-        np.testing.assert_allclose(what, [[1.66995, 0.70383]], atol=3e-5)
+        read_vectors = read_memory(self.rows, self.read_weights)
+        np.testing.assert_allclose(read_vectors, [[1.66995, 0.70383]], atol=3e-5)
 
     def test_access_writes_then_reads(self):
-        memory, what = access_memory(
-            jax.tree.map(jnp.asarray, self.memory), self.key, self.gate, decay=0.5
+        memory, read_vectors = access_memory(
+            jax.tree.map(jnp.asarray, self.memory), self.key, self.gate, usage_decay=0.5
         )
         np.testing.assert_allclose(memory.rows, self.rows, atol=1e-5)
         np.testing.assert_allclose(memory.read_weights, self.read_weights, atol=1e-5)
         np.testing.assert_allclose(memory.usage, [0.78767, 1.24810, 0.66423], atol=1e-5)
-        np.testing.assert_allclose(what, [[1.66995, 0.70383]], atol=1e-5)
+        np.testing.assert_allclose(read_vectors, [[1.66995, 0.70383]], atol=1e-5)
 
     def test_the_memory_before_the_write_would_read_differently(self):
         before = read_memory(self.memory.rows, content_address(self.key, self.memory.rows))
@@ -86,13 +86,13 @@ def test_each_head_has_a_least_used_slot_of_its_own():
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_write_and_read_weights_sum_to_one_for_each_head(heads):
-    memory = used_memory(heads=heads)
+    memory = used_memory(num_heads=heads)
     gate = jax.nn.sigmoid(normal(5, heads))
     weights = write_weights(gate, memory.read_weights, least_used(memory.usage, heads))
     np.testing.assert_allclose(weights.sum(1), np.ones(heads), atol=1e-12)
     assert (np.asarray(weights) >= 0).all()
-    access = jax.jit(access_memory, static_argnames="decay")
-    after, _ = access(memory, normal(6, heads, 3), gate, decay=0.9)
+    access = jax.jit(access_memory, static_argnames="usage_decay")
+    after, _ = access(memory, normal(6, heads, 3), gate, usage_decay=0.9)
     np.testing.assert_allclose(after.read_weights.sum(1), np.ones(heads), atol=1e-12)
 
 
@@ -101,7 +101,9 @@ def test_usage_tends_to_its_fixed_point(heads, decay):
     def step(memory, seed):
         key = jax.random.key(seed)
         keys = jax.random.normal(key, (heads, 3))
-        memory, _ = access_memory(memory, keys, jax.random.uniform(key, (heads,)), decay=decay)
+        memory, _ = access_memory(
+            memory, keys, jax.random.uniform(key, (heads,)), usage_decay=decay
+        )
         return memory, memory.usage.sum()
 
     _, sums = jax.lax.scan(step, empty_memory(7, 3, heads), jnp.arange(200))
@@ -131,7 +133,7 @@ def test_a_key_strength_sharpens():
     keys, rows = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     for strength in (1.0, 10.0):
         expected = np.exp(strength * np.array([[1.0, 0.0, -1.0]]))
-        found = content_address(keys, rows, strength=strength)
+        found = content_address(keys, rows, key_strength=strength)
         np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-6)
 
 
@@ -140,10 +142,10 @@ def test_gradients_flow_through_gate_keys_and_read_weights_and_agree_with_differ
 
     @jax.jit
     def loss(gate, keys, read_weights, rows):
-        after, what = access_memory(
-            Memory(rows, read_weights, memory.usage), keys, jax.nn.sigmoid(gate), decay=0.9
+        after, read_vectors = access_memory(
+            Memory(rows, read_weights, memory.usage), keys, jax.nn.sigmoid(gate), usage_decay=0.9
         )
-        return (target * what).sum() + (after.rows**2).sum() + (after.read_weights**3).sum()
+        return (target * read_vectors).sum() + (after.rows**2).sum() + (after.read_weights**3).sum()
 
     arguments = normal(5, 2), normal(6, 2, 3), memory.read_weights, memory.rows
     check_grads(loss, arguments, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
@@ -156,9 +158,9 @@ def test_no_gradient_through_the_choice_of_the_least_used_slot_or_through_usage(
 
     def loss(usage, gate):
         step = memory._replace(usage=usage)
-        step, _ = access_memory(step, normal(6, 2, 3), gate, decay=0.9)
-        step, what = access_memory(step, normal(7, 2, 3), gate, decay=0.9)
-        return (what**2).sum() + (least_used(step.usage, 2) * what[:, :1]).sum()
+        step, _ = access_memory(step, normal(6, 2, 3), gate, usage_decay=0.9)
+        step, read_vectors = access_memory(step, normal(7, 2, 3), gate, usage_decay=0.9)
+        return (read_vectors**2).sum() + (least_used(step.usage, 2) * read_vectors[:, :1]).sum()
 
     gate = jnp.array([0.3, 0.6])
     np.testing.assert_array_equal(jax.jit(jax.grad(loss))(memory.usage, gate), np.zeros(7))
@@ -166,7 +168,7 @@ def test_no_gradient_through_the_choice_of_the_least_used_slot_or_through_usage(
 
 def test_usage_is_a_constant_to_the_gradient():
     def usage(gate):
-        after, _ = access_memory(used_memory(), normal(6, 2, 3), gate, decay=0.9)
+        after, _ = access_memory(used_memory(), normal(6, 2, 3), gate, usage_decay=0.9)
         return (after.usage**2).sum()
 
     np.testing.assert_array_equal(jax.jit(jax.grad(usage))(jnp.array([0.3, 0.6])), np.zeros(2))
@@ -182,7 +184,7 @@ def test_unused_rows_are_forgotten_and_used_ones_kept():
     @jax.jit
     def written(memory, key):
         # A gate of zero: to the least used row alone.
-        return access_memory(memory, key[None], jnp.zeros(1), decay=0.99)[0]
+        return access_memory(memory, key[None], jnp.zeros(1), usage_decay=0.99)[0]
 
     memory = empty_memory(3, 2, 1)
     for key in ([1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]):
@@ -191,3 +193,46 @@ def test_unused_rows_are_forgotten_and_used_ones_kept():
     # All are taken: the oldest gives way.
     memory = written(memory, jnp.array([2.0, 2.0]))
     np.testing.assert_array_equal(memory.rows, [[2, 2], [0, 1], [-1, 0]])
+
+
+def test_rows_that_are_padding_are_never_read():
+    keys, rows = normal(3, 2, 3), normal(4, 5, 3)
+    mask = jnp.array([True, False, True, True, False])
+    loud = jnp.where(mask[:, None], rows, 1e9)
+    for strength in (1.0, 10.0):
+        found = content_address(keys, loud, key_strength=strength, mask=mask)
+        expected = content_address(keys, rows[mask], key_strength=strength)
+        np.testing.assert_allclose(found[:, mask], expected, atol=1e-12)
+        np.testing.assert_array_equal(found[:, ~mask], 0)
+    assert np.isfinite(content_address(keys, rows, mask=jnp.zeros(5, bool))).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_stays_and_is_finite(dtype):
+    memory = empty_memory(5, 3, 2, dtype)
+    keys, gate = normal(3, 2, 3).astype(dtype), jnp.full(2, 0.5, dtype)
+    memory, read_vectors = access_memory(memory, keys, gate, usage_decay=0.9, key_strength=10.0)
+    for leaf in (*memory, read_vectors):
+        assert leaf.dtype == dtype
+        assert np.isfinite(np.float32(leaf)).all()
+
+
+ROWS, KEYS, WEIGHTS = jnp.ones((5, 3)), jnp.ones((2, 3)), jnp.ones((2, 5))
+
+
+@pytest.mark.parametrize(
+    ("call", "culprit"),
+    [
+        (lambda: content_address(KEYS[0], ROWS), r"keys must be \[heads, slot_size\], not \[3\]"),
+        (lambda: content_address(KEYS[:, :2], ROWS), r"rows \[5, 3\] must be .* with slot_size 2"),
+        (lambda: content_address(KEYS, ROWS, mask=jnp.ones(2, bool)), r"mask \[2\] must be"),
+        (lambda: read_memory(ROWS, WEIGHTS.T), r"weights \[5, 2\] must be"),
+        (lambda: least_used(WEIGHTS, 1), r"usage must be \[slots\], not \[2, 5\]"),
+        (lambda: write_weights(jnp.ones(3), WEIGHTS, WEIGHTS), r"read_weights \[2, 5\] must be"),
+        (lambda: write_memory(ROWS, WEIGHTS, KEYS[:1], WEIGHTS), r"keys \[1, 3\] must be"),
+        (lambda: decay_usage(jnp.ones(4), WEIGHTS, WEIGHTS, 0.9), r"read_weights \[2, 5\] must be"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        call()

@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, cross_entropy
+from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.model_based import meta_networks as module
-from meta_jax.model_based.meta_networks import attend, meta_networks, preprocess_gradient
+from meta_jax.model_based.memory import content_address
+from meta_jax.model_based.meta_networks import meta_networks, preprocess_gradient
 from meta_jax.networks.augmented import classify, init_augmented, pool_up, represent
+from meta_jax.objectives import cross_entropy_loss, squared_error
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
-LEARNER = meta_networks(3, hidden=4)
+LEARNER = meta_networks(features=3, hidden=4, key_strength=1.0)
 
 
 def normal(seed, *shape):
@@ -116,7 +119,7 @@ def test_training_begins_with_the_slow_network():
 def test_attention_is_a_softmax_of_cosines_that_sums_to_one(strength):
     queries, keys = np.asarray(normal(3, 4, 5)), np.asarray(normal(4, 3, 5))
     real = np.array([True, False, True])
-    weights = np.asarray(attend(queries, keys, real, strength=strength))
+    weights = np.asarray(content_address(queries, keys, key_strength=strength, mask=real))
     np.testing.assert_allclose(weights.sum(1), np.ones(4), atol=1e-12)
     np.testing.assert_array_equal(weights[:, 1], np.zeros(4))
     lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
@@ -138,7 +141,7 @@ def test_a_query_is_answered_with_fast_weights_mixed_by_attention():
     adapted = adapt(params(), {}, support, KEY)
     answers, _ = predict(params(), adapted, query.x, KEY)
     r = represent(params()["embedding"], adapted.embedding, query.x)
-    weights = np.asarray(attend(r, adapted.keys, adapted.real))
+    weights = np.asarray(content_address(r, adapted.keys))
 
     def answer(x, a):
         mixed = jax.tree.map(lambda each: sum(map(np.multiply, a, each)), adapted.values)
@@ -192,7 +195,7 @@ def test_the_loss_is_the_cross_entropy_of_the_queries():
     support, query = episode()
     value, aux = jax.jit(LEARNER.loss)(params(), {}, episode(), KEY)
     answers, _ = predict(params(), adapt(params(), {}, support, KEY), query.x, KEY)
-    expected, metrics = cross_entropy(answers, query.y)
+    expected, metrics = cross_entropy_loss(answers, query.y)
     np.testing.assert_allclose(value, expected, atol=1e-10)
     np.testing.assert_allclose(aux.metrics["accuracy"], metrics["accuracy"])
 
@@ -204,3 +207,52 @@ def test_the_embedding_s_fast_weights_depend_on_every_support_example():
         changed = Batch(support.x.at[i].multiply(2), support.y)
         after = adapt(params(), {}, changed, KEY).embedding["conv"]["layer1"]["kernel"]
         assert abs(after - before).max() > 1e-6
+
+
+def padded(batch, rubbish=1e9):
+    """Two more rows, of rubbish, in front and behind."""
+    n = len(batch.y)
+    mask = jnp.asarray([False, *[True] * n, False])
+    rows = np.array([0, *range(n), 1])
+    x = jnp.where(mask[:, None, None, None], batch.x[rows], rubbish)
+    return Batch(x, batch.y[rows], mask)
+
+
+def test_rubbish_in_padding_changes_nothing():
+    training = jax.jit(jax.value_and_grad(LEARNER.loss, has_aux=True))
+    expected = training(params(), {}, episode(), KEY)
+    found = training(params(), {}, Episode(*map(padded, episode())), KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, expected)
+
+
+def test_bfloat16_gives_finite_bfloat16():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params(), episode()))
+    found = jax.jit(jax.grad(LEARNER.loss, has_aux=True))(half[0], {}, half[1], KEY)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.dtype == jnp.bfloat16
+        assert np.isfinite(np.float32(leaf)).all()
+
+
+def test_keys_are_used_once_and_nothing_leaks():
+    jax.config.update("jax_debug_key_reuse", True)
+    try:
+        with jax.checking_leaks():
+            jax.eval_shape(LEARNER.init, jax.random.key(1), episode())
+            jax.jit(LEARNER.init)(jax.random.key(1), episode())
+            jax.eval_shape(LEARNER.evaluate, params(), {}, episode(), jax.random.key(2))
+    finally:
+        jax.config.update("jax_debug_key_reuse", False)
+
+
+def test_what_it_cannot_serve_is_refused():
+    with pytest.raises(UsageError, match="meta_networks is for classification"):
+        meta_networks(objective=squared_error)
+    support, _ = episode()
+    for batch, culprit in (
+        (Batch(support.x, support.y.argmax(1)), "one-hot"),
+        (Batch(support.x, support.y[:, :2]), "each of the 3 ways it trains with, and y has 2"),
+        (Batch(support.x[..., 0], support.y), "images"),
+        (Batch(support.x[:2], support.y), "same number of rows"),
+    ):
+        with pytest.raises(ValueError, match=culprit):
+            LEARNER.adapt(params(), {}, batch, KEY, train=False)
