@@ -1,220 +1,408 @@
-"""Flags that define a run, and the one way in which user errors end a binary."""
+"""Flags from the components' own signatures, help, and how a user's mistake ends a binary.
 
+A flag such as `--learner=maml` chooses a component, and its settings are then flags too:
+`--learner.inner_lr=0.4`. So arguments are read twice, first for what is chosen, then for all else.
+"""
+
+import difflib
 import errno
+import inspect
 import os
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from absl import app, flags, logging
 
-from meta_jax.data.dataset import DataError
+import meta_jax  # noqa: F401  it registers every component
+from meta_jax import registry
+from meta_jax.lookup import UsageError
+from meta_jax.registry import Component, Kind, Setting
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import TrainingDivergedError
-from meta_jax.training.writers import write_text
 
 
-class UsageError(ValueError):
-    """A user's mistake; the message names the culprit and the remedy in one line."""
+class RunError(RuntimeError):
+    """A run that came to a wrong end, such as a result that is not finite; exit status 1."""
 
 
-def define_run_flags(values: flags.FlagValues) -> None:
-    """Defines the flags that make a run what it is; they are kept in the workdir's flags.txt."""
-
-    def string(name: str, default: str | None, text: str) -> None:
-        flags.DEFINE_string(name, default, text, flag_values=values)
-
-    def integer(name: str, default: int | None, text: str, lower_bound: int | None = None) -> None:
-        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
-
-    def number(name: str, default: float | None, text: str) -> None:
-        flags.DEFINE_float(name, default, text, flag_values=values)
-
-    string("learner", "prototypical", "Method; an unknown name lists them all.")
-    string("dataset", "glyphs", "glyphs, omniglot, tfds:NAME, folder:PATH or sinusoid.")
-    string("split_rule", "vinyals", "Class split of omniglot: vinyals or lake.")
-    string("train_split", "train", "Split to train on: train, or trainval where there is one.")
-    integer("image_size", 28, "Side of the images in pixels.", 1)
-    integer("ways", 5, "Classes of a test episode.", 1)
-    integer("shots", 1, "Support examples of each class in a test episode.", 1)
-    integer("queries", 15, "Query examples of each class in a test episode.", 1)
-    integer("train_ways", None, "Classes of a training episode; default: ways.", 1)
-    integer("train_shots", None, "Support examples in training; default: shots.", 1)
-    integer("train_queries", None, "Query examples in training; default: queries.", 1)
-    flags.DEFINE_boolean(
-        "within_alphabet",
-        False,
-        "Classes of an episode from one alphabet; in tests one drawer's against another's.",
-        flag_values=values,
-    )
-    string("protocol", "few_shot", "Of validation and tests: few_shot, or sequence (mann, lstm).")
-    string("rotations", "none", "Quarter turns: none, classes, per_class or per_episode.")
-    string(
-        "network",
-        None,
-        "conv4, strided_conv4, flat_strided_conv4, relation_encoder, koch, mlp; default: its own.",
-    )
-    integer("features", 64, "Channels of each block of the network.", 1)
-    string("batch_norm", None, "batch, running or support; default: the method's own.")
-    string("distance", "squared_euclidean", "Of prototypical: squared_euclidean or cosine.")
-    flags.DEFINE_boolean("distort", False, "Distort training images.", flag_values=values)
-    number("temperature", 0.1, "Of matching and matching_fce: what cosines are divided by.")
-    integer("full_context_steps", 3, "Of matching_fce: steps of the queries' LSTM.", 1)
-    string("relation_criterion", "squared_error", "Of relation; or cross_entropy.")
-    string("kernel", "gaussian", "Of kernel: gaussian, laplacian or cosine.")
-    integer("units", 200, "Of mann and lstm: width of the LSTM.", 1)
-    integer("memory_slots", 128, "Of mann: rows of the memory.", 1)
-    integer("memory_width", 40, "Of mann: width of a row.", 1)
-    integer("read_heads", 4, "Of mann: reads, and writes, at a step.", 1)
-    number("usage_decay", 0.95, "Of mann: decay of the slots' usage.")
-    flags.DEFINE_boolean(
-        "memory_values",
-        False,
-        "Of mann: write values of their own, not the keys.",
-        flag_values=values,
-    )
-    number(
-        "key_strength",
-        1.0,
-        "Of mann and meta_networks: what the cosines are multiplied by; 1 in the papers.",
-    )
-    number("neighbour_weight", 0.0, "Of mann and lstm: of a loss of the encoder's own; 0: none.")
-    number("inner_learning_rate", 2.0, "Of the inner loop, for a loss averaged over examples.")
-    integer("inner_steps", 1, "Inner steps in training.", 0)
-    integer("eval_inner_steps", 3, "Inner steps in validation and tests.", 0)
-    string(
-        "adjoint",
-        None,
-        "Of the inner loop, a dial of memory: unrolled, checkpointed, mixed_mode, truncated, "
-        "first_order, implicit; default: the method's own.",
-    )
-    integer("truncation", None, "Last inner steps that --adjoint=truncated differentiates.", 0)
-    string("inner_reduction", None, "Of the inner loss: mean, sum or class_sum; default: mean.")
-    integer("inner_batch", None, "Examples of reptile's inner mini-batches in training.", 1)
-    integer("eval_inner_batch", None, "The same in validation and tests.", 1)
-    number("proximity", None, "Of imaml: lambda.")
-    integer("cg_steps", None, "Of imaml: steps of conjugate gradients.", 1)
-    number("cg_damping", None, "Of imaml: added to the Hessian's diagonal.")
-    integer("multi_step_steps", None, "Of maml_plus_plus: outer steps of multi-step loss.", 0)
-    integer("first_order_steps", None, "Of maml_plus_plus: outer steps in first order.", 0)
-    integer("task_batch", 1, "Tasks in an outer step.", 1)
-    integer("task_chunk", None, "Tasks vmapped at a time; default: 1 on a CPU, else all.", 1)
-    integer("steps", 1000, "Outer steps.", 1)
-    number("learning_rate", 1e-3, "Of the outer optimizer.")
-    string("optimizer", None, "Outer optimizer: adam or sgd; default: the method's own.")
-    number("clip_norm", None, "Largest norm of the outer gradient; default: any.")
-    integer("halve_every", 0, "Outer steps after which the learning rate halves; 0: never.", 0)
-    string("decay", None, "Of the learning rate, to zero at the last step: linear or cosine.")
-    integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.", 1)
-    integer("eval_every", 500, "Outer steps between validations; 0: none.", 0)
-    integer("checkpoint_every", 500, "Outer steps between checkpoints.", 1)
-    integer("val_episodes", 200, "Episodes of a validation.", 1)
-    integer("seed", 0, "Of initial parameters, training tasks and random class splits.")
+# ---- The settings of chosen components as flags.
 
 
-DefineFlags = Callable[[flags.FlagValues], None]
+class Chosen(NamedTuple):
+    """A component whose settings are flags, `--KIND.SETTING`."""
+
+    kind: Kind
+    component: Component
+    reserved: tuple[str, ...] = ()  # parameters that the binary itself gives
+    defaults: Mapping[str, Any] = {}  # of this run, where they are not the factory's
+    note: str = ""  # when it is used, where a kind has several that may be
+
+    def settings(self) -> dict[str, Setting]:
+        """Its settings by name, with the defaults that they have here."""
+        found = registry.settings(self.component, reserved=self.reserved)
+        return {
+            name: setting._replace(default=self.defaults.get(name, setting.default))
+            for name, setting in found.items()
+        }
 
 
-def run_flag_values(path: Path, define: DefineFlags = define_run_flags) -> flags.FlagValues:
-    """Reads a flagfile, or the flags.txt of a workdir.
+# From the flags that choose components (None: not given) to the components.
+Choose = Callable[[Mapping[str, str | None]], Sequence[Chosen]]
 
-    Args:
-      path: the file.
-      define: defines the flags that it may have.
+
+class SettingParser(flags.ArgumentParser):
+    """Reads a flag as the type of a setting has it."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Keeps the setting."""
+        self.setting = setting
+        self.syntactic_help = ""
+
+    def parse(self, argument: str) -> Any:
+        """The setting's value.
+
+        Raises:
+          ValueError: the text has another type, or is none of the choices.
+        """
+        return read_setting(self.setting, argument)
+
+    def flag_type(self) -> str:
+        """Name of the type in absl's own help."""
+        return self.setting.type.__name__
+
+
+def read_setting(setting: Setting, text: Any) -> Any:
+    """A setting's value from a flag's text.
 
     Raises:
-      UsageError: it cannot be read, or a line of it is not a flag of a run.
+      ValueError: the text has another type, or is none of the choices.
+
+    Examples:
+      >>> read_setting(Setting("widths", tuple, (40, 40), (), False, ""), "64,32")
+      (64, 32)
     """
-    values = flags.FlagValues()
-    define(values)
+    if not isinstance(text, str):
+        return text
+    if setting.choices:
+        if text in setting.choices:
+            return text
+        if not (setting.optional and text.lower() == "none"):
+            raise ValueError(f"choose one of {', '.join(setting.choices)}")
+    if setting.optional and text.lower() == "none":
+        return None
+    if setting.type is bool:
+        return flags.BooleanParser().parse(text)
     try:
-        values(["", f"--flagfile={path}"])
-    except flags.Error as error:
-        raise UsageError(f"{path} does not fit this version: {error}") from error
-    return values
+        if setting.type is tuple:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        return setting.type(text)
+    except ValueError:
+        raise ValueError(f"it takes {_TYPES[setting.type][1]}") from None
 
 
-def run_flag_lines(values: flags.FlagValues, define: DefineFlags = define_run_flags) -> str:
-    """The run's flags as the contents of a flags.txt; unset ones are left out."""
-    names = flags.FlagValues()
-    define(names)
-    return "".join(
-        f"--{name}={values[name].value}\n"
-        for name in sorted(names)
-        if values[name].value is not None
-    )
+# How a type is called in the help, and in an error.
+_TYPES = {
+    bool: ("true|false", "true or false"),
+    int: ("INT", "a whole number"),
+    float: ("FLOAT", "a number"),
+    str: ("TEXT", "a text"),
+    tuple: ("INT,INT,...", "whole numbers, with commas between them"),
+}
 
 
-def claim_workdir(
-    workdir: Path, values: flags.FlagValues, define: DefineFlags = define_run_flags
-) -> None:
-    """Writes flags.txt into a new workdir, or checks that an old one was made with the same flags.
+def define_component_flags(values: flags.FlagValues, chosen: Chosen) -> None:
+    """Defines the settings of a component as flags; one that is there already stays.
 
     Args:
-      workdir: the folder.
-      values: flags of the run.
-      define: defines those that make the run what it is.
+      values: where they are defined.
+      chosen: the component.
+    """
+    for name, setting in chosen.settings().items():
+        flag = f"{chosen.kind}.{name}"
+        if flag in values:
+            continue
+        if setting.type is bool and not setting.optional:
+            flags.DEFINE_boolean(flag, None, setting.doc, values)
+        else:
+            parser = SettingParser(setting=setting)
+            flags.DEFINE(parser, flag, None, setting.doc, values)
+
+
+def given_settings(values: flags.FlagValues, chosen: Chosen) -> dict[str, Any]:
+    """The settings of a component: those that flags give, and the defaults of this run.
+
+    The factory's own defaults are not among them.
 
     Raises:
-      UsageError: the workdir holds something else, or was trained with other flags.
+      UsageError: a flag gives one that the component does not have, or one is missing.
     """
-    path = workdir / "flags.txt"
-    wanted = run_flag_lines(values, define)
-    if path.exists():
-        # Read, not compared as text: flags that are newer than the workdir have their defaults.
-        found = run_flag_lines(run_flag_values(path, define), define)
-        if found != wanted:
-            difference = sorted(set(found.splitlines()) ^ set(wanted.splitlines()))
-            names = sorted({line[2:].split("=")[0] for line in difference})
+    known = chosen.settings()
+    given = {name: value for name, value in chosen.defaults.items() if name in known}
+    for flag in values:
+        kind, dot, name = flag.partition(".")
+        if not dot or kind != chosen.kind or not values[flag].present:
+            continue
+        if name not in known:
+            raise UsageError(has_no_setting(chosen, name))
+        given[name] = values[flag].value
+    for name, setting in known.items():
+        if setting.default is inspect.Parameter.empty and name not in given:
             raise UsageError(
-                f"{workdir} was trained with other flags ({', '.join(names)}): "
-                "name another workdir, or give the flags of its flags.txt"
+                f"{chosen.component.name} needs --{chosen.kind}.{name}: {setting.doc or 'give it'}"
             )
-        return
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UsageError(f"{workdir} is not empty and no workdir of ours: name another one")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, wanted)
+    return given
 
 
-def run_main(main: Callable[[list[str]], int | None], *, positional: bool = False) -> None:
+def resolved_settings(chosen: Chosen, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a component by name, as a record has them: those given, then defaults."""
+    found = {name: given.get(name, setting.default) for name, setting in chosen.settings().items()}
+    return {name: list(v) if isinstance(v, tuple) else _named(v) for name, v in found.items()}
+
+
+def _named(default: Any) -> Any:
+    """A default as a flag has it: an objective, for one, by its name."""
+    plain = isinstance(default, bool | int | float | str | tuple | None)
+    return default if plain else getattr(default, "name", type(default).__name__)
+
+
+def has_no_setting(chosen: Chosen, name: str) -> str:
+    """The error for a setting that a component does not have."""
+    known = chosen.settings()
+    what = f"{chosen.component.name} has no setting '{name}'"
+    return f"{what}: it has {', '.join(known)}" if known else f"{what}: it has none"
+
+
+# ---- Reading the arguments.
+
+
+def selected(
+    values: flags.FlagValues, arguments: Sequence[str], names: Sequence[str]
+) -> dict[str, str | None]:
+    """What some string flags will be, flagfiles read, before all flags are defined.
+
+    Args:
+      values: defines these flags, with their defaults.
+      arguments: as `sys.argv`, the program first.
+      names: of the flags.
+
+    Raises:
+      flags.Error: one without its value, or a flagfile that cannot be read.
+    """
+    found = flags.FlagValues()
+    found.set_gnu_getopt(True)
+    for name in names:
+        flags.DEFINE_string(name, values[name].default, "", found)
+    found(list(arguments), known_only=True)
+    return {name: found[name].value for name in names}
+
+
+def parse(
+    values: flags.FlagValues,
+    arguments: Sequence[str],
+    *,
+    selections: Sequence[str] = (),
+    choose: Choose | None = None,
+) -> tuple[list[str], list[Chosen]]:
+    """Reads the arguments, settings of the chosen components among them.
+
+    Args:
+      values: the binary's flags; the settings are defined there.
+      arguments: as `sys.argv`, the program first.
+      selections: names of the flags that choose components.
+      choose: from what these flags say to the components.
+
+    Returns:
+      What is no flag, and the components.
+
+    Raises:
+      UsageError, flags.Error: a mistake in the arguments.
+    """
+    chosen = list(choose(selected(values, arguments, selections))) if choose else []
+    for each in chosen:
+        define_component_flags(values, each)
+    try:
+        left = values(list(arguments))
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(unknown_flag(error.flagname, values, chosen)) from error
+    return left[1:], chosen
+
+
+def unknown_flag(name: str, values: flags.FlagValues, chosen: Sequence[Chosen]) -> str:
+    """The error for a flag that does not exist."""
+    kind, dot, setting = name.partition(".")
+    of_kind = [each for each in chosen if each.kind == kind]
+    if dot and of_kind:
+        return "; ".join(has_no_setting(each, setting) for each in of_kind)
+    ours = [flag for flags_ in _binary_flags(values).values() for flag in flags_]
+    proposals = closest(name, [*ours, *(flag for flag in values if "." in flag)])
+    if proposals:
+        return f"unknown flag --{name}: did you mean {' or '.join(f'--{p}' for p in proposals)}?"
+    return f"unknown flag --{name}: --help lists all flags"
+
+
+def closest(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three names that one may have been meant by, the most alike first.
+
+    A setting is compared with and without its component: 'inner_lr' is 'learner.inner_lr'.
+
+    Examples:
+      >>> closest("weight_decay", ["seed", "optimizer.weight_decay", "learner.usage_decay"])
+      ['optimizer.weight_decay']
+    """
+
+    def alike(flag: str) -> float:
+        forms = {flag, flag.rpartition(".")[2]}
+        return max(difflib.SequenceMatcher(None, name, form).ratio() for form in forms)
+
+    scores = {flag: alike(flag) for flag in known}
+    best = max(scores.values(), default=0)
+    near = [flag for flag, score in scores.items() if score >= 0.75 and score > best - 0.1]
+    return sorted(near, key=lambda flag: -scores[flag])[:3]
+
+
+# ---- Help.
+
+_HELP = ("--help", "-help", "--helpshort", "-?", "-h")
+_WHOLE_HELP = ("--helpfull", "-helpfull")
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the arguments ask for help."""
+    return any(argument in (*_HELP, *_WHOLE_HELP) for argument in arguments)
+
+
+def without_help(arguments: Sequence[str]) -> list[str]:
+    """The arguments but those that ask for help."""
+    return [argument for argument in arguments if argument not in (*_HELP, *_WHOLE_HELP)]
+
+
+def help_text(values: flags.FlagValues, chosen: Sequence[Chosen], doc: str, program: str) -> str:
+    """All flags of a binary, and the settings of the chosen components.
+
+    Args:
+      values: the binary's flags.
+      chosen: the components.
+      doc: the binary's docstring.
+      program: how it is called.
+    """
+    parts = [doc.strip(), f"usage: {program} [--flagfile=FILE] [--FLAG=VALUE ...]"]
+    for names in _binary_flags(values).values():
+        parts.append("\n".join(_flag_help(values[name]) for name in names))
+    for each in chosen:
+        named = f"--{each.kind}={each.component.name}{each.note and f' ({each.note})'}"
+        lines = [f"{named}: {registry.summary(each.component)}"]
+        for name, setting in each.settings().items():
+            lines.append(_setting_help(f"{each.kind}.{name}", setting))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _binary_flags(values: flags.FlagValues) -> dict[str, list[str]]:
+    """The flags of our modules, by module; those of libraries are left out, and settings."""
+    found = {}
+    for module, defined in values.flags_by_module_dict().items():
+        names = [flag.name for flag in defined if "." not in flag.name]
+        if names and (module == sys.argv[0] or module.startswith(("experiments", "tests"))):
+            found[module] = names
+    # The binary's own first.
+    return dict(sorted(found.items(), key=lambda item: item[0].startswith("experiments")))
+
+
+def _flag_help(flag: flags.Flag) -> str:
+    kinds = {"int": "INT", "float": "FLOAT", "bool": "true|false"}
+    value, doc = kinds.get(flag.flag_type(), "TEXT"), flag.help
+    if isinstance(flag.parser, flags.EnumParser):
+        value = "|".join(flag.parser.enum_values)
+        doc = doc.removeprefix(f"<{value}>: ")
+    unsaid = flag.default in (None, [])
+    return _entry(f"  --{flag.name}={value}", doc, None if unsaid else flag.default)
+
+
+def _setting_help(flag: str, setting: Setting) -> str:
+    value = "|".join(setting.choices) or _TYPES[setting.type][0]
+    # A default of None follows from others, or means that there is none: the sentence says which.
+    unsaid = setting.default in (None, inspect.Parameter.empty)
+    return _entry(f"  --{flag}={value}", setting.doc, None if unsaid else _as_text(setting.default))
+
+
+def _as_text(default: Any) -> str:
+    default = _named(default)
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _entry(named: str, doc: str, default: Any) -> str:
+    text = f"{doc} [default: {default}]" if default is not None else doc
+    return named + "\n" + textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+# ---- Running a binary.
+
+
+def run_main(
+    main: Callable[[list[str]], int | None],
+    *,
+    selections: Sequence[str] = (),
+    choose: Choose | None = None,
+    positional: bool = False,
+) -> None:
     """Parses the flags and runs a binary; a user's mistake is one line and exit status 2.
 
     Args:
       main: gets the arguments that are not flags.
-      positional: whether there may be any.
+      selections: names of the flags that choose components.
+      choose: from what these flags say to the components.
+      positional: whether there may be arguments that are not flags.
     """
     _use_all_cores()
     # A second start of the same program need not compile again.
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/meta_jax/compiled"))
 
-    def parse(arguments: list[str]) -> list[str]:
+    def read(arguments: list[str]) -> list[str]:
         try:
-            left = flags.FLAGS(arguments)
-            if len(left) > 1 and not positional:
-                raise UsageError(f"unknown argument '{left[1]}': flags start with two dashes")
-        except (flags.Error, UsageError, OSError) as error:
+            wanted = without_help(arguments) if asks_for_help(arguments) else arguments
+            left, chosen = parse(flags.FLAGS, wanted, selections=selections, choose=choose)
+            if left and not positional:
+                raise UsageError(f"unknown argument '{left[0]}': flags start with two dashes")
+        except (flags.Error, ValueError, OSError) as error:
             _end(error, 2)
-        if flags.FLAGS.help or flags.FLAGS.helpfull:
-            app.usage(shorthelp=not flags.FLAGS.helpfull, writeto_stdout=True)
+        if asks_for_help(arguments):
+            _print_help(arguments, chosen)
             sys.exit(0)
         return left
 
-    def guarded(arguments: list[str]) -> int | None:
-        logging.set_verbosity(logging.WARNING)
-        try:
-            return main(arguments[1:])
-        except (UsageError, DataError, CheckpointError) as error:
-            _end(error, 2)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _end(f"{error}: free some space and run the same command again", 2)
-        except TrainingDivergedError as error:
-            _end(error, 1)
+    app.run(lambda left: guarded(main, left), flags_parser=read)
 
-    app.run(guarded, flags_parser=parse)
+
+def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
+    """Runs a binary; a user's mistake ends it in one line, as a full disk and divergence do."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        return main(arguments)
+    except (UsageError, CheckpointError) as error:
+        _end(error, 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _end(f"{error}: free some space and run the same command again", 2)
+    except (TrainingDivergedError, RunError) as error:
+        _end(error, 1)
+
+
+def _print_help(arguments: Sequence[str], chosen: Sequence[Chosen]) -> None:
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+    print(help_text(flags.FLAGS, chosen, main.__doc__ or "", f"python -m {name}"))
+    if any(argument in _WHOLE_HELP for argument in arguments):
+        libraries = set(flags.FLAGS.flags_by_module_dict()) - set(_binary_flags(flags.FLAGS))
+        for module in sorted(libraries - {__name__}):
+            print(flags.FLAGS.module_help(module))
 
 
 # Together a tenth faster on a CPU, by measurement (python -m experiments.benchmark): vectors of all
@@ -241,6 +429,6 @@ def _use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", len(affinity(0)) if affinity else os.cpu_count())
 
 
-def _end(error: Exception | str, status: int) -> None:
+def _end(error: Exception | str, status: int) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,35 +1,77 @@
 """Tests a trained learner again, from its workdir or from shipped weights.
 
-python -m experiments.evaluate --workdir=runs/glyphs --shots=5
-python -m experiments.evaluate --weights=results/weights/prototypical_omniglot --data_dir=PATH
+Settings that are not given are those of the run; --tasks=OTHER tests on tasks of another source.
+
+    python -m experiments.evaluate --workdir=runs/glyphs --shots=5
+    python -m experiments.evaluate --workdir=runs/glyphs --help
+    python -m experiments.evaluate --weights=results/weights/prototypical_omniglot --data_dir=PATH
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from experiments import testing
-from experiments.command_line import UsageError, run_main
+from experiments import runs, testing
+from experiments.command_line import Chosen, given_settings, run_main
+from meta_jax import registry
+from meta_jax.lookup import UsageError
+from meta_jax.training.trained import read_config
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "The workdir of a training run.")
-flags.DEFINE_string("weights", None, "A folder of shipped weights, instead of a workdir.")
-flags.DEFINE_string("checkpoint", "best", "Of a workdir: best (on validation) or latest.")
+flags.DEFINE_string("workdir", None, "Folder of a training run.")
+flags.DEFINE_string("weights", None, "Folder of shipped weights, instead of a training run's.")
+flags.DEFINE_enum(
+    "checkpoint", "best", ["best", "latest"], "Checkpoint: best on validation, or the latest."
+)
 flags.DEFINE_string("split", "test", "Split to test on.")
-flags.DEFINE_integer("episodes", 1000, "Test episodes.", 2)
-flags.DEFINE_integer("seed", 0, "Of the test episodes.")
-flags.DEFINE_string("output", None, "Where to write the result as JSON.")
-flags.DEFINE_string("data_dir", None, "Where Omniglot or the prepared TFDS sets lie.")
-# What a test may change of the run; None leaves it as it was trained.
-_OVERRIDES = ("ways", "shots", "queries", "eval_inner_steps")
-for _name in _OVERRIDES:
-    flags.DEFINE_integer(_name, None, f"{_name} of the test, if not the run's.", 0)
-flags.DEFINE_string("batch_norm", None, "batch, running or support, if not the run's.")
-flags.DEFINE_boolean("within_alphabet", None, "One alphabet an episode, if not as in the run.")
-flags.DEFINE_string("rotations", None, "Quarter turns of the test, if not the run's.")
-flags.DEFINE_string("protocol", None, "few_shot or sequence, if not the run's.")
+flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the test.", 2)
+flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.")
+flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
+flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
+flags.DEFINE_string(
+    "tasks", None, f"Source of the tasks, by default the run's: {runs.choices('tasks')}."
+)
+for _name, _what in (
+    ("ways", "Classes of an episode"),
+    ("shots", "Support examples of each class"),
+    ("queries", "Query examples of each class"),
+):
+    flags.DEFINE_integer(_name, None, f"{_what}, by default as in the run.", 1)
+
+
+def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
+    """The components of a run, with its settings as defaults; none before a run is named."""
+    folder = selected["workdir"] or selected["weights"]
+    if folder is None:
+        return []
+    config = read_config(Path(folder))
+    learner, tasks = config["learner"], config["tasks"]
+    found = [_recorded("learner", learner, ("objective", "network"))]
+    if learner.get("network"):
+        found.append(_recorded("network", learner["network"]))
+    other = selected["tasks"]
+    if other is None or other == tasks["name"]:
+        return [*found, _tasks_chosen(tasks["name"], tasks)]
+    return [*found, _tasks_chosen(other, tasks["preprocessing"] or {})]
+
+
+def _tasks_chosen(name: str, defaults: Mapping[str, Any]) -> Chosen:
+    chosen = runs.tasks_chosen(name)
+    reserved = (*chosen.reserved, "objective")  # it is the learner's
+    return chosen._replace(reserved=reserved, defaults=_without_lists(defaults))
+
+
+def _recorded(kind: registry.Kind, record: Mapping[str, Any], reserved: tuple = ()) -> Chosen:
+    component = registry.find(kind, record["name"])
+    return Chosen(kind, component, reserved, _without_lists(record))
+
+
+def _without_lists(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
 
 
 def main(arguments: list[str]) -> None:
@@ -37,25 +79,23 @@ def main(arguments: list[str]) -> None:
     del arguments
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("name what to test: --workdir=W of a training run, or --weights=FOLDER")
-    overrides = {
-        name: FLAGS[name].value
-        for name in (*_OVERRIDES, "batch_norm", "rotations", "within_alphabet", "protocol")
-    }
+    sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
+    chosen = choose({name: FLAGS[name].value for name in ("workdir", "weights", "tasks")})
     found = testing.evaluate(
         Path(FLAGS.workdir or FLAGS.weights),
+        testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed),
         checkpoint=FLAGS.checkpoint,
-        split=FLAGS.split,
-        episodes=FLAGS.episodes,
-        seed=FLAGS.seed,
+        size={name: value for name, value in sizes.items() if value is not None},
+        tasks=FLAGS.tasks,
+        settings={each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen},
         data_dir=FLAGS.data_dir,
-        overrides=overrides,
     )
     if FLAGS.output:
-        write_text(Path(FLAGS.output), json.dumps(found, indent=1) + "\n")
+        write_text(Path(FLAGS.output), json.dumps(found.record, indent=1) + "\n")
     print(testing.line(found))
-    if "instances" in found:
-        print(testing.instance_table({"accuracy": found["instances"]}))
+    if found.tested.instances:
+        print(testing.instance_table({found.tested.objective.metric: found.tested.instances}))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, selections=("workdir", "weights", "tasks"), choose=choose)

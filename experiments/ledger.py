@@ -36,11 +36,11 @@ def record(row: dict, path: Path = LEDGER) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| row | ours | paper | batch norm | training | weights |",
+        "| row | ours | paper | normalisation | training | weights |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        mode = row["batch_norm"] + (", transductive" if row["transductive"] else "")
+        mode = row["normalisation"] + (", transductive" if row["transductive"] else "")
         lines.append(
             f"| `{row['row']}` | {row['accuracy']:.2f} ± {row['ci95']:.2f} | "
             f"{row['paper_accuracy'] or 'none'} | {mode} | {row['train_minutes']:.0f} min | "

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, testing
-from experiments.command_line import UsageError, claim_workdir, run_flag_values, run_main
+from experiments import ledger, runs, testing
+from experiments.command_line import run_main
 from experiments.rows import ROWS, Row
+from meta_jax.lookup import UsageError
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
-flags.DEFINE_string("data_dir", None, "Where Omniglot lies.")
-_EPISODES = 1000
+flags.DEFINE_string("data_dir", None, "Folder where Omniglot lies.")
+_ASKED = testing.Asked(episodes=1000)
 _WEIGHTS = Path("results/weights")
 
 
@@ -38,60 +39,73 @@ def main(names: list[str]) -> None:
 
 
 def _reproduce(name: str, row: Row, commit: str) -> None:
+    """Trains the row's model where that is not done, tests it, writes the row, prints a line."""
     workdir = Path(FLAGS.runs) / row.model
-    flagfile = ledger.ROOT / "experiments" / "flagfiles" / f"{row.model}.flags"
-    train = [
-        f"--flagfile={flagfile}",
-        f"--workdir={workdir}",
-        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []),
-    ]
-    claim_workdir(workdir, run_flag_values(flagfile))
-    if not (workdir / "result.json").exists():
-        # A process of its own: flags are global, and the training's memory is given back.
-        status = subprocess.run([sys.executable, "-m", "experiments.train", *train]).returncode
-        if status:
-            sys.exit(status)
-        if not (workdir / "result.json").exists():
-            sys.exit("the training was stopped; the same command goes on from there")
-    trained = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
-    weights = _ship_weights(workdir, ledger.ROOT / _WEIGHTS / row.model)
+    trained = _trained(row.model, workdir)
     found = testing.evaluate(
-        weights,
-        checkpoint="best",
-        split="test",
-        episodes=_EPISODES,
-        seed=0,
+        _ship_weights(workdir, ledger.ROOT / _WEIGHTS / row.model),
+        _ASKED,
+        size=row.size(),
+        settings=row.settings(),
         data_dir=FLAGS.data_dir,
-        overrides=row.overrides(),
     )
-    kept = ("learner", "dataset", "split", "ways", "shots", "episodes")
-    rows = ledger.record(
-        {
-            "row": name,
-            **{key: found[key] for key in kept},
-            **row.accuracy(found),
-            **{key: found[key] for key in ("batch_norm", "transductive")},
-            "paper_accuracy": row.paper_accuracy,
-            "paper_source": row.paper_source,
-            "command": f"python -m experiments.reproduce {name}",
-            "train_minutes": round(trained["seconds"] / 60, 1),
-            "machine": ledger.machine(),
-            "versions": ledger.versions("jax", "jaxlib", "flax", "optax"),
-            "commit": commit,
-            "weights": str(_WEIGHTS / row.model),
-        }
-    )
+    rows = ledger.record(_ledger_row(name, row, found.record, trained, commit))
     readme = ledger.README.read_text(encoding="utf-8")
     write_text(ledger.README, ledger.with_table(readme, ledger.RESULTS, ledger.table(rows)))
+    score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper_accuracy is None else f"; the paper reports {row.paper_accuracy} %"
-    print(f"{name}: {testing.line({**found, **row.accuracy(found)})}{paper}")
+    print(
+        f"{name}: test {row.metric} {testing.score_text(score, objective)} "
+        f"(normalisation {found.record['normalisation']}){paper}"
+    )
+
+
+def _trained(model: str, workdir: Path) -> dict:
+    """The result of a model's training, which is done here where it was not."""
+    flagfile = ledger.ROOT / "experiments" / "flagfiles" / f"{model}.flags"
+    train = [
+        f"--flagfile={flagfile}",
+        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []),
+    ]
+    path = workdir / "result.json"
+    if path.exists():
+        values = runs.run_values(train)
+        config = runs.build_run(values, runs.load_tasks(values)).config
+        runs.claim_workdir(workdir, config, runs.given_flags(values))
+    else:
+        # A process of its own: flags are global, and the training's memory is given back.
+        command = [sys.executable, "-m", "experiments.train", *train, f"--workdir={workdir}"]
+        status = subprocess.run(command).returncode
+        if status:
+            sys.exit(status)
+        if not path.exists():
+            sys.exit("the training was stopped; the same command goes on from there")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _ledger_row(name: str, row: Row, found: dict, trained: dict, commit: str) -> dict:
+    kept = ("learner", "tasks", "split", "ways", "shots", "episodes")
+    return {
+        "row": name,
+        **{key: found[key] for key in kept},
+        **row.accuracy(found),
+        **{key: found[key] for key in ("normalisation", "transductive")},
+        "paper_accuracy": row.paper_accuracy,
+        "paper_source": row.paper_source,
+        "command": f"python -m experiments.reproduce {name}",
+        "train_minutes": round(trained["seconds"] / 60, 1),
+        "machine": ledger.machine(),
+        "versions": ledger.versions("jax", "jaxlib", "flax", "optax"),
+        "commit": commit,
+        "weights": str(_WEIGHTS / row.model),
+    }
 
 
 def _ship_weights(workdir: Path, folder: Path) -> Path:
     """Copies what a test needs of a workdir, a workdir in small."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
-    shutil.copy(workdir / "flags.txt", folder / "flags.txt")
+    shutil.copy(workdir / "config.json", folder / "config.json")
     return folder
 
 

@@ -17,24 +17,31 @@ class Row(NamedTuple):
     shots: int
     paper_accuracy: float | None  # per cent; None where none is published
     paper_source: str
-    batch_norm: str | None = None  # of the test, if not the training's
-    instance: int | None = None  # of the sequence protocol: which instance's accuracy it is
+    metric: str = "accuracy"  # which one it is; instance_2 is that at the 2nd instance of a class
+    normalisation: str | None = None  # of the test, if not the training's
+    protocol: str | None = None  # of the test, if not the training's
 
-    def overrides(self) -> dict:
-        """What the test changes of the training's flags."""
+    def size(self) -> dict[str, int]:
+        """How large the test's episodes are, where they are not as in training."""
+        return {"ways": self.ways, "shots": self.shots}
+
+    def settings(self) -> dict[str, dict[str, str]]:
+        """The settings that the test changes, by component."""
+        changed = {
+            "learner": {"protocol": self.protocol},
+            "network": {"normalisation": self.normalisation},
+        }
         return {
-            "ways": self.ways,
-            "shots": self.shots,
-            "batch_norm": self.batch_norm,
-            "protocol": "sequence" if self.instance else "few_shot",
+            kind: {name: value}
+            for kind, settings in changed.items()
+            for name, value in settings.items()
+            if value is not None
         }
 
-    def accuracy(self, found: dict) -> dict:
+    def accuracy(self, found: dict) -> dict[str, float]:
         """The row's accuracy and ci95, in per cent, from the contents of a result.json."""
-        if self.instance:
-            names = {"accuracy": "instances", "ci95": "instances_ci95"}
-            return {key: found[name][self.instance - 1] for key, name in names.items()}
-        return {key: found[key] for key in ("accuracy", "ci95")}
+        accuracy, ci95 = found["metrics"][self.metric]
+        return {"accuracy": round(accuracy, 4), "ci95": round(ci95, 4)}
 
 
 ROWS: dict[str, Row] = {
@@ -49,9 +56,11 @@ ROWS: dict[str, Row] = {
         "matching_fce_omniglot", 5, 1, None, "Vinyals et al. 2016 give none: no gain on Omniglot"
     ),
     "relation/omniglot_5w1s": Row("relation_omniglot", 5, 1, 99.6, _SUNG),
-    "relation_transductive/omniglot_5w1s": Row("relation_omniglot", 5, 1, 99.6, _SUNG, "batch"),
-    "ridge/omniglot_5w1s": Row(
-        "ridge_omniglot", 5, 1, None, "Bertinetto et al. 2019 train a larger network"
+    "relation_transductive/omniglot_5w1s": Row(
+        "relation_omniglot", 5, 1, 99.6, _SUNG, normalisation="batch"
+    ),
+    "r2d2/omniglot_5w1s": Row(
+        "r2d2_omniglot", 5, 1, None, "Bertinetto et al. 2019 train a larger network"
     ),
     "kernel/omniglot_5w1s": Row("kernel_omniglot", 5, 1, None, "no paper has this on Omniglot"),
     "maml/omniglot_5w1s": Row("maml_omniglot", 5, 1, 98.7, _FINN),
@@ -70,8 +79,12 @@ ROWS: dict[str, Row] = {
     "protomaml/omniglot_5w1s": Row(
         "protomaml_omniglot", 5, 1, None, "Triantafillou et al. 2020 test on mixed datasets"
     ),
-    "reptile/omniglot_5w1s": Row("reptile_omniglot", 5, 1, 95.39, _NICHOL, "support"),
-    "reptile_transductive/omniglot_5w1s": Row("reptile_omniglot", 5, 1, 97.68, _NICHOL, "batch"),
+    "reptile/omniglot_5w1s": Row(
+        "reptile_omniglot", 5, 1, 95.39, _NICHOL, normalisation="one_at_a_time"
+    ),
+    "reptile_transductive/omniglot_5w1s": Row(
+        "reptile_omniglot", 5, 1, 97.68, _NICHOL, normalisation="batch"
+    ),
     "lstm_meta_learner/omniglot_5w1s": Row(
         "lstm_meta_learner_omniglot", 5, 1, None, "Ravi and Larochelle 2017 have no Omniglot"
     ),
@@ -79,12 +92,17 @@ ROWS: dict[str, Row] = {
         "meta_networks_omniglot", 5, 1, 98.95, "Munkhdalai and Yu 2017, table 1"
     ),
     "mann/omniglot_5w1s": Row(
-        "mann_omniglot", 5, 1, None, "Santoro et al. 2016 have sequences only"
+        "mann_omniglot",
+        5,
+        1,
+        None,
+        "Santoro et al. 2016 have sequences only",
+        protocol="few_shot",
     ),
-    "mann/omniglot_sequence_2nd": Row("mann_omniglot", 5, 1, 82.8, _SANTORO, instance=2),
-    "mann/omniglot_sequence_5th": Row("mann_omniglot", 5, 1, 94.9, _SANTORO, instance=5),
-    "mann/omniglot_sequence_10th": Row("mann_omniglot", 5, 1, 98.1, _SANTORO, instance=10),
-    "lstm/omniglot_sequence_2nd": Row("lstm_omniglot", 5, 1, 49.5, _SANTORO, instance=2),
-    "lstm/omniglot_sequence_5th": Row("lstm_omniglot", 5, 1, 63.6, _SANTORO, instance=5),
-    "lstm/omniglot_sequence_10th": Row("lstm_omniglot", 5, 1, 62.5, _SANTORO, instance=10),
+    "mann/omniglot_sequence_2nd": Row("mann_omniglot", 5, 1, 82.8, _SANTORO, "instance_2"),
+    "mann/omniglot_sequence_5th": Row("mann_omniglot", 5, 1, 94.9, _SANTORO, "instance_5"),
+    "mann/omniglot_sequence_10th": Row("mann_omniglot", 5, 1, 98.1, _SANTORO, "instance_10"),
+    "lstm/omniglot_sequence_2nd": Row("lstm_omniglot", 5, 1, 49.5, _SANTORO, "instance_2"),
+    "lstm/omniglot_sequence_5th": Row("lstm_omniglot", 5, 1, 63.6, _SANTORO, "instance_5"),
+    "lstm/omniglot_sequence_10th": Row("lstm_omniglot", 5, 1, 62.5, _SANTORO, "instance_10"),
 }

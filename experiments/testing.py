@@ -1,238 +1,337 @@
 """Testing a trained learner, and what is reported: a line for people, keys for programs."""
 
-import sys
-from collections.abc import Callable, Sequence
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
-from absl import flags
+import jax.numpy as jnp
 
-from experiments import learners, tasks
-from experiments.command_line import UsageError, run_flag_values
-from meta_jax.core import Criterion, MetaLearner, PyTree
-from meta_jax.training import checkpoints
-from meta_jax.training.evaluation import (
-    Score,
-    confidence_interval,
-    make_evaluate,
-    make_evaluate_sequences,
-)
-from meta_jax.training.outer_step import init_train_state, task_mesh
+from experiments import runs
+from experiments.command_line import RunError
+from meta_jax import registry
+from meta_jax.core import MetaLearner, Objective, PyTree, Tasks
+from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
+from meta_jax.lookup import UsageError
+from meta_jax.networks.normalisation import is_transductive, support_moments
+from meta_jax.training import trained
+from meta_jax.training.evaluation import MeanCI, confidence_interval, make_evaluate
+from meta_jax.training.outer_step import task_mesh
 
 _SPLITS = ("train", "val", "test", "trainval")
+_INSTANCE = "instance_"  # what begins the metrics of the sequence protocol
+Settings = Mapping[str, Mapping[str, Any]]  # by component: 'learner', 'network', 'tasks'
 
 
-def metric_of(metrics: dict) -> str:
-    """The metric that a result reports: 'accuracy', or 'mse' in regression."""
-    return "accuracy" if "accuracy" in metrics else "mse"
+class Asked(NamedTuple):
+    """What a test asks: which episodes, and how many."""
+
+    split: str = "test"
+    episodes: int = 1000
+    seed: int = 0
 
 
 class Tested(NamedTuple):
     """What a test found."""
 
-    name: str  # the metric's
-    score: Score  # mean accuracy in per cent, or mean squared error
-    instances: tuple[Score, ...] = ()  # of the sequence protocol: at the 1st, 2nd, ... instance
+    objective: Objective
+    metrics: dict[str, MeanCI]  # over episodes; shares are in per cent
+
+    @property
+    def score(self) -> MeanCI:
+        """The metric that a result reports."""
+        return self.metrics[self.objective.metric]
+
+    @property
+    def instances(self) -> tuple[MeanCI, ...]:
+        """By the sequence protocol, the metric at the 1st, 2nd, ... instance of a class."""
+        names = [f"{_INSTANCE}{i + 1}" for i in range(len(self.metrics))]
+        return tuple(self.metrics[name] for name in names if name in self.metrics)
+
+    def text(self) -> str:
+        """The score as people read it."""
+        return score_text(self.score, self.objective)
 
 
-def make_evaluation(
-    learner: MetaLearner, criterion: Criterion, source: tasks.Tasks, *, protocol: str, episodes: int
-) -> Callable[..., dict]:
-    """`make_evaluate`, or `make_evaluate_sequences` where the protocol is 'sequence'."""
-    share = {"episodes": episodes, "mesh": task_mesh(episodes)}
-    if protocol == "sequence":
-        return make_evaluate_sequences(learner, source.sampler, **share)
-    return make_evaluate(learner, source.sampler, criterion, **share)
+class Result(NamedTuple):
+    """What a test found, and the contents of its result.json."""
+
+    tested: Tested
+    record: dict[str, Any]
 
 
 def make_test(
-    learner: MetaLearner,
-    criterion: Criterion,
-    source: tasks.Tasks,
-    *,
-    split: str,
-    episodes: int,
-    protocol: str = "few_shot",
-    seed: int = 0,
+    learner: MetaLearner, tasks: Tasks, asked: Asked
 ) -> Callable[[PyTree, PyTree], Tested]:
-    """A test that is compiled once, on episodes drawn from a fixed seed.
+    """Builds a test that is compiled once, on episodes drawn from a fixed seed.
 
     The same seed gives the same episodes to every learner and every time.
+
+    Args:
+      learner: the method.
+      tasks: of the test.
+      asked: which episodes.
 
     Returns:
       A function (params, state) -> what was found.
     """
-    evaluate = make_evaluation(learner, criterion, source, protocol=protocol, episodes=episodes)
-    key = jax.random.fold_in(jax.random.key(seed), 1 + _SPLITS.index(split))
+    mesh = task_mesh(asked.episodes)
+    evaluate = make_evaluate(learner, tasks.sample, episodes=asked.episodes, mesh=mesh)
+    key = jax.random.fold_in(jax.random.key(asked.seed), _split_number(asked.split))
 
     def test(params: PyTree, state: PyTree) -> Tested:
-        metrics = evaluate(params, state, source.data, key)
-        name = metric_of(metrics)
-        score = confidence_interval(metrics[name] * (100 if name == "accuracy" else 1))
-        count = sum(metric.startswith("instance_") for metric in metrics)
-        instances = (metrics[f"instance_{i + 1}"] for i in range(count))
-        return Tested(name, score, tuple(confidence_interval(100 * each) for each in instances))
+        metrics = evaluate(params, state, tasks.data, key)
+        return Tested(
+            tasks.objective,
+            {
+                name: confidence_interval(_factor(name, tasks.objective) * values)
+                for name, values in metrics.items()
+            },
+        )
 
     return test
 
 
-def result(
-    values: flags.FlagValues,
-    tested: Tested,
-    *,
-    batch_norm: str,
-    split: str,
-    episodes: int,
-    seconds: float,
-) -> dict:
-    """The contents of result.json; accuracy and ci95 are in per cent.
+def _split_number(split: str) -> int:
+    if split in _SPLITS:
+        return 1 + _SPLITS.index(split)
+    return zlib.crc32(split.encode())
 
-    The sequence protocol adds itself and the accuracies at each instance of a class.
-    """
-    name, score, instances = tested
-    # In a sequence, the support's statistics are those of inputs yet to come.
-    transductive = batch_norm == "batch" or (batch_norm == "support" and bool(instances))
-    found = {
-        "learner": values.learner,
-        "dataset": values.dataset,
-        "split": split,
-        "ways": values.ways,
-        "shots": values.shots,
-        "queries": values.queries,
-        "episodes": episodes,
-        name: round(score.mean, 4),
-        "ci95": round(score.ci95, 4),
-        "batch_norm": batch_norm,
-        "transductive": transductive,
-        "steps": values.steps,
-        "seed": values.seed,
-        "seconds": round(seconds, 1),
-    }
-    if instances:
-        found["protocol"] = "sequence"
-        found["instances"] = [round(each.mean, 4) for each in instances]
-        found["instances_ci95"] = [round(each.ci95, 4) for each in instances]
+
+def _factor(metric: str, objective: Objective) -> int:
+    """What a metric is multiplied by: shares are reported in per cent."""
+    is_share = metric == objective.metric or metric.startswith(_INSTANCE)
+    return 100 if objective.unit == "%" and is_share else 1
+
+
+def test_baselines(source: TaskSource, tasks: Tasks, asked: Asked) -> dict[str, Tested]:
+    """Tests the learners that a source wants to see beside a result; they have nothing to train."""
+    found = {}
+    for name in source.baselines:
+        factory = registry.find("learner", name).factory
+        takes_objective = "objective" in registry.parameters(factory)
+        learner = factory(**({"objective": tasks.objective} if takes_objective else {}))
+        like = jax.eval_shape(learner.init, jax.random.key(0), runs.example_task(tasks))
+        params, state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        found[name] = make_test(learner, tasks, asked)(params, state)
     return found
 
 
-def score_text(name: str, score: Score) -> str:
+# ---- What is reported.
+
+
+def result(
+    config: Mapping[str, Any],
+    tested: Tested,
+    asked: Asked,
+    *,
+    size: EpisodeSize | None = None,
+    tasks: str | None = None,
+    seconds: float,
+) -> Result:
+    """Builds the result of a test; accuracy and ci95 are in per cent.
+
+    Args:
+      config: record of the run, the learner's as it was tested.
+      tested: what was found.
+      asked: what was asked.
+      size: how large the episodes were, if not as the run has them.
+      tasks: name of the tasks, if not the run's.
+      seconds: how long training took.
+
+    Raises:
+      RunError: what was found is not finite.
+    """
+    run, metric = config["run"], tested.objective.metric
+    ways, shots, queries = size or runs.test_size(run)
+    _check_finite(tested, asked.split)
+    mode = normalisation_of(config["learner"])
+    # In a sequence, moments of the support set are those of inputs yet to come.
+    peeks = bool(tested.instances) and support_moments(mode, train=False) != "stored"
+    record = {
+        "learner": config["learner"]["name"],
+        "tasks": tasks or config["tasks"]["name"],
+        "split": asked.split,
+        "ways": ways,
+        "shots": shots,
+        "queries": queries,
+        "episodes": asked.episodes,
+        metric: _rounded(tested.score.mean),
+        "ci95": _rounded(tested.score.ci95),
+        "normalisation": mode,
+        "transductive": is_transductive(mode) or peeks,
+        "steps": run["steps"],
+        "seed": run["seed"],
+        "seconds": round(seconds, 1),
+        "metrics": {name: [*map(_rounded, score)] for name, score in tested.metrics.items()},
+    }
+    return Result(tested, record)
+
+
+def _check_finite(tested: Tested, split: str) -> None:
+    for name, (mean, ci95) in tested.metrics.items():
+        reported = name == tested.objective.metric
+        # The loss of a sure and wrong answer may be infinite; what is not a number is always wrong.
+        if math.isnan(mean) or (reported and not math.isfinite(mean + ci95)):
+            raise RunError(
+                f"{split} {name} is {mean}, so there is no result: lower the learning rates, or "
+                "clip gradients with --optimizer.clip_norm"
+            )
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
+
+
+def normalisation_of(learner: Mapping[str, Any]) -> Any:
+    """The normalisation of a learner's network, by the learner's record."""
+    network = learner.get("network")
+    return registry.build("network", network).normalisation if network else "none"
+
+
+def score_text(score: MeanCI, objective: Objective) -> str:
     """A score as people read it."""
-    if name == "accuracy":
+    if objective.unit == "%":
         return f"{score.mean:.2f} % ± {score.ci95:.2f}"
     return f"{score.mean:.3f} ± {score.ci95:.3f}"
 
 
-def line(found: dict) -> str:
+def line(found: Result) -> str:
     """The one human-readable line of a result."""
-    name = metric_of(found)
-    shots = f"{found['shots']}-shot"
-    task = f"{found['ways']}-way {shots}" if name == "accuracy" else shots
-    score = score_text(name, Score(found[name], found["ci95"]))
-    if "instances" in found:
-        each = len(found["instances"])
-        task = f"sequences of {found['ways']} classes x {each} instances"
+    tested, record = found
+    shots = f"{record['shots']}-shot"
+    is_classification = tested.objective.kind == "classification"
+    task = f"{record['ways']}-way {shots}" if is_classification else shots
+    if tested.instances:
+        task = f"sequences of {record['ways']} classes x {len(tested.instances)} instances"
     return (
-        f"{found['split']} {name} {score} ({task}, {found['episodes']} episodes, "
-        f"batch norm {found['batch_norm']})"
+        f"{record['split']} {tested.objective.metric} {tested.text()} ({task}, "
+        f"{record['episodes']} episodes, normalisation {record['normalisation']})"
     )
 
 
-def instance_table(curves: dict[str, Sequence[float]]) -> str:
-    """Accuracies at the 1st, 2nd, ... instance of a class as lines of a table.
+def instance_table(curves: Mapping[str, Sequence[MeanCI]]) -> str:
+    """The metric at the 1st, 2nd, ... instance of a class as lines of a table.
 
     Args:
-      curves: by name, accuracies in per cent.
+      curves: by name, the scores.
     """
     count = max(map(len, curves.values()))
     rows = {"instance": [str(i + 1) for i in range(count)]}
-    rows |= {name: [f"{value:.1f}" for value in values] for name, values in curves.items()}
+    rows |= {name: [f"{score.mean:.1f}" for score in scores] for name, scores in curves.items()}
     width = max(map(len, rows))
     return "\n".join(
         f"{name:<{width}}" + "".join(f"{cell:>6}" for cell in cells) for name, cells in rows.items()
     )
 
 
+# ---- A test from a folder.
+
+
 def evaluate(
     folder: Path,
+    asked: Asked,
     *,
-    checkpoint: str,
-    split: str,
-    episodes: int,
-    seed: int,
-    data_dir: str | None,
-    overrides: dict,
-) -> dict:
+    checkpoint: Literal["best", "latest"] = "best",
+    size: Mapping[str, int] | None = None,
+    tasks: str | None = None,
+    settings: Settings | None = None,
+    data_dir: str | None = None,
+) -> Result:
     """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
 
     Args:
-      folder: holds flags.txt and checkpoints/.
+      folder: holds config.json and checkpoints/.
+      asked: which episodes.
       checkpoint: 'best' or 'latest'.
-      split: of the classes to test on.
-      episodes: how many.
-      seed: of the episodes.
+      size: ways, shots and queries where they are not the run's.
+      tasks: name of other tasks than the run's.
+      settings: of learner, network and tasks, where they are not the run's.
       data_dir: where the data lie.
-      overrides: flags of the run that the test changes; None leaves them as they are.
-
-    Returns:
-      The keys of result.json.
 
     Raises:
-      UsageError, DataError, CheckpointError: what is asked for cannot be had.
+      UsageError, CheckpointError: what is asked for cannot be had.
+      RunError: the result is not finite.
     """
-    path = folder / "flags.txt"
-    if not path.exists():
-        raise UsageError(f"no flags.txt in {folder}: name the workdir of a training run")
-    values = run_flag_values(path)
-    if values.train_ways is None:
-        values.train_ways = values.ways
-    if values.eval_every == 0 and checkpoint == "best":
+    settings, run = settings or {}, trained.read_config(folder)["run"]
+    if checkpoint == "best" and not run["eval_every"]:
         raise UsageError(
             "the run had no validation, so no best checkpoint: use --checkpoint=latest"
         )
-    for name, value in overrides.items():
-        if value is not None:
-            setattr(values, name, value)
+    wanted = runs.test_size(run)._replace(**(size or {}))
     try:
-        learner, criterion = learners.build_learner(values)
-        splits = tasks.load(values, data_dir)
-        source = tasks.tasks(splits, split, tasks.test_spec(values))
+        loaded = trained.load(
+            folder,
+            checkpoint=checkpoint,
+            learner_settings=settings.get("learner"),
+            network_settings=settings.get("network"),
+        )
+        source = load_other_source(
+            loaded.config["tasks"], tasks, settings.get("tasks", {}), data_dir
+        )
+        drawn = source.tasks(asked.split, wanted, train=False)
+        check_fit(loaded, drawn)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    params, state, seconds = _restore(folder / "checkpoints", checkpoint, learner, source, values)
-    asked = {"split": split, "episodes": episodes}
-    test = make_test(learner, criterion, source, protocol=values.protocol, seed=seed, **asked)
+    test = make_test(loaded.learner, drawn._replace(objective=loaded.objective), asked)
+    _, _, metadata = trained.load_parameters(folder, checkpoint, learner=loaded.learner)
     return result(
-        values,
-        test(params, state),
-        batch_norm=learners.build_network(values).batch_norm,
-        seconds=seconds,
-        **asked,
+        loaded.config,
+        test(loaded.params, loaded.state),
+        asked,
+        size=wanted,
+        tasks=tasks,
+        seconds=metadata["seconds"],
     )
 
 
-def _restore(
-    folder: Path,
-    checkpoint: str,
-    learner: MetaLearner,
-    source: tasks.Tasks,
-    values: flags.FlagValues,
-) -> tuple[PyTree, PyTree, float]:
-    """Parameters, state, and the seconds that training them took."""
-    optimizer = learners.build_optimizer(values)
-    like = jax.eval_shape(
-        lambda data: init_train_state(learner, optimizer, source.sampler, data, 0), source.data
-    )
-    if checkpoint == "best":
-        learned = {"params": like.params, "state": like.state}
-        learned, metadata = checkpoints.restore(folder / "best", learned)
-        return learned["params"], learned["state"], metadata["seconds"]
-    if checkpoint != "latest":
-        raise UsageError(f"unknown checkpoint '{checkpoint}': choose best or latest")
-    found = checkpoints.restore_latest(folder, like)
-    if found is None:
-        raise UsageError(f"no checkpoint in {folder}: train first")
-    train_state, metadata, warnings = found
-    for warning in warnings:
-        print(warning, file=sys.stderr)
-    return train_state.params, train_state.state, metadata["seconds"]
+def load_other_source(
+    recorded: Mapping[str, Any],
+    name: str | None,
+    settings: Mapping[str, Any],
+    data_dir: str | None,
+) -> TaskSource:
+    """The source of a test's tasks: the run's, or another that gives inputs of the same form.
+
+    Args:
+      recorded: what a run's record says of its tasks.
+      name: of another source; None for the run's.
+      settings: where they are not the run's.
+      data_dir: where the data lie.
+
+    Raises:
+      UsageError: an unknown source or setting, or data that is not there.
+    """
+    other = name is not None and name != recorded["name"]
+    name = name or recorded["name"]
+    component = find_source(name)[0]
+    known = registry.parameters(component.factory)
+    form = recorded["preprocessing"] or {}
+    kept = (form if other else recorded).items()
+    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in kept if key in known}
+    given = {**kept, **settings, **runs.data_dir_setting(component, data_dir)}
+    return load_source(name, **given)
+
+
+def check_fit(loaded: trained.Trained, tasks: Tasks) -> None:
+    """Refuses tasks that a trained learner cannot be tested on.
+
+    Raises:
+      UsageError: their objective is of another kind, or parameters would have other shapes.
+    """
+    config, kind = loaded.config, tasks.objective.kind
+    name, run = config["learner"]["name"], config["run"]
+    if kind != loaded.objective.kind:
+        raise UsageError(
+            f"{name} was trained for {loaded.objective.kind}, and these tasks ask for {kind}: "
+            "name other tasks"
+        )
+    like = runs.initial_shapes(loaded.learner, tasks)
+    difference = runs.shape_difference((loaded.params, loaded.state), like)
+    if difference:
+        raise UsageError(
+            f"{name} was trained with parameters that do not fit these tasks ({difference}): test "
+            f"it on inputs as in training, and on {run['train_ways']} ways"
+        )

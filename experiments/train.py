@@ -1,38 +1,54 @@
 """Meta-trains a learner, resumes where it stopped, and tests it on classes it has never seen.
 
     python -m experiments.train --workdir=runs/glyphs
+    python -m experiments.train --learner=maml --help
     python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags \
         --data_dir=PATH --workdir=runs/prototypical_omniglot
 """
 
+import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 
-from experiments import learners, tasks, testing
-from experiments.command_line import UsageError, claim_workdir, define_run_flags, run_main
-from meta_jax.core import Episode, MetaLearner, PyTree
-from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
-from meta_jax.training import checkpoints, pictures
-from meta_jax.training.loop import Schedule, fit
+from experiments import runs, testing
+from experiments.command_line import run_main
+from experiments.testing import Asked, Tested
+from meta_jax.core import Array, Episode, MetaLearner, PyTree, Tasks
+from meta_jax.lookup import UsageError
+from meta_jax.training import pictures
+from meta_jax.training.evaluation import make_validate
+from meta_jax.training.loop import FitResult, fit
 from meta_jax.training.outer_step import (
+    OuterStep,
     TrainState,
     init_train_state,
     make_outer_step,
-    make_run,
+    make_train_loop,
     place,
     task_mesh,
 )
+from meta_jax.training.trained import load_parameters
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
-define_run_flags(FLAGS)
-flags.DEFINE_string("workdir", None, "Where everything is written; an old one is resumed.")
-flags.DEFINE_string("data_dir", None, "Where Omniglot or the prepared TFDS sets lie.")
+runs.define_run_flags(FLAGS)
+flags.DEFINE_string("workdir", None, "Folder where everything is written; an old one is resumed.")
+flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
 flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the final test.", 2)
+
+
+class Program(NamedTuple):
+    """What is compiled, and where it begins."""
+
+    outer_step: OuterStep
+    initial: TrainState
+    data: PyTree
+    mesh: Mesh | None  # the devices that share the tasks of a step, or else the images of its one
 
 
 def main(arguments: list[str]) -> None:
@@ -41,110 +57,117 @@ def main(arguments: list[str]) -> None:
     if not FLAGS.workdir:
         raise UsageError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/1")
     workdir = Path(FLAGS.workdir)
-
-    # ---- Everything that can be refused is refused before anything is written.
-    learner, criterion = learners.build_learner(FLAGS)
-    # Several devices share the tasks of a step, or else the images of its one task.
-    mesh = task_mesh(FLAGS.task_batch)
-    image_mesh = learners.image_mesh(FLAGS)
-    training_learner, _ = learners.build_learner(FLAGS, image_mesh)
-    schedule = Schedule(FLAGS.steps, FLAGS.log_every, FLAGS.eval_every, FLAGS.checkpoint_every)
-    optimizer = learners.build_optimizer(FLAGS)
+    # Everything that can be refused is refused before anything is written.
+    run = runs.build_run(FLAGS, runs.load_tasks(FLAGS))
     try:
-        schedule.check()
-        splits = tasks.load(FLAGS, FLAGS.data_dir)
-        training = tasks.tasks(splits, FLAGS.train_split, tasks.training_spec(FLAGS))
-        validation, testing_tasks = (
-            tasks.tasks(splits, split, tasks.test_spec(FLAGS)) for split in ("val", "test")
-        )
-        outer_step = make_outer_step(
-            training_learner,
-            optimizer,
-            training.sampler,
-            task_batch=FLAGS.task_batch,
-            task_chunk=FLAGS.task_chunk,
-            mesh=mesh,
-        )
-        initial = init_train_state(learner, optimizer, training.sampler, training.data, FLAGS.seed)
+        program = build_program(run)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    claim_workdir(workdir, FLAGS)
+    runs.claim_workdir(workdir, run.config, runs.given_flags(FLAGS))
+    fitted = train(run, program, workdir)
+    if fitted.finished:
+        report(run, program, fitted, workdir, Asked("test", FLAGS.eval_episodes))
 
-    # ---- Train.
-    untrained = jax.tree.map(jnp.copy, (initial.params, initial.state))
-    data = training.data
-    devices = mesh or image_mesh
+
+def build_program(run: runs.Run) -> Program:
+    """The outer step of a run and its first state, on all devices that share the work.
+
+    Raises:
+      ValueError: sizes that do not fit each other, the network or the devices.
+    """
+    settings = run.config["run"]
+    task_batch, mesh = settings["task_batch"], task_mesh(settings["task_batch"])
+    outer_step = make_outer_step(
+        run.training_learner,
+        run.optimizer,
+        run.training.sample,
+        task_batch=task_batch,
+        task_chunk=settings["task_chunk"],
+        mesh=mesh,
+    )
+    initial = init_train_state(
+        run.learner, run.optimizer, run.training, settings["seed"], task_batch=task_batch
+    )
+    data, devices = run.training.data, mesh or run.image_mesh
     if devices is not None:
-        initial, data = place(initial, data, devices)
-    evaluate = testing.make_evaluation(
-        learner, criterion, validation, protocol=FLAGS.protocol, episodes=FLAGS.val_episodes
-    )
+        per_task = run.learner.state_scope == "task"
+        initial, data = place(initial, data, devices, per_task=per_task)
+    return Program(outer_step, initial, data, devices)
 
-    def validate(train_state: TrainState) -> dict[str, float]:
-        # The same validation episodes every time: fold_in(0) is theirs alone.
-        key = jax.random.fold_in(jax.random.key(0), 0)
-        metrics = evaluate(train_state.params, train_state.state, validation.data, key)
-        return {name: float(values.mean()) for name, values in metrics.items()}
 
-    outcome = fit(
-        initial,
-        make_run(outer_step),
-        data,
-        schedule=schedule,
-        workdir=workdir,
-        tasks_per_step=FLAGS.task_batch,
-        validate=validate if FLAGS.eval_every else None,
-    )
-    pictures.learning_curve(read_metrics(workdir), workdir / "learning_curve.png")
-    if not outcome.finished:
-        return
-
-    # ---- Test the checkpoint that validation chose.
-    learned = {"params": outcome.train_state.params, "state": outcome.train_state.state}
-    if FLAGS.eval_every:
-        learned, _ = checkpoints.restore(workdir / "checkpoints" / "best", learned)
-    asked = {"split": "test", "episodes": FLAGS.eval_episodes}
-    test = testing.make_test(learner, criterion, testing_tasks, protocol=FLAGS.protocol, **asked)
-    tested = test(learned["params"], learned["state"])
-    name = tested.name
-    found = testing.result(
-        FLAGS,
-        tested,
-        batch_norm=learners.build_network(FLAGS).batch_norm,
-        seconds=outcome.seconds,
-        **asked,
-    )
-    before = test(*untrained)
-    text = f"{testing.line(found)}; untrained network {testing.score_text(name, before.score)}"
-    baselines = {"untrained": before.score._asdict()}
-    if tested.instances:
-        curves = {"trained": tested.instances, "untrained": before.instances}
-        pictures.instance_curve(curves, workdir / "instances.png")
-        text += "\n" + testing.instance_table(
-            {name: [score.mean for score in scores] for name, scores in curves.items()}
+def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
+    """Trains from where the workdir stands."""
+    validate, episodes = None, run.config["run"]["val_episodes"]
+    if run.validation is not None:
+        validate = make_validate(
+            run.learner, run.validation, episodes=episodes, mesh=task_mesh(episodes)
         )
-    elif name == "accuracy":
-        pixels = testing.make_test(nearest_neighbour(), criterion, testing_tasks, **asked)({}, {})
-        text += f"; raw-pixel nearest neighbour {testing.score_text(name, pixels.score)}"
-        baselines["nearest_neighbour"] = pixels.score._asdict()
-    _draw_episode(learner, learned, testing_tasks, workdir / "episode.png")
-    write_text(workdir / "baselines.json", json.dumps(baselines, indent=1) + "\n")
-    write_text(workdir / "result.json", json.dumps(found, indent=1) + "\n")
+    fitted = fit(
+        program.initial,
+        make_train_loop(program.outer_step),
+        program.data,
+        config=run.loop,
+        workdir=workdir,
+        tasks_per_step=run.config["run"]["task_batch"],
+        validate=validate,
+        objective=run.training.objective,
+        learner_config=run.learner.config,
+    )
+    curve = workdir / "learning_curve.png"
+    pictures.learning_curve(read_metrics(workdir), curve, objective=run.training.objective)
+    return fitted
+
+
+def report(run: runs.Run, program: Program, fitted: FitResult, workdir: Path, asked: Asked) -> None:
+    """Tests the checkpoint that validation chose, beside what is untrained; writes and prints."""
+    params, state, _ = load_parameters(
+        workdir,
+        "latest" if run.validation is None else "best",
+        learner=run.learner,
+        example=runs.example_task(run.training),
+    )
+    test = testing.make_test(run.learner, run.testing, asked)
+    found = testing.result(run.config, test(params, state), asked, seconds=fitted.seconds)
+    beside = {"untrained": test(program.initial.params, program.initial.state)}
+    text = f"{testing.line(found)}; untrained network {beside['untrained'].text()}"
+    if found.tested.instances:
+        text += "\n" + _report_instances(found.tested, beside["untrained"], workdir)
+    else:
+        baselines = testing.test_baselines(run.source, run.testing, asked)
+        beside |= baselines
+        text += "".join(f"; {name.replace('_', ' ')} {t.text()}" for name, t in baselines.items())
+    _draw_episode(run.learner, (params, state), run.testing, workdir / "episode.png")
+    scores = {name: tested.score._asdict() for name, tested in beside.items()}
+    write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
+    write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")
     print(text)
 
 
-def _draw_episode(learner: MetaLearner, learned: dict, source: tasks.Tasks, path: Path) -> None:
+def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:
+    """Draws the metric at each instance of a class, and returns it as a table."""
+    curves = {"trained": tested.instances, "untrained": untrained.instances}
+    pictures.instance_curve(curves, workdir / "instances.png")
+    return testing.instance_table(curves)
+
+
+def _draw_episode(learner: MetaLearner, learned: tuple, tasks: Tasks, path: Path) -> None:
+    """Draws a test episode with the learner's answers, where it can be drawn."""
+
     @jax.jit
-    def answer(learned: dict, data: PyTree) -> tuple[Episode, jax.Array]:
+    def answer(learned: tuple, data: PyTree) -> tuple[Episode, Array]:
         keys = jax.random.split(jax.random.key(0), 3)
-        episode = source.sampler(keys[0], data)
-        params, state = learned["params"], learned["state"]
+        episode = tasks.sample(keys[0], data)
+        params, state = learned
         adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
         return episode, learner.predict(params, adapted, episode.query.x, keys[2], train=False)[0]
 
-    episode, outputs = answer({key: learned[key] for key in ("params", "state")}, source.data)
-    pictures.episode_picture(episode, outputs, path)
+    if runs.example_inputs(tasks) is None:
+        return
+    episode, outputs = answer(learned, tasks.data)
+    # Numbers and images can be drawn; other inputs have no picture.
+    with contextlib.suppress(ValueError):
+        pictures.episode_picture(episode, outputs, path)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, selections=runs.SELECTIONS, choose=runs.choose)

@@ -18,18 +18,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import ledger
 from experiments.benchmark import measure, report, works
 from experiments.benchmark.works import Work
-from experiments.command_line import UsageError, run_main
+from experiments.command_line import run_main
+from meta_jax.data.dataset import Dataset
 from meta_jax.data.glyphs import load_glyphs
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_run, task_mesh
+from meta_jax.lookup import UsageError
+from meta_jax.training.outer_step import (
+    init_train_state,
+    make_outer_step,
+    make_train_loop,
+    place,
+    task_mesh,
+)
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
@@ -71,7 +80,7 @@ def main(arguments: list[str]) -> None:
     packages = ["jax", "jaxlib", *(["torch", "torchopt", "higher"] if peers else [])]
     backend = jax.default_backend()
     ceiling = measure.matmul_ceiling()
-    found = {
+    found: dict[str, Any] = {
         "machine": ledger.machine(),
         "versions": ledger.versions(*packages),
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
@@ -109,36 +118,37 @@ def _peers_installed() -> bool:
 
 def _program(work: Work) -> tuple[Callable, tuple]:
     """Whole steps as `experiments.train` runs them, and their arguments."""
-    optimizer, (sampler, data) = works.optimizer(), work.tasks
-    mesh = task_mesh(work.task_batch)
-    step = make_outer_step(work.learner, optimizer, sampler, task_batch=work.task_batch, mesh=mesh)
-    start = init_train_state(work.learner, optimizer, sampler, data, 0)
-    devices = mesh or (task_mesh(jax.device_count()) if work.task_batch == 1 else None)
+    optimizer, tasks, task_batch = works.optimizer(), work.tasks, work.task_batch
+    mesh = task_mesh(task_batch)
+    step = make_outer_step(work.learner, optimizer, tasks.sample, task_batch=task_batch, mesh=mesh)
+    start, data = init_train_state(work.learner, optimizer, tasks, 0), tasks.data
+    devices = mesh or (task_mesh(jax.device_count()) if task_batch == 1 else None)
     if devices is not None:
-        everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-        start, data = jax.device_put((start, data), everywhere)
-    return make_run(step), (start, data, np.int32(0))
+        start, data = place(start, data, devices)
+    return make_train_loop(step), (start, data, np.int32(0))
 
 
 def _ours(work: Work, cache: str | None = None) -> Ours:
     """Compiled from nothing; the program is left in a cache, where one is given."""
-    run, (start, data, until) = _program(work)
+    run, (start, data, count) = _program(work)
     with measure.compilation_cache(cache):
-        compiled = measure.compile_timed(run, start, data, until)
+        compiled = measure.compile_timed(run, start, data, count)
     carry = [start]
 
     def steps() -> None:
-        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(carry[0].step + _STEPS))
+        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(_STEPS))
         jax.block_until_ready(metrics)
 
     @jax.jit
     def draw(key: jax.Array, data: object) -> jax.Array:
         def body(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             # As in a step, every value is used, and no task outlives its turn.
-            drawn = work.tasks.sampler(key, data)
+            drawn = work.tasks.sample(key, data)
             return total + sum(leaf.sum() for leaf in jax.tree.leaves(drawn)), None
 
-        return jax.lax.scan(body, 0.0, jax.random.split(key, _SAMPLINGS * work.task_batch))[0]
+        return jax.lax.scan(
+            body, jnp.zeros(()), jax.random.split(key, _SAMPLINGS * work.task_batch)
+        )[0]
 
     key = jax.random.key(0)
     return Ours(steps, lambda: draw(key, work.tasks.data).block_until_ready(), compiled)
@@ -157,7 +167,7 @@ def _row(name: str, work: Work, ceiling: measure.Ceiling, peers: bool, cache: st
     shares = [floor / mine for floor, mine in zip(floors, times["ours"], strict=True)]
     sampling = measure.alternate({"draw": ours.sampling}, FLAGS.rounds)["draw"]
     spreads = {contender: measure.spread(values) for contender, values in times.items()}
-    row = {
+    row: dict[str, Any] = {
         "work": name,
         "ours_ms": spreads["ours"],
         "peers_ms": {peer: spreads[peer] for peer in times if peer != "ours"},
@@ -213,9 +223,7 @@ def _agreeing_peers(work: Work) -> tuple[dict, dict[str, float]]:
     """
     from experiments.benchmark import peers
 
-    start = init_train_state(
-        work.learner, works.optimizer(), work.tasks.sampler, work.tasks.data, 0
-    )
+    start = init_train_state(work.learner, works.optimizer(), work.tasks, 0)
     episodes = works.parity_episodes(work)
     key = jax.random.key(0)
     gradient = jax.jit(
@@ -247,20 +255,21 @@ def _cached_compile_seconds(work: Work, cache: str) -> float:
         return measure.compile_timed(run, *arguments).seconds
 
 
-def _scaling(data: object) -> dict[str, list[dict]]:
+def _scaling(data: Dataset) -> dict[str, list[dict]]:
     """Second-order MAML over numbers of tasks and of inner steps."""
     found: dict[str, list[dict]] = {}
     for name, values in (("task_batch", _TASKS), ("inner_steps", _INNER_STEPS)):
         found[name] = []
         for value in values:
-            settings = {"task_batch": 8} | {name: value}
-            ours = _ours(works.image_maml(data, **settings))
+            sizes = {"task_batch": 8, "inner_steps": 1} | {name: value}
+            tasks, steps = sizes["task_batch"], sizes["inner_steps"]
+            ours = _ours(works.image_maml(data, task_batch=tasks, inner_steps=steps))
             times = _step_times({"ours": ours.steps}, 3)["ours"]
             found[name].append(
                 {
                     name: value,
                     "ours_ms": measure.spread(times),
-                    "ms_per_task": float(f"{np.median(times) / settings['task_batch']:.4g}"),
+                    "ms_per_task": float(f"{np.median(times) / tasks:.4g}"),
                     "peak_mib": round(ours.compiled.peak_mib, 1),
                     "compile_s": round(ours.compiled.seconds, 2),
                 }

@@ -25,8 +25,8 @@ class Compiled(NamedTuple):
 @contextlib.contextmanager
 def compilation_cache(folder: str | None) -> Iterator[None]:
     """Compiles with the persistent cache in a folder; with none where it is None."""
-    before = jax.config.jax_compilation_cache_dir
-    smallest = jax.config.jax_persistent_cache_min_compile_time_secs
+    before = jax.config.values["jax_compilation_cache_dir"]
+    smallest = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     _use_cache(folder, 0)
     try:
         yield

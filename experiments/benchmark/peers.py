@@ -3,28 +3,29 @@
 Every peer starts from our weights, is asked for the gradient of the same episodes first, and is
 then timed over whole steps: tasks drawn with NumPy, forward, backward, Adam. It is written the way
 its own examples are, and computes where we do, on the CPU or on a GPU, there in TF32 as we do.
-Needs what requirements-benchmark.txt lists.
+Needs what requirements-benchmark.txt lists, which the type checker's environment lacks.
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import higher
+import higher  # pyrefly: ignore[missing-import]
 import jax
 import numpy as np
-import torch
-import torchopt
-from torch import nn
-from torch.func import functional_call
-from torch.nn import functional as F
+import torch  # pyrefly: ignore[missing-import]
+import torchopt  # pyrefly: ignore[missing-import]
+from torch import nn  # pyrefly: ignore[missing-import]
+from torch.func import functional_call  # pyrefly: ignore[missing-import]
+from torch.nn import functional as F  # pyrefly: ignore[missing-import]
 
 from experiments.benchmark.works import INNER_LEARNING_RATE, REPTILE_BATCH, Work
 from meta_jax.core import Episode, PyTree
-from meta_jax.data.dataset import ImageDataset
+from meta_jax.data.dataset import Dataset
 from meta_jax.data.episodes import EpisodeSpec
 
 _DEVICE = "cuda" if jax.default_backend() == "gpu" else "cpu"
 
+_IMAGE = (28, 28, 1)
 Task = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # support x, y, query x, y
 
 
@@ -132,8 +133,8 @@ def named_arrays(work: Work, tree: PyTree) -> dict[str, np.ndarray]:
         kernel = kernel[::-1, ::-1] if _is_strided(work) else kernel
         found[f"convs.{i}.weight"] = kernel.transpose(3, 2, 0, 1)
         found[f"convs.{i}.bias"] = np.asarray(block["conv"]["bias"])
-        found[f"norms.{i}.weight"] = np.asarray(block["batch_norm"]["scale"])
-        found[f"norms.{i}.bias"] = np.asarray(block["batch_norm"]["offset"])
+        found[f"norms.{i}.weight"] = np.asarray(block["normalisation"]["scale"])
+        found[f"norms.{i}.bias"] = np.asarray(block["normalisation"]["offset"])
 
     def add_linear(name: str, layer: PyTree) -> None:
         found[f"{name}.weight"] = np.asarray(layer["kernel"]).T
@@ -188,7 +189,7 @@ def tasks_of(work: Work, episodes: list[Episode]) -> list[Task]:
             return torch.tensor(x), torch.tensor(y)
         return _images(x, _is_strided(work)), torch.tensor(y.argmax(-1))
 
-    return [_placed((*batch(*e.support), *batch(*e.query))) for e in episodes]
+    return [_placed((*batch(*e.support[:2]), *batch(*e.query[:2]))) for e in episodes]
 
 
 def _placed(task: Task) -> Task:
@@ -198,8 +199,9 @@ def _placed(task: Task) -> Task:
 # ---- Tasks, drawn with NumPy.
 
 
-def _image_tasks(data: ImageDataset, spec: EpisodeSpec, batch: int, turned: bool) -> Iterator:
-    images = np.asarray(data.images)
+def _image_tasks(data: Dataset, spec: EpisodeSpec, batch: int, turned: bool) -> Iterator:
+    # All classes have equally many examples.
+    images = np.asarray(data.examples).reshape(len(data.counts), data.largest, *_IMAGE)
     if turned:
         images = np.ascontiguousarray(images[:, :, ::-1, ::-1])
     rng = np.random.default_rng(0)
@@ -355,7 +357,7 @@ def _reptile(module: nn.Module, work: Work, loss: Callable, rate: float) -> Call
 
 
 def _relation(module: nn.Module, work: Work, layout: torch.memory_format) -> Callable:
-    spec = work.spec
+    spec = _spec(work)
     module.to(memory_format=layout)
 
     def backward(tasks: list[Task]) -> None:
@@ -372,8 +374,13 @@ def _relation(module: nn.Module, work: Work, layout: torch.memory_format) -> Cal
     return backward
 
 
+def _spec(work: Work) -> EpisodeSpec:
+    assert work.spec is not None, "sinusoids have no classes"
+    return work.spec
+
+
 def _prototypical(module: nn.Module, work: Work, layout: torch.memory_format) -> Callable:
-    spec = work.spec
+    spec = _spec(work)
     module.to(memory_format=layout)
 
     def backward(tasks: list[Task]) -> None:

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import optax
 
-from experiments.tasks import Tasks
-from meta_jax.core import Batch, Episode, MetaLearner, cross_entropy, squared_error
-from meta_jax.data.dataset import ImageDataset
+from meta_jax.core import Array, Batch, Episode, MetaLearner, PyTree, Tasks
+from meta_jax.data.dataset import Dataset
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.metric_based.prototypical import prototypical
@@ -17,7 +16,7 @@ from meta_jax.metric_based.relation import relation
 from meta_jax.networks.conv4 import conv4, strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.relation_network import relation_encoder
-from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
+from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.optimization_based.maml import maml
 from meta_jax.optimization_based.reptile import minibatches, reptile
 from meta_jax.training.outer_step import task_mesh
@@ -65,24 +64,24 @@ def _maml_flop(spec: EpisodeSpec, inner_steps: int, first_order: bool) -> float:
 
 
 def image_maml(
-    data: ImageDataset, *, task_batch: int, inner_steps: int = 1, first_order: bool = False
+    data: Dataset, *, task_batch: int, inner_steps: int = 1, first_order: bool = False
 ) -> Work:
-    """MAML 5-way 1-shot with 15 queries of each class; batch norm is adapted too, as peers do."""
+    """MAML 5-way 1-shot with 15 queries of each class; all leaves are adapted, as peers do."""
     spec = EpisodeSpec(ways=5, shots=1, queries=15, rotations="per_class")
     learner = maml(
         strided_conv4(_FEATURES),
         inner_lr=INNER_LEARNING_RATE["images"],
         steps=inner_steps,
-        adjoint=FIRST_ORDER if first_order else UNROLLED,
+        adjoint="first_order" if first_order else "unrolled",
         mask=None,
-        criterion=cross_entropy,
+        objective=cross_entropy,
     )
     flop = task_batch * _maml_flop(spec, inner_steps, first_order)
     source = _images(data, spec)
     return Work("maml", learner, source, task_batch, flop, spec, inner_steps, first_order)
 
 
-def image_prototypical(data: ImageDataset, *, ways: int, queries: int, task_batch: int) -> Work:
+def image_prototypical(data: Dataset, *, ways: int, queries: int, task_batch: int) -> Work:
     """Prototypical Networks, 1-shot; support and queries encoded as one batch."""
     spec = EpisodeSpec(ways=ways, shots=1, queries=queries, rotations="classes")
     layers = _layers(stride=1, pool=2)
@@ -92,7 +91,7 @@ def image_prototypical(data: ImageDataset, *, ways: int, queries: int, task_batc
     return Work("prototypical", learner, _images(data, spec), task_batch, flop, spec)
 
 
-def image_reptile(data: ImageDataset, *, task_batch: int, inner_steps: int = 5) -> Work:
+def image_reptile(data: Dataset, *, task_batch: int, inner_steps: int = 5) -> Work:
     """Reptile 5-way: 10 shots, steps of Adam with beta_1 = 0 on mini-batches of 10 images.
 
     Each task begins with a fresh Adam, so that tasks are independent and any library can take them
@@ -112,7 +111,7 @@ def image_reptile(data: ImageDataset, *, task_batch: int, inner_steps: int = 5) 
     return Work("reptile", learner, source, task_batch, flop, spec, inner_steps, first_order=True)
 
 
-def image_relation(data: ImageDataset, *, queries: int = 19) -> Work:
+def image_relation(data: Dataset, *, queries: int = 19) -> Work:
     """Relation Networks 5-way 1-shot as in the paper: one task, its own batch statistics."""
     spec = EpisodeSpec(ways=5, shots=1, queries=queries, rotations="classes")
     images, pairs = spec.ways * (1 + queries), spec.ways**2 * queries
@@ -120,7 +119,7 @@ def image_relation(data: ImageDataset, *, queries: int = 19) -> Work:
     first = 26**2 * 2.0 * 9 * _FEATURES
     # Of the first pairwise convolution, each map's half once, not for every pair.
     flop = images * (2 * first + 3 * product * (11**2 + 2 * 5**2 + 5**2)) + pairs * 3 * product * 4
-    learner = relation(relation_encoder(_FEATURES, batch_norm="batch"))
+    learner = relation(relation_encoder(_FEATURES, normalisation="batch"))
     return Work("relation", learner, _images(data, spec), 1, flop, spec)
 
 
@@ -130,13 +129,13 @@ def sinusoid_maml(*, task_batch: int) -> Work:
     once = 3 * sum(layers) - layers[0]
     flop = task_batch * 10 * (once + 3 * once - 2 * layers[0])
     learner = maml(
-        mlp(), inner_lr=INNER_LEARNING_RATE["sinusoid"], steps=1, mask=None, criterion=squared_error
+        mlp(), inner_lr=INNER_LEARNING_RATE["sinusoid"], steps=1, mask=None, objective=squared_error
     )
-    source = Tasks(lambda key, _: sample_sinusoid(key, 10, 10), ())
+    source = Tasks(lambda key, _: sample_sinusoid(key, 10, 10), (), squared_error)
     return Work("maml", learner, source, task_batch, flop, None, 1)
 
 
-def works(data: ImageDataset) -> dict[str, Work]:
+def works(data: Dataset) -> dict[str, Work]:
     """All works of the table by name."""
     found = {}
     for order in ("second", "first"):
@@ -153,18 +152,22 @@ def works(data: ImageDataset) -> dict[str, Work]:
     return found
 
 
-def _images(data: ImageDataset, spec: EpisodeSpec) -> Tasks:
-    return Tasks(lambda key, data: sample_episode(key, data, spec), data)
+def _images(data: Dataset, spec: EpisodeSpec) -> Tasks:
+    def sample(key: Array, data: PyTree) -> Episode:
+        return sample_episode(key, data, spec)
+
+    return Tasks(sample, data, cross_entropy)
 
 
 def as_seen(work: Work, episode: Episode, key: jax.Array) -> Episode:
     """An episode with its support in the order in which our loss reads it under a key."""
     if work.method != "reptile":
         return episode
-    rows_key = jax.random.split(jax.random.split(key)[0])[0]  # of `adapt`, of its mini-batches
+    adapt_key = jax.random.split(key)[0]
+    rows_key = jax.random.split(adapt_key, 3)[0]  # of its mini-batches
     n = episode.support.x.shape[0]
     order = np.asarray(minibatches(rows_key, n, REPTILE_BATCH, work.inner_steps)).ravel()
-    return episode._replace(support=Batch(*(a[order] for a in episode.support)))
+    return episode._replace(support=Batch(*(a[order] for a in episode.support[:2])))
 
 
 def parity_episodes(work: Work, seed: int = 0) -> list[Episode]:
@@ -174,7 +177,7 @@ def parity_episodes(work: Work, seed: int = 0) -> list[Episode]:
     differently, and the even background of characters is full of ties.
     """
     keys = jax.random.split(jax.random.key(seed), work.task_batch)
-    draw, rng = jax.jit(work.tasks.sampler), np.random.default_rng(seed)
+    draw, rng = jax.jit(work.tasks.sample), np.random.default_rng(seed)
 
     def untied(x: np.ndarray) -> np.ndarray:
         return x + rng.random(x.shape, np.float32) if work.spec else x

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import testing
+from meta_jax.lookup import UsageError
+
 ROOT = Path(__file__).parents[2]
 RESULT_KEYS = [
-    *("learner", "dataset", "split", "ways", "shots", "queries", "episodes", "accuracy", "ci95"),
-    *("batch_norm", "transductive", "steps", "seed", "seconds"),
+    *("learner", "tasks", "split", "ways", "shots", "queries", "episodes", "accuracy", "ci95"),
+    *("normalisation", "transductive", "steps", "seed", "seconds", "metrics"),
 ]
-TINY = [
-    *("--features=4", "--image_size=16", "--ways=3", "--queries=2", "--task_batch=2", "--steps=6"),
+TINY_EPISODES = [
+    *("--tasks.image_size=16", "--ways=3", "--queries=2", "--task_batch=2", "--steps=6"),
     *("--log_every=2", "--eval_every=4", "--checkpoint_every=2", "--val_episodes=4"),
 ]
+TINY = ["--network.features=4", *TINY_EPISODES]
 
 
 def command(module, *arguments):
@@ -57,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    arguments = (f"--dataset=folder:{folder}", *TINY, f"--workdir={workdir}", "--eval_episodes=40")
+    arguments = (f"--tasks=folder:{folder}", *TINY, f"--workdir={workdir}", "--eval_episodes=40")
     return workdir, arguments, command("train", *arguments)
 
 
@@ -67,14 +72,25 @@ def test_train_keeps_the_contract(trained):
     result = json.loads((workdir / "result.json").read_text())
     assert list(result) == RESULT_KEYS
     assert re.fullmatch(
-        r"test accuracy \d+\.\d\d % ± \d+\.\d\d \(3-way 1-shot, 40 episodes, batch norm running\); "
-        r"untrained network .* %.*; raw-pixel nearest neighbour .* %.*\n",
+        r"test accuracy \d+\.\d\d % ± \d+\.\d\d "
+        r"\(3-way 1-shot, 40 episodes, normalisation running\); "
+        r"untrained network .* %.*; nearest neighbour .* %.*\n",
         found.stdout,
     )
     assert f"{result['accuracy']:.2f} %" in found.stdout
     assert result["split"] == "test"
     assert result["transductive"] is False
-    for name in ("flags.txt", "metrics.jsonl", "learning_curve.png", "episode.png", "tensorboard"):
+    assert result["metrics"]["accuracy"] == [result["accuracy"], result["ci95"]]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["learner"]["network"]["features"] == 4
+    assert config["tasks"]["preprocessing"]["image_size"] == 16
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "learning_curve.png",
+        "episode.png",
+        "tensorboard",
+    ):
         assert (workdir / name).exists()
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {
         *("best", "step_00000004", "step_00000006")
@@ -84,10 +100,10 @@ def test_train_keeps_the_contract(trained):
 def test_evaluate_gives_the_test_accuracy_again(trained, tmp_path):
     workdir, _, _ = trained
     output = tmp_path / "out.json"
-    found = command("evaluate", f"--workdir={workdir}", "--episodes=40", f"--output={output}")
+    found = command("evaluate", f"--workdir={workdir}", "--eval_episodes=40", f"--output={output}")
     assert found.returncode == 0, found.stderr
     assert re.fullmatch(
-        r"test accuracy .* \(3-way 1-shot, 40 episodes, batch norm running\)\n", found.stdout
+        r"test accuracy .* \(3-way 1-shot, 40 episodes, normalisation running\)\n", found.stdout
     )
     ours, theirs = json.loads(output.read_text()), json.loads((workdir / "result.json").read_text())
     assert list(ours) == RESULT_KEYS
@@ -98,41 +114,96 @@ def test_evaluate_on_other_tasks_names_them(trained):
     workdir, _, _ = trained
     found = command(
         *("evaluate", f"--workdir={workdir}", "--checkpoint=latest", "--split=val", "--ways=2"),
-        *("--shots=2", "--batch_norm=batch", "--episodes=4"),
+        *("--shots=2", "--network.normalisation=batch", "--eval_episodes=4"),
     )
     assert re.match(
-        r"val accuracy .* \(2-way 2-shot, 4 episodes, batch norm batch\)", found.stdout
+        r"val accuracy .* \(2-way 2-shot, 4 episodes, normalisation batch\)", found.stdout
     ), found.stderr
 
 
-def test_a_workdir_trained_with_other_flags_is_refused_and_left_alone(trained):
+def test_evaluate_refuses_what_does_not_fit_what_was_trained(trained):
+    workdir, _, _ = trained
+    found = command("evaluate", f"--workdir={workdir}", "--network.features=8")
+    assert_refused(found, "features=4", "normalisation alone")
+    for settings, tasks, culprit in (
+        ({}, "sinusoid", "trained for classification.*other tasks"),
+        ({"network": {"normalisation": "layer"}}, None, "layer.*batch, running"),
+        ({"learner": {"eval_steps": 3}}, None, "prototypical has no setting 'eval_steps'"),
+        ({"tasks": {"split_rule": "lake"}}, "glyphs", "no setting 'split_rule'"),
+    ):
+        with pytest.raises(UsageError, match=culprit):
+            testing.evaluate(workdir, testing.Asked(episodes=2), tasks=tasks, settings=settings)
+
+
+def test_other_tasks_have_inputs_of_the_trained_form(trained):
+    # The glyphs are drawn with the 16 pixels that the network was trained on.
+    found = testing.evaluate(trained[0], testing.Asked(episodes=2), tasks="glyphs")
+    assert (found.record["tasks"], found.record["episodes"]) == ("glyphs", 2)
+
+
+def test_a_workdir_trained_with_other_settings_is_refused_and_left_alone(trained):
     workdir, arguments, _ = trained
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert_refused(command("train", *arguments, "--learning_rate=0.5"), "learning_rate", "workdir")
+    found = command(
+        "train", *arguments, "--optimizer.learning_rate=0.5", "--learner.distance=cosine"
+    )
+    assert_refused(found, "(learner.distance, optimizer.learning_rate)", "another workdir")
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_with_more_steps_goes_on(trained, tmp_path):
+    workdir, arguments, _ = trained
+    grown = shutil.copytree(workdir, tmp_path / "grown")
+    arguments = [argument for argument in arguments if not argument.startswith("--workdir")]
+    found = command("train", *arguments, f"--workdir={grown}", "--steps=8")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("resuming at step 6 of 8\n")
+    assert json.loads((grown / "config.json").read_text())["run"]["steps"] == 8
+    assert json.loads((grown / "result.json").read_text())["steps"] == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "culprits"),
     [
-        (["--nonsense=1"], ["nonsense"]),
-        (["--steps=many"], ["steps"]),
+        (["--nonsense=1"], ["nonsense", "--help"]),
         (["--learner=protypical"], ["protypical", "prototypical"]),
-        (["--learner=maml", "--dataset=sinusoid", "--distort"], ["--distort", "sinusoid"]),
-        (["--dataset=omnigolt"], ["omnigolt", "omniglot"]),
-        (["--dataset=folder:no/such/folder"], ["no/such/folder"]),
-        (["--dataset=glyphs", "--ways=2000"], ["2000 ways", "640 classes", "lower ways"]),
+        (["--learner=maml", "--learner.num_slots=4"], ["maml has no setting", "inner_lr"]),
+        (["--tasks=folder:no/such/folder"], ["no/such/folder"]),
+        (["--tasks=glyphs", "--ways=2000"], ["2000 ways", "640 classes", "lower ways"]),
+        (["ways=5"], ["ways=5", "two dashes"]),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, culprits):
     workdir = tmp_path / "run"
-    assert_refused(command("train", *arguments, f"--workdir={workdir}"), *culprits)
+    assert_refused(command("train", f"--workdir={workdir}", *arguments), *culprits)
     assert not workdir.exists()
+
+
+def test_help_shows_the_chosen_learner_and_ends_well():
+    found = command("train", "--learner=maml", "--help")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith("Meta-trains a learner")
+    for text in ("usage: python -m experiments.train", "--workdir=", "--learner.inner_lr=FLOAT"):
+        assert text in found.stdout
+    assert "chex" not in found.stdout  # flags of libraries
+
+
+def test_a_result_that_is_not_finite_is_an_error(folder, tmp_path):
+    workdir = tmp_path / "run"
+    found = command(
+        *("train", f"--tasks=folder:{folder}", *TINY_EPISODES, "--steps=2", "--eval_every=0"),
+        *("--learner=maml", "--learner.steps=0", "--learner.eval_steps=9", f"--workdir={workdir}"),
+        *("--learner.inner_lr=1e38", "--network=mlp", "--network.widths=4", "--eval_episodes=4"),
+    )
+    assert found.returncode == 1, found.stderr
+    assert found.stderr.count("\n") == 1
+    assert "there is no result" in found.stderr
+    assert not (workdir / "result.json").exists()
 
 
 def test_evaluate_without_a_run_is_refused(tmp_path):
     assert_refused(command("evaluate"), "--workdir")
-    assert_refused(command("evaluate", f"--workdir={tmp_path}"), "flags.txt")
+    assert_refused(command("evaluate", f"--workdir={tmp_path}"), "config.json")
 
 
 def test_reproduce_refuses_a_row_that_does_not_exist():
@@ -142,29 +213,34 @@ def test_reproduce_refuses_a_row_that_does_not_exist():
 def test_a_sequence_is_tested_at_every_instance(folder, tmp_path):
     workdir = tmp_path / "mann"
     found = command(
-        *("train", f"--dataset=folder:{folder}", *TINY, "--learner=mann", "--protocol=sequence"),
-        *("--queries=3", "--units=8", "--memory_slots=8", f"--workdir={workdir}"),
-        "--eval_episodes=20",
+        *("train", f"--tasks=folder:{folder}", *TINY_EPISODES, "--learner=mann", "--queries=3"),
+        "--network=flatten",
+        *("--learner.protocol=sequence", "--learner.hidden_size=8", "--learner.num_slots=8"),
+        *(f"--workdir={workdir}", "--eval_episodes=20"),
     )
     assert found.returncode == 0, found.stderr
     result = json.loads((workdir / "result.json").read_text())
-    assert list(result) == [*RESULT_KEYS, "protocol", "instances", "instances_ci95"]
-    assert result["batch_norm"] == "none"
+    assert list(result) == RESULT_KEYS
+    assert result["normalisation"] == "none"
     # Equally many of each instance: 4 of each of 3 classes.
-    assert len(result["instances"]) == 4
-    assert result["accuracy"] == pytest.approx(np.mean(result["instances"]), abs=1e-3)
+    instances = [result["metrics"][f"instance_{i + 1}"][0] for i in range(4)]
+    assert "instance_5" not in result["metrics"]
+    assert result["accuracy"] == pytest.approx(np.mean(instances), abs=1e-3)
     line, numbers, trained, untrained = found.stdout.splitlines()
     assert re.match(
-        r"test accuracy .* \(sequences of 3 classes x 4 instances, 20 episodes, batch norm none\)",
+        r"test accuracy .* \(sequences of 3 classes x 4 instances, 20 episodes, "
+        r"normalisation none\)",
         line,
     )
     assert numbers.split() == ["instance", "1", "2", "3", "4"]
-    assert trained.split() == ["trained", *(f"{value:.1f}" for value in result["instances"])]
+    assert trained.split() == ["trained", *(f"{value:.1f}" for value in instances)]
     assert untrained.split()[0] == "untrained"
     assert (workdir / "instances.png").exists()
-    again = command("evaluate", f"--workdir={workdir}", "--episodes=20")
+    again = command("evaluate", f"--workdir={workdir}", "--eval_episodes=20")
     assert again.stdout.splitlines()[2].split()[1:] == trained.split()[1:]
-    few_shot = command("evaluate", f"--workdir={workdir}", "--protocol=few_shot", "--episodes=4")
+    few_shot = command(
+        *("evaluate", f"--workdir={workdir}", "--learner.protocol=few_shot", "--eval_episodes=4")
+    )
     assert re.match(r"test accuracy .* \(3-way 1-shot, 4 episodes, ", few_shot.stdout)
 
 

@@ -1,167 +1,452 @@
-"""Flags to learners and tasks, inside one process."""
+"""Flags to components, runs and their records, inside one process."""
 
+import doctest
+import json
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from experiments import command_line, learners, tasks
-from experiments.command_line import UsageError
+from experiments import command_line, runs
+from experiments.command_line import Chosen, read_setting
+from meta_jax import registry
+from meta_jax.core import Batch, Episode, MetaLearner, Network
+from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
+from meta_jax.lookup import UsageError
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.objectives import as_objective
 
-
-@pytest.fixture
-def values(tmp_path_factory):
-    def parse(text=""):
-        path = tmp_path_factory.mktemp("flags") / "flags.txt"
-        path.write_text(text)
-        return command_line.run_flag_values(path)
-
-    return parse
-
-
-def test_flags_survive_their_file(values):
-    given = values("--ways=7\n--learning_rate=0.125\n--learner=maml\n--batch_norm=support\n")
-    again = values(command_line.run_flag_lines(given))
-    assert again.flag_values_dict() == given.flag_values_dict()
-    assert (again.ways, again.learning_rate, again.train_ways) == (7, 0.125, None)
-
-
-def test_every_run_flag_has_a_description():
-    found = flags.FlagValues()
-    command_line.define_run_flags(found)
-    assert all(found[name].help for name in found)
-
-
-def test_a_flags_file_of_another_version_is_named(values):
-    with pytest.raises(UsageError, match="does not fit this version"):
-        values("--no_such_flag=1\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "culprit"),
-    [
-        ("--learner=x\n", "unknown learner 'x'"),
-        ("--network=x\n", "unknown network 'x'"),
-        ("--batch_norm=x\n", "unknown batch norm 'x'"),
-        ("--distance=x\n", "unknown distance 'x'"),
-        ("--learner=maml\n--adjoint=x\n", "unknown adjoint 'x'"),
-        ("--learner=maml\n--train_ways=20\n", "must equal --train_ways"),
-        ("--learner=mann\n--dataset=sinusoid\n", "mann classifies"),
-        ("--learner=mann\n--train_ways=20\n", "must equal --train_ways"),
-        ("--learner=mann\n--memory_slots=3\n", "4 heads do not fit 3 memory slots"),
-        ("--learner=meta_networks\n--network=conv4\n", "leave --network out"),
-        ("--protocol=x\n", "unknown protocol 'x'"),
-        ("--protocol=sequence\n", "mann, lstm.*not prototypical"),
-        ("--learner=kernel\n--kernel=x\n", "unknown kernel 'x'"),
-        ("--learner=matching\n--temperature=0\n", "temperature 0.0 is impossible"),
-        ("--learner=siamese\n--dataset=sinusoid\n", "siamese classifies"),
-        ("--learner=relation\n--dataset=sinusoid\n", "relation classifies"),
-        ("--learner=relation\n--network=conv4\n", "feature maps"),
-        ("--learner=reptile\n--train_ways=20\n", "must equal --train_ways"),
-        ("--learner=maml\n--adjoint=implicit\n", "imaml has one"),
-        ("--learner=maml\n--adjoint=mixed_mode\n", "--adjoint=checkpointed"),
-        ("--learner=anil\n--inner_reduction=x\n", "unknown reduction 'x'"),
-        ("--learner=imaml\n--proximity=0\n", "proximity above zero"),
-        ("--learner=reptile\n--adjoint=unrolled\n", "leave --adjoint out"),
-        ("--learner=protomaml\n--dataset=sinusoid\n", "protomaml classifies"),
-    ],
+FLAGFILES = sorted(
+    path
+    for path in (command_line.Path(__file__).parents[2] / "experiments/flagfiles").glob("*.flags")
+    if "experiments.train" in path.read_text()
 )
-def test_a_learner_that_cannot_be_built_is_named(text, culprit, values):
-    with pytest.raises(UsageError, match=culprit):
-        learners.build_learner(values(text))
 
 
-@pytest.mark.parametrize("name", learners.LEARNERS)
-def test_every_learner_is_built_by_its_name_alone(name, values):
-    learner, _ = learners.build_learner(values(f"--learner={name}\n"))
-    assert callable(learner.adapt)
+def own_network(size: int = 3, *, spread: Literal["even", "odd"] = "even") -> Network:
+    """Builds a network that repeats its inputs.
+
+    Args:
+      size: Number of copies.
+      spread: Way of copying.
+    """
+
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
+        return jnp.repeat(x.reshape(x.shape[0], -1), size, 1), state
+
+    return Network(lambda key, x: ({}, {}), apply)
 
 
-@pytest.mark.parametrize(
-    ("text", "culprit"),
-    [
-        ("--optimizer=x\n", "unknown optimizer 'x'"),
-        ("--decay=x\n", "unknown decay 'x'"),
-        ("--decay=linear\n--halve_every=5\n", "exclude each other"),
-    ],
-)
-def test_an_outer_optimizer_that_cannot_be_built_is_named(text, culprit, values):
-    with pytest.raises(UsageError, match=culprit):
-        learners.build_optimizer(values(text))
+def own_learner(network: Network, *, margin: float, objective="cross_entropy") -> MetaLearner:
+    """Builds Prototypical Networks under another name.
+
+    Args:
+      network: The embedding.
+      margin: Margin that must be given.
+      objective: What is asked.
+    """
+    return prototypical(network, objective=objective)
 
 
-def test_reptile_s_plain_step_decays_to_zero(values):
-    optimizer = learners.build_optimizer(
-        values("--learner=reptile\n--learning_rate=0.5\n--decay=linear\n--steps=4\n")
+def own_tasks(*, level: float = 0.5, objective: str = "cross_entropy") -> TaskSource:
+    """Builds a source of one-dimensional signals.
+
+    Args:
+      level: Height of the signals.
+      objective: What is asked.
+    """
+
+    def sample_of_size(size):
+        def sample(key, data):
+            return episode(size, (level * jnp.ones(16)).shape)
+
+        return sample
+
+    return source_from_sampler(sample_of_size, objective, splits=("train", "test"))
+
+
+def episode(size, shape):
+    y = jnp.eye(size.ways)
+    return Episode(
+        *(Batch(jnp.zeros((size.ways * n, *shape)), jnp.repeat(y, n, 0)) for n in size[1:])
     )
+
+
+def source(*shape, objective="cross_entropy"):
+    """A source whose episodes are all zero: nothing is loaded and nothing is drawn."""
+
+    def sample_of_size(size):
+        def sample(key, data):
+            if as_objective(objective).kind == "classification":
+                return episode(size, shape)
+            batches = (Batch(jnp.zeros((n, *shape)), jnp.zeros((n, 1))) for n in size[1:])
+            return Episode(*batches)
+
+        return sample
+
+    return source_from_sampler(sample_of_size, objective)
+
+
+IMAGES = source(28, 28, 1)
+CURVES = source(1, objective="squared_error")
+
+
+def build(*arguments, source=IMAGES):
+    return runs.build_run(runs.run_values(list(arguments)), source)
+
+
+class TestSettings:
+    def test_a_setting_is_read_by_its_type(self):
+        def setting(kind, choices=(), optional=False):
+            return registry.Setting("x", kind, None, choices, optional, "")
+
+        assert read_setting(setting(int), "7") == 7
+        assert read_setting(setting(float), "1e-3") == 1e-3
+        assert read_setting(setting(tuple), "40,40") == (40, 40)
+        assert read_setting(setting(tuple), "64") == (64,)
+        assert read_setting(setting(float, optional=True), "none") is None
+        assert read_setting(setting(bool, optional=True), "false") is False
+        assert read_setting(setting(str, ("none", "batch"), optional=True), "none") == "none"
+        assert read_setting(setting(str, ("batch",), optional=True), "None") is None
+        for bad, text in ((int, "1.5"), (float, "fast"), (tuple, "4,x"), (bool, "maybe")):
+            with pytest.raises(ValueError, match=r"takes|boolean"):
+                read_setting(setting(bad), text)
+        with pytest.raises(ValueError, match="choose one of a, b"):
+            read_setting(setting(str, ("a", "b")), "none")
+
+    def test_only_what_is_given_reaches_the_factory(self):
+        values = runs.run_values(["--learner=prototypical", "--network.features=8"])
+        _, network, *_ = runs.choose({name: values[name].value for name in runs.SELECTIONS})
+        given = command_line.given_settings(values, network)
+        assert given == {"features": 8, "normalisation": "running"}  # the learner's usual one
+        resolved = command_line.resolved_settings(network, given)
+        assert resolved["features"] == 8
+        assert "mesh" not in resolved
+
+    def test_booleans_may_stand_alone(self):
+        for flag, value in (
+            ("--learner.joint_encoding", True),
+            ("--nolearner.joint_encoding", False),
+            ("--learner.joint_encoding=false", False),
+        ):
+            values = runs.run_values([flag])
+            assert values["learner.joint_encoding"].value is value
+
+    def test_a_setting_without_a_default_is_asked_for(self):
+        name = f"{__name__}:own_learner"
+        with pytest.raises(UsageError, match=r"needs --learner\.margin: Margin that must be given"):
+            build(f"--learner={name}")
+        config = build(f"--learner={name}", "--learner.margin=2").config
+        assert config["learner"]["margin"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["--learner=x"], "unknown learner 'x': choose one of .*prototypical"),
+        (["--network=x"], "unknown network 'x'"),
+        (["--tasks=x"], "unknown tasks 'x'"),
+        (["--optimizer=x"], "unknown optimizer 'x'"),
+        (["--learner=no.such.module:f"], "no.such.module.*cannot be imported"),
+        (["--tasks=folder"], "folder:PATH"),
+        (["--learner.inner_lr=1"], "prototypical has no setting 'inner_lr': it has distance"),
+        (["--learner=maml", "--learner.num_slots=1"], "maml has no setting 'num_slots'.*inner_lr"),
+        (["--network=mlp", "--network.features=1"], "mlp has no setting 'features'.*widths"),
+        (["--tasks=glyphs", "--tasks.split_rule=lake"], "glyphs has no setting 'split_rule'"),
+        (["--learner.distance=x"], "learner.distance=x: choose one of squared_euclidean, cosine"),
+        (["--network.normalisation=x"], "choose one of none, batch, running"),
+        (["--network.features=many"], "network.features=many: it takes a whole number"),
+        (["--steps=0"], "steps"),
+        (["--weight_decay=0.1"], "did you mean --optimizer.weight_decay?"),
+        (["--lerning_rate=0.1"], "did you mean --optimizer.learning_rate?"),
+        (["--learner=maml", "--inner_lr=0.1"], "did you mean --learner.inner_lr?"),
+        (["--task_bach=4"], "did you mean --task_batch?"),
+        (["--zzz=4"], "unknown flag --zzz: --help lists all flags"),
+        (["--learner=meta_networks", "--network=conv4"], "networks of its own: leave --network"),
+        (["--flagfile=no/such/file"], "no/such/file"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_named(arguments, culprit):
+    with pytest.raises(UsageError, match=culprit):
+        runs.run_values(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "culprit"),
+    [
+        (["--learner=maml", "--train_ways=20"], IMAGES, "--ways=5 must equal --train_ways=20"),
+        (["--learner=mann", "--train_ways=20"], IMAGES, "--ways=5 must equal --train_ways=20"),
+        (["--learner=reptile", "--train_ways=20"], IMAGES, "must equal --train_ways"),
+        (["--learner=siamese"], CURVES, "siamese is for classification"),
+        (["--learner=mann"], CURVES, "mann is for classification"),
+        (["--learner=protomaml"], CURVES, "protomaml is for classification"),
+        (["--learner=relation", "--network=mlp"], IMAGES, "maps"),
+        (["--learner=matching", "--learner.temperature=0"], IMAGES, "temperature"),
+        (["--learner=maml", "--learner.adjoint=x"], IMAGES, "unknown adjoint 'x'"),
+        (["--learner=imaml", "--learner.proximity=0"], IMAGES, "proximity"),
+        (["--learner=mann", "--learner.num_slots=3"], IMAGES, "slots"),
+        (["--train_split=test"], IMAGES, "--train_split=test"),
+        (["--train_split=val2"], IMAGES, "no split 'val2': choose one of train, val, test"),
+        (["--log_every=3"], IMAGES, "multiple of log_every"),
+        (["--optimizer.halve_every=5"], IMAGES, "needs schedule=step"),
+        (["--network.widths=4"], IMAGES, "conv4 has no setting 'widths'"),
+        (["--network.features=4"], CURVES, "mlp has no setting 'features'"),
+    ],
+)
+def test_what_cannot_be_built_is_named(arguments, source, culprit):
+    with pytest.raises(UsageError, match=culprit):
+        build(*arguments, source=source)
+
+
+class TestRecord:
+    @pytest.mark.parametrize("name", registry.names("learner"))
+    def test_a_learner_by_its_name_alone_has_its_own_defaults(self, name):
+        component = registry.find("learner", name)
+        config = build(f"--learner={name}").config
+        for setting in registry.settings(component, reserved=("objective",)).values():
+            if setting.default is not None:  # None is resolved by the registry
+                assert config["learner"][setting.name] == setting.default, setting.name
+        if component.network is None:
+            assert "network" not in config["learner"]
+        else:
+            network = config["learner"]["network"]
+            assert network["name"] == component.network
+            assert network.get("normalisation") in (component.normalisation, None)
+        assert config["optimizer"]["name"] == component.optimizer
+
+    def test_it_holds_every_setting_resolved_and_nothing_of_others(self):
+        config = build("--learner=maml", "--train_queries=5", "--tasks.image_size=28").config
+        assert json.loads(json.dumps(config)) == config
+        assert list(config) == ["version", "learner", "tasks", "optimizer", "run", "example"]
+        assert config["learner"]["inner_lr"] > 0
+        assert config["tasks"]["objective"] == "cross_entropy"
+        assert config["tasks"]["name"] == "glyphs"
+        assert config["optimizer"]["learning_rate"] == 1e-3
+        run = config["run"]
+        assert (run["ways"], run["train_ways"], run["queries"], run["train_queries"]) == (
+            5,
+            5,
+            15,
+            5,
+        )
+        assert "data_dir" not in config["tasks"]
+
+    def test_learner_and_network_are_built_again_from_it(self):
+        config = build("--learner=maml", "--network.features=8", "--learner.steps=2").config
+        again = registry.build("learner", config["learner"])
+        assert json.loads(json.dumps(again.config)) == config["learner"]
+
+    def test_the_tasks_objective_is_the_learners(self):
+        config = build("--learner=maml", source=CURVES).config
+        assert config["learner"]["objective"] == "squared_error"
+
+    def test_a_learner_is_given_a_network_that_takes_the_inputs(self):
+        def network(*arguments, source):
+            return build(*arguments, source=source).config["learner"]["network"]["name"]
+
+        assert network(source=IMAGES) == "conv4"
+        assert network("--learner=maml", source=CURVES) == "mlp"
+        assert network("--learner=prototypical", source=source(64)) == "mlp"
+        assert network("--network=flatten", source=IMAGES) == "flatten"
+
+    @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
+    def test_every_flagfile_builds_its_run(self, path):
+        values = runs.run_values([f"--flagfile={path}"])
+        side = values["tasks.image_size"].value if "tasks.image_size" in values else None
+        fake = CURVES if values.tasks == "sinusoid" else source(*[side or 28] * 2, 1)
+        config = runs.build_run(values, fake).config
+        for name in values:
+            if values[name].present and name != "flagfile":
+                recorded = runs.as_flags(config)[name]
+                assert recorded == values[name].value, name
+
+
+def test_somebodys_own_components_need_nothing_of_ours():
+    config = runs.build_run(
+        runs.run_values(
+            [
+                f"--tasks={__name__}:own_tasks",
+                "--tasks.level=0.25",
+                f"--network={__name__}:own_network",
+                "--network.spread=odd",
+                "--eval_every=0",
+            ]
+        ),
+        own_tasks(level=0.25),
+    ).config
+    assert config["tasks"]["level"] == 0.25
+    assert config["learner"]["network"] == {
+        "name": f"{__name__}:own_network",
+        "size": 3,
+        "spread": "odd",
+    }
+
+
+def test_a_split_that_is_not_used_is_not_asked_for():
+    own = own_tasks()
+    assert build("--network=mlp", "--eval_every=0", source=own).validation is None
+    with pytest.raises(UsageError, match="no split 'val'"):
+        build("--network=mlp", source=own)
+
+
+def test_training_and_test_episodes_differ_where_the_flags_say_so():
+    run = build("--ways=5", "--shots=1", "--train_ways=20", "--train_queries=3").config["run"]
+    assert runs.training_size(run) == EpisodeSize(20, 1, 3)
+    assert runs.test_size(run) == EpisodeSize(5, 1, 15)
+
+
+def test_devices_share_the_images_of_a_lone_task_where_the_network_can(monkeypatch):
+    meshes = {1: None, 2: "mesh"}
+    monkeypatch.setattr(runs, "task_mesh", meshes.get)
+    monkeypatch.setattr(runs.jax, "device_count", lambda: 2)
+
+    def mesh(network, task_batch):
+        return runs.image_mesh(Chosen("network", registry.find("network", network)), task_batch)
+
+    assert mesh("conv4", 1) == "mesh"
+    assert mesh("conv4", 2) is None
+    assert mesh("mlp", 1) is None
+    assert runs.image_mesh(None, 1) is None
+
+
+def test_the_outer_optimizer_has_the_runs_steps():
+    values = runs.run_values(
+        [
+            *("--optimizer=sgd", "--optimizer.learning_rate=0.5", "--optimizer.schedule=linear"),
+            "--steps=4",
+        ]
+    )
+    optimizer, record = runs.build_optimizer(values)
     one = jnp.ones(())
     state, taken = optimizer.init(one), []
     for _ in range(5):
         update, state = optimizer.update(one, state)
         taken.append(-float(update))
     assert taken == [0.5, 0.375, 0.25, 0.125, 0.0]
+    assert (record["name"], record["schedule"], record["clip_norm"]) == ("sgd", "linear", None)
 
 
-def test_the_outer_gradient_is_clipped_to_its_norm(values):
-    optimizer = learners.build_optimizer(
-        values("--optimizer=sgd\n--learning_rate=1\n--clip_norm=0.5\n")
-    )
-    gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
-    update, _ = optimizer.update(gradient, optimizer.init(gradient))
-    assert abs(float(update["a"][0]) + 0.3) < 1e-6
+class TestHelp:
+    def text(self, *arguments):
+        values = flags.FlagValues()
+        runs.define_run_flags(values)
+        _, chosen = command_line.parse(
+            values, ["", *arguments], selections=runs.SELECTIONS, choose=runs.choose
+        )
+        return command_line.help_text(values, chosen, "Trains.", "python -m experiments.train")
 
+    def test_it_has_every_run_flag_with_a_sentence(self):
+        values = flags.FlagValues()
+        runs.define_run_flags(values)
+        text = self.text()
+        for name in values:
+            assert f"  --{name}=" in text
+            assert values[name].help.endswith("."), name
 
-@pytest.mark.parametrize(
-    "adjoint", ["unrolled", "checkpointed", "mixed_mode", "truncated", "first_order", "implicit"]
-)
-def test_every_adjoint_has_its_name(adjoint, values):
-    learner, _ = learners.build_learner(
-        values(f"--learner=imaml\n--network=mlp\n--adjoint={adjoint}\n")
-    )
-    assert callable(learner.adapt)
+    def test_it_has_the_chosen_learners_settings_and_no_other_learners(self):
+        text = self.text("--learner=maml")
+        component = registry.find("learner", "maml")
+        settings = registry.settings(component, reserved=("objective",))
+        shown = [line for line in text.splitlines() if line.startswith("  --learner.")]
+        assert len(shown) == len(settings)
+        words = " ".join(text.split())
+        for name, setting in settings.items():
+            assert f"--learner.{name}=" in text
+            assert setting.doc in words
+            assert setting.doc
+        assert registry.summary(component) in words
+        assert "num_slots" not in text
+        assert "objective" not in text.split("--tasks=")[0]
 
+    def test_it_has_defaults_and_choices_of_networks_tasks_and_optimizers(self):
+        text = self.text("--learner=maml", "--tasks=omniglot")
+        words = " ".join(text.split())
+        assert "--network.features=INT Channels" in words
+        assert "[default: 64]" in text
+        assert "[default: batch]" in text  # MAML's usual normalisation
+        assert "--tasks.split_rule=vinyals|lake" in text
+        assert "--optimizer.schedule=constant|linear|cosine|step" in text
+        for kind in ("learner", "network", "tasks", "optimizer"):
+            for name in registry.names(kind):
+                assert name in words
+        assert "folder:PATH" in text
 
-def test_training_and_test_episodes_differ_where_the_flags_say_so(values):
-    given = values("--ways=5\n--shots=1\n--train_ways=20\n--train_queries=3\n--queries=15\n")
-    assert tasks.training_spec(given)[:3] == (20, 1, 3)
-    assert tasks.test_spec(given)[:3] == (5, 1, 15)
+    def test_a_network_that_is_named_is_the_only_one(self):
+        text = self.text("--network=koch")
+        assert "--network=koch: " in text
+        assert "--network.widths" not in text
 
 
 class TestClaimWorkdir:
-    def test_a_new_one_is_made(self, tmp_path, values):
-        command_line.claim_workdir(tmp_path / "a" / "b", values())
-        assert (tmp_path / "a" / "b" / "flags.txt").read_text() == command_line.run_flag_lines(
-            values()
-        )
+    @pytest.fixture
+    def config(self):
+        return {
+            "version": "0.1.0",
+            "learner": {"name": "maml", "inner_lr": 2.0, "network": {"name": "mlp", "widths": [4]}},
+            "tasks": {"name": "glyphs", "image_size": 28},
+            "optimizer": {"name": "adam", "learning_rate": 1e-3},
+            "run": {"ways": 5, "seed": 0, "steps": 10},
+        }
 
-    def test_the_same_flags_may_come_back(self, tmp_path, values):
-        command_line.claim_workdir(tmp_path, values())
-        command_line.claim_workdir(tmp_path, values())
+    def changed(self, config, **parts):
+        return {**config, **{part: {**config[part], **new} for part, new in parts.items()}}
 
-    def test_a_flag_that_is_newer_than_the_workdir_had_its_default(self, tmp_path, values):
-        command_line.claim_workdir(tmp_path, values())
-        path = tmp_path / "flags.txt"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if not line.startswith("--seed")))
-        command_line.claim_workdir(tmp_path, values())
-        with pytest.raises(UsageError, match=r"other flags \(seed\)"):
-            command_line.claim_workdir(tmp_path, values("--seed=1\n"))
+    def test_a_new_one_is_made(self, tmp_path, config):
+        runs.claim_workdir(tmp_path / "a" / "b", config)
+        assert runs.read_config(tmp_path / "a" / "b") == config
 
-    def test_other_flags_are_refused_by_name(self, tmp_path, values):
-        command_line.claim_workdir(tmp_path, values())
-        with pytest.raises(UsageError, match=r"other flags \(seed, train_ways\)"):
-            command_line.claim_workdir(tmp_path, values("--seed=1\n--train_ways=9\n"))
+    def test_the_same_settings_may_come_back(self, tmp_path, config):
+        runs.claim_workdir(tmp_path, config)
+        runs.claim_workdir(tmp_path, {**config, "version": "0.2.0"})
+        assert runs.read_config(tmp_path) == config
 
-    def test_a_folder_of_something_else_is_refused(self, tmp_path, values):
+    def test_other_settings_are_refused_by_name(self, tmp_path, config):
+        runs.claim_workdir(tmp_path, config)
+        other = self.changed(config, learner={"inner_lr": 1.0}, run={"seed": 1})
+        with pytest.raises(UsageError, match=r"other settings \(learner\.inner_lr, seed\)"):
+            runs.claim_workdir(tmp_path, other)
+        network = self.changed(config, learner={"network": {"name": "mlp", "widths": [8]}})
+        with pytest.raises(UsageError, match=r"other settings \(network\.widths\)"):
+            runs.claim_workdir(tmp_path, network)
+        assert runs.read_config(tmp_path) == config
+
+    def test_its_steps_may_grow(self, tmp_path, config):
+        runs.claim_workdir(tmp_path, config)
+        more = self.changed(config, run={"steps": 20})
+        runs.claim_workdir(tmp_path, more)
+        assert runs.read_config(tmp_path) == more
+        with pytest.raises(UsageError, match=r"other settings \(steps\)"):
+            runs.claim_workdir(tmp_path, config)
+
+    def test_a_setting_that_is_newer_than_the_workdir_had_its_default(self, tmp_path, config):
+        runs.claim_workdir(tmp_path, config)
+        newer = self.changed(config, learner={"reduction": "mean"})
+        runs.claim_workdir(tmp_path, newer, given={"learner", "seed"})
+        with pytest.raises(UsageError, match=r"other settings \(learner\.reduction\)"):
+            runs.claim_workdir(tmp_path, newer, given={"learner.reduction"})
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path, config):
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(UsageError, match="not empty"):
-            command_line.claim_workdir(tmp_path, values())
+            runs.claim_workdir(tmp_path, config)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
+    def test_a_damaged_record_is_named(self, tmp_path):
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(UsageError, match=r"config\.json is damaged"):
+            runs.claim_workdir(tmp_path, {})
 
-def test_devices_share_the_images_of_a_lone_task_where_the_network_can(values, monkeypatch):
-    meshes = {1: None, 2: "mesh"}
-    monkeypatch.setattr(learners, "task_mesh", meshes.get)
-    monkeypatch.setattr(learners.jax, "device_count", lambda: 2)
-    assert learners.image_mesh(values("--learner=prototypical\n")) == "mesh"
-    assert learners.image_mesh(values("--learner=prototypical\n--task_batch=2\n")) is None
-    assert learners.image_mesh(values("--learner=relation\n")) is None
+
+def test_the_examples_in_the_docstrings_are_true():
+    found = doctest.testmod(command_line)
+    assert (found.failed, found.attempted) == (0, 2)
+
+
+def test_shapes_are_compared_by_path():
+    one = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    other = {"a": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    assert runs.shape_difference(one, one) == ""
+    assert runs.shape_difference(one, other) == "float32[2, 3] and float32[2, 4] at a"
+    assert runs.shape_difference(one, {}) == "float32[2, 3] and nothing at a"

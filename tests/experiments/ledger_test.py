@@ -5,16 +5,23 @@ import json
 
 import pytest
 
-from experiments import ledger, tasks
+from experiments import ledger, testing
 from experiments.benchmark import report
-from experiments.command_line import run_flag_values
 from experiments.rows import ROWS
-from experiments.testing import evaluate
+from meta_jax.data.source import load_source
+from meta_jax.training.trained import read_config
 
 ROWS_IN_LEDGER = ledger.read()
 KEYS = {
-    *("row", "learner", "dataset", "split", "ways", "shots", "episodes", "accuracy", "ci95"),
-    *("batch_norm", "transductive", "paper_accuracy", "paper_source", "command", "train_minutes"),
+    *("row", "learner", "tasks", "split", "ways", "shots", "episodes", "accuracy", "ci95"),
+    *(
+        "normalisation",
+        "transductive",
+        "paper_accuracy",
+        "paper_source",
+        "command",
+        "train_minutes",
+    ),
     *("machine", "versions", "commit", "weights"),
 }
 
@@ -47,37 +54,41 @@ def test_every_row_can_be_made_again():
         assert 0 < size <= 1 << 20
 
 
-load_once = functools.cache(tasks.load_splits)  # the whole Omniglot takes seconds
+@functools.cache
+def load_once(name, settings):  # the whole Omniglot takes seconds
+    return load_source(name, **dict(settings))
 
 
 def rows_by_test():
     """Rows of the same weights and settings, such as the instances of a sequence, share a test."""
     tests = {}
     for row in ROWS_IN_LEDGER:
-        key = row["weights"], *ROWS[row["row"]].overrides().values()
+        made = ROWS[row["row"]]
+        key = (row["weights"], made.ways, made.shots, made.normalisation, made.protocol)
         tests.setdefault(key, []).append(row)
     return list(tests.values())
 
 
 @pytest.mark.parametrize("rows", rows_by_test(), ids=lambda rows: rows[0]["row"])
 def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
-    monkeypatch.setattr(tasks, "load_splits", load_once)
-    first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
-    trained = run_flag_values(weights / "flags.txt")
-    found = evaluate(
-        weights,
-        checkpoint="best",
-        split="test",
-        episodes=60,
-        seed=1,
-        data_dir=str(omniglot_zips),
-        overrides={
-            **first.overrides(),
-            "queries": 10 - first.shots if first.instance else min(5, trained.queries),
-        },
+    monkeypatch.setattr(
+        testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
     )
+    first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
+    is_sequence = first.metric.startswith("instance_")
+    queries = min(5, read_config(weights)["run"]["queries"])
+    found = testing.evaluate(
+        weights,
+        testing.Asked(episodes=60, seed=1),
+        size={**first.size(), "queries": 10 - first.shots if is_sequence else queries},
+        settings=first.settings(),
+        data_dir=str(omniglot_zips),
+    )
+    assert found.record["normalisation"] == rows[0]["normalisation"]
+    assert found.record["transductive"] == rows[0]["transductive"]
     for row in rows:
-        accuracy, ci95 = (ROWS[row["row"]].accuracy(found)[key] for key in ("accuracy", "ci95"))
+        scores = ROWS[row["row"]].accuracy(found.record)
+        accuracy, ci95 = scores["accuracy"], scores["ci95"]
         # Fewer queries and fewer episodes, other ones too: three standard errors of the small test.
         assert abs(accuracy - row["accuracy"]) < 3 / 1.96 * ci95 + row["ci95"]
 
