@@ -1,30 +1,72 @@
+"""The public face: few names at the top, namespaces that list what they hold, all documented."""
+
 import subprocess
 import sys
+from types import ModuleType
+
+import pytest
 
 import meta_jax as mj
 
+NAMESPACES = {
+    name: value for name in mj.__all__ if isinstance(value := getattr(mj, name), ModuleType)
+}
+LISTED = {
+    name: module for name, module in {"mj": mj, **NAMESPACES}.items() if hasattr(module, "__all__")
+}
 
-def test_every_public_name_is_documented():
-    for name in mj.__all__:
-        value = getattr(mj, name)
+
+@pytest.mark.parametrize("namespace", LISTED)
+def test_every_public_name_is_documented(namespace):
+    module = LISTED[namespace]
+    for name in module.__all__:
+        value = getattr(module, name)
         if callable(value):
             assert value.__doc__, name
             # NamedTuple's own docstring is the signature, which documents nothing.
             assert not value.__doc__.startswith(f"{name}("), name
 
 
+@pytest.mark.parametrize("namespace", LISTED)
+def test_lists_are_sorted_and_hold_no_name_twice(namespace):
+    names = LISTED[namespace].__all__
+    assert len(set(names)) == len(names)
+
+
 def test_all_lists_what_is_there():
-    assert len(set(mj.__all__)) == len(mj.__all__)
-    public = {
+    submodules = {
         name
         for name, value in vars(mj).items()
-        if not name.startswith("_") and type(value).__name__ != "module"
+        if isinstance(value, ModuleType) and name not in mj.__all__
     }
-    assert public == set(mj.__all__)
+    # Families and files, which the names at the top come from.
+    assert submodules <= {
+        "core",
+        "lookup",
+        "metric_based",
+        "model_based",
+        "optimization_based",
+    }
+    public = {name for name in vars(mj) if not name.startswith("_")} - submodules
+    assert public - {"PackageNotFoundError", "version"} == set(mj.__all__)
 
 
-def test_import_needs_only_jax_flax_and_optax():
-    heavy = ("flax", "orbax", "PIL", "matplotlib", "tensorflow_datasets", "tqdm", "tensorboardX")
+def test_the_top_is_small_and_has_a_version():
+    assert len(mj.__all__) < 60
+    assert mj.__version__[0].isdigit()
+
+
+def test_import_needs_only_jax_and_optax():
+    heavy = (
+        "flax",
+        "orbax",
+        "PIL",
+        "matplotlib",
+        "tensorflow_datasets",
+        "tqdm",
+        "tensorboardX",
+        "docstring_parser",
+    )
     code = f"import sys, meta_jax; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
