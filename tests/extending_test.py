@@ -109,9 +109,7 @@ def test_the_svm_separates_and_its_gradient_is_right(x64):
 
     from scipy.optimize import minimize
 
-    rows = [
-        {"type": "eq", "fun": lambda flat, i=i: flat.reshape(6, 3)[i].sum()} for i in range(6)
-    ]
+    rows = [{"type": "eq", "fun": lambda flat, i=i: flat.reshape(6, 3)[i].sum()} for i in range(6)]
     bounds = [(None, bound) for bound in np.asarray(y).ravel()]
     best = minimize(negative_dual, np.zeros(18), bounds=bounds, constraints=rows, method="SLSQP")
     np.testing.assert_allclose(negative_dual(alpha.ravel()), best.fun, rtol=1e-3)

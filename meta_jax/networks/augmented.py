@@ -1,17 +1,18 @@
 """A network with slow and fast weights, by layer augmentation (Munkhdalai and Yu 2017)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import PyTree
+from meta_jax.core import Array, PyTree
 from meta_jax.networks.convolution import convolve, max_pool
 
 _BLOCKS = 5
 
 
-def init_augmented(key: jax.Array, x: jax.Array, features: int, hidden: int, ways: int) -> PyTree:
+def init_augmented(key: Array, x: Array, features: int, hidden: int, ways: int) -> PyTree:
     """Slow weights: 5 convolutions with bias, then a layer and a classifier without.
 
     Args:
@@ -38,7 +39,7 @@ def init_augmented(key: jax.Array, x: jax.Array, features: int, hidden: int, way
     return {"conv": conv, "dense": dense}
 
 
-def pool_up(x: jax.Array) -> jax.Array:
+def pool_up(x: Array) -> Array:
     """2x2 max-pooling with stride 2 that keeps odd borders: [n, h, w, c], h becomes ceil(h / 2).
 
     Examples:
@@ -49,7 +50,7 @@ def pool_up(x: jax.Array) -> jax.Array:
     return max_pool(jnp.pad(x, borders, constant_values=-jnp.inf))
 
 
-def represent(slow: PyTree, fast: PyTree | None, x: jax.Array) -> jax.Array:
+def represent(slow: PyTree, fast: PyTree | None, x: Array) -> Array:
     """The network up to its classifier, [n, hidden].
 
     A layer is relu(f(x, W)) + relu(f(x, W*)), summed after the nonlinearity and before pooling
@@ -61,22 +62,29 @@ def represent(slow: PyTree, fast: PyTree | None, x: jax.Array) -> jax.Array:
       x: images [n, height, width, channels].
     """
 
-    def augmented(layer: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-        return sum(
-            jax.nn.relu(layer(weights, x)) for weights in (slow, fast) if weights is not None
-        )
-
     for name in slow["conv"]:
-
-        def convolution(weights: PyTree, x: jax.Array, name: str = name) -> jax.Array:
-            layer = weights["conv"][name]
-            return convolve(x, layer["kernel"]) + layer["bias"]
-
-        x = pool_up(augmented(convolution, x))
-    return augmented(lambda weights, x: x @ weights["dense"]["hidden"], x.reshape(x.shape[0], -1))
+        x = pool_up(_augmented(partial(_convolution, name), slow, fast, x))
+    return _augmented(_hidden, slow, fast, x.reshape(x.shape[0], -1))
 
 
-def classify(slow: PyTree, fast: PyTree | None, x: jax.Array) -> jax.Array:
+def _augmented(
+    layer: Callable[[PyTree, Array], Array], slow: PyTree, fast: PyTree | None, x: Array
+) -> Array:
+    """relu(f(x, W)) + relu(f(x, W*)), f the layer: (weights, x) -> its output."""
+    y = jax.nn.relu(layer(slow, x))
+    return y if fast is None else y + jax.nn.relu(layer(fast, x))
+
+
+def _convolution(name: str, weights: PyTree, x: Array) -> Array:
+    layer = weights["conv"][name]
+    return convolve(x, layer["kernel"]) + layer["bias"]
+
+
+def _hidden(weights: PyTree, x: Array) -> Array:
+    return x @ weights["dense"]["hidden"]
+
+
+def classify(slow: PyTree, fast: PyTree | None, x: Array) -> Array:
     """The whole network, [n, ways]; slow and fast logits are simply added."""
     z = represent(slow, fast, x)
     logits = z @ slow["dense"]["classifier"]

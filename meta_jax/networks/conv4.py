@@ -1,23 +1,39 @@
-"""The four-block convolutional network of few-shot learning, in its two published forms."""
+"""The four-block convolutional network of few-shot learning, in its published forms."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from meta_jax.core import Network, PyTree
-from meta_jax.networks.layers import check_batch_norm, conv_block, init_conv_block
+from meta_jax import registry
+from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
+from meta_jax.lookup import UsageError
+from meta_jax.networks.convolution import is_known
+from meta_jax.networks.layers import (
+    Block,
+    apply_conv_blocks,
+    check_positive,
+    init_conv_block,
+    is_fused,
+)
+from meta_jax.networks.normalisation import check_mode
 
-_BLOCKS = 4
+_NAMES = ("block1", "block2", "block3", "block4")
 
 
-def conv4(features: int = 64, *, batch_norm: str = "running", mesh: Mesh | None = None) -> Network:
-    """4 x [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], flattened (Vinyals et al. 2016).
+@registry.network("conv4")
+def conv4(
+    features: int = 64, *, normalisation: Normalisation = "running", mesh: Mesh | None = None
+) -> Network:
+    """Builds conv4: 4 x [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], flattened.
+
+    It is the network of Vinyals et al. (2016).
 
     Args:
-      features: channels of every block.
-      batch_norm: 'batch', 'running' or 'support' (see `meta_jax.networks.layers`).
-      mesh: devices, along one axis, that share the images where their number is a multiple.
+      features: Channels of every block.
+      normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
+      mesh: Devices, along one axis, that share the images where their number is a multiple.
 
     Returns:
       A network from images [n, height, width, channels], sides of at least 16 pixels, to
@@ -25,7 +41,7 @@ def conv4(features: int = 64, *, batch_norm: str = "running", mesh: Mesh | None 
       and one channel.
 
     Raises:
-      ValueError: for an unknown batch-norm mode.
+      UsageError: an unknown mode, or features below one.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -37,80 +53,156 @@ def conv4(features: int = 64, *, batch_norm: str = "running", mesh: Mesh | None 
       >>> network.apply(params, state, x, key=None, train=False)[0].shape
       (2, 64)
     """
-    return _conv4(features, batch_norm, mesh, stride=1, pool=True, mean=False)
+    return _network("conv4", features, normalisation, mesh, stride=1, pool=True, mean=False)
 
 
+@registry.network("strided_conv4")
 def strided_conv4(
-    features: int = 64, *, batch_norm: str = "batch", mean: bool = True, mesh: Mesh | None = None
+    features: int = 64,
+    *,
+    normalisation: Normalisation = "batch",
+    mean: bool = True,
+    mesh: Mesh | None = None,
 ) -> Network:
-    """4 x [3x3 convolution of stride 2, batch norm, ReLU], mean over places (Finn et al. 2017).
+    """Builds strided conv4: 4 x [3x3 convolution of stride 2, normalisation, ReLU], then a mean.
+
+    It is the network of Finn et al. (2017) on Omniglot; the mean is over an image's places.
 
     Args:
-      features: channels of every block.
-      batch_norm: 'batch', 'running' or 'support' (see `meta_jax.networks.layers`).
-      mean: False flattens the last block instead, as Nichol et al. (2018) do.
-      mesh: devices, along one axis, that share the images where their number is a multiple.
+      features: Channels of every block.
+      normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
+      mean: Whether the last block is averaged over places; if not, it is flattened.
+      mesh: Devices, along one axis, that share the images where their number is a multiple.
 
     Returns:
       A network from images [n, height, width, channels] to embeddings [n, features], or
       [n, ceil(height / 16) * ceil(width / 16) * features] where they are flattened.
 
     Raises:
-      ValueError: for an unknown batch-norm mode.
+      UsageError: an unknown mode, or features below one.
     """
-    return _conv4(features, batch_norm, mesh, stride=2, pool=False, mean=mean)
+    return _network("strided_conv4", features, normalisation, mesh, stride=2, pool=False, mean=mean)
 
 
-def _conv4(
-    features: int, batch_norm: str, mesh: Mesh | None, *, stride: int, pool: bool, mean: bool
+@registry.network("flat_strided_conv4")
+def flat_strided_conv4(
+    features: int = 64, *, normalisation: Normalisation = "batch", mesh: Mesh | None = None
 ) -> Network:
-    check_batch_norm(batch_norm)
-    names = [f"block{i + 1}" for i in range(_BLOCKS)]
+    """Builds strided conv4 with its last block flattened, as Nichol et al. (2018) have it.
 
-    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        if pool and min(x.shape[1:3]) < 2**_BLOCKS:
-            raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for conv4, which pools "
-                f"them four times: use at least {2**_BLOCKS}x{2**_BLOCKS}"
-            )
-        params, state, inputs = {}, {}, x.shape[-1]
-        for name, block_key in zip(names, jax.random.split(key, _BLOCKS), strict=True):
-            params[name], state[name] = init_conv_block(block_key, inputs, features)
-            inputs = features
-        return params, state
+    Args:
+      features: Channels of every block.
+      normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
+      mesh: Devices, along one axis, that share the images where their number is a multiple.
 
-    def blocks(
-        params: PyTree, state: PyTree, x: jax.Array, *, train: bool, axis: str | None = None
-    ) -> tuple[jax.Array, PyTree]:
-        new_state = {}
-        for name in names:
-            x, new_state[name] = conv_block(
-                params[name],
-                state[name],
-                x,
-                stride=stride,
-                pool=pool,
-                batch_norm=batch_norm,
-                train=train,
-                axis=axis,
-                defer=name == names[0],
-            )
-        return (x.mean((1, 2)) if mean else x.reshape(x.shape[0], -1)), new_state
+    Returns:
+      A network from images [n, height, width, channels] to embeddings
+      [n, ceil(height / 16) * ceil(width / 16) * features].
 
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del key
-        if mesh is None or x.shape[0] % mesh.size:
-            return blocks(params, state, x, train=train)
-        (axis,) = mesh.axis_names
-        everywhere, each = PartitionSpec(), PartitionSpec(axis)
-        return jax.shard_map(
-            partial(blocks, train=train, axis=axis),
-            mesh=mesh,
-            in_specs=(everywhere, everywhere, each),
-            out_specs=(each, everywhere),
-            check_vma=False,
-        )(params, state, x)
+    Raises:
+      UsageError: an unknown mode, or features below one.
+    """
+    return strided_conv4(features, normalisation=normalisation, mean=False, mesh=mesh)
 
-    return Network(init, apply, batch_norm)
+
+class _Form(NamedTuple):
+    """Which of the published forms."""
+
+    features: int
+    stride: int
+    pool: bool
+    mean: bool
+    normalisation: Normalisation
+
+
+def _network(
+    name: str,
+    features: int,
+    normalisation: Normalisation,
+    mesh: Mesh | None,
+    *,
+    stride: int,
+    pool: bool,
+    mean: bool,
+) -> Network:
+    check_mode(normalisation)
+    check_positive(name, features=features)
+    form = _Form(features, stride, pool, mean, normalisation)
+    return Network(partial(_init, form), partial(_apply, form, mesh), normalisation)
+
+
+def _init(form: _Form, key: Array, x: Array) -> tuple[PyTree, PyTree]:
+    smallest = 2 ** len(_NAMES)
+    if form.pool and min(x.shape[1:3]) < smallest:
+        raise UsageError(
+            f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for conv4, which pools "
+            f"them four times: use at least {smallest}x{smallest}"
+        )
+    params, state, inputs = {}, {}, x.shape[-1]
+    for name, block_key in zip(_NAMES, jax.random.split(key, len(_NAMES)), strict=True):
+        params[name], stats = init_conv_block(block_key, inputs, form.features, form.normalisation)
+        if stats:
+            state[name] = stats
+        inputs = form.features
+    return params, state
+
+
+def _apply(
+    form: _Form,
+    mesh: Mesh | None,
+    params: PyTree,
+    state: PyTree,
+    x: Array,
+    *,
+    key: Array | None,
+    train: bool,
+    moments: MomentsUse = "stored",
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    del key, train  # there is no dropout
+    embed = partial(_embed, form, moments=moments)
+    if mesh is None or not _shared_evenly(form, mesh, x, mask):
+        return embed(params, state, x, mask=mask)
+    (axis,) = mesh.axis_names
+    everywhere, each = PartitionSpec(), PartitionSpec(axis)
+    return jax.shard_map(
+        partial(embed, axis=axis),
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, each),
+        out_specs=(each, everywhere),
+        check_vma=False,
+    )(params, state, x)
+
+
+def _shared_evenly(form: _Form, mesh: Mesh, x: Array, mask: Array | None) -> bool:
+    """Whether devices can share the images: as many on each, and moments that they can pool."""
+    pooled = is_fused(form.normalisation, mask) or form.normalisation in (
+        "none",
+        "layer",
+        "instance",
+    )
+    return pooled and is_known(x.shape[0]) and x.shape[0] % mesh.size == 0
+
+
+def _embed(
+    form: _Form,
+    params: PyTree,
+    state: PyTree,
+    x: Array,
+    *,
+    moments: MomentsUse,
+    mask: Array | None = None,
+    axis: str | None = None,
+) -> tuple[Array, PyTree]:
+    y, state = apply_conv_blocks(
+        params,
+        state,
+        x,
+        dict.fromkeys(_NAMES, Block(form.stride, form.pool, "SAME")),
+        normalisation=form.normalisation,
+        moments=moments,
+        mask=mask,
+        axis=axis,
+        defer=True,
+    )
+    return y.mean((1, 2)) if form.mean else y.reshape(y.shape[0], -1), state

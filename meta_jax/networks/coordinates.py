@@ -10,13 +10,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import PyTree
+from meta_jax.core import Array, PyTree
+from meta_jax.networks.backend import on_cpu
 from meta_jax.networks.lstm import lstm_gates
 
 _CHUNK = 512
 
 
-def split_coordinates(x: jax.Array) -> jax.Array:
+def split_coordinates(x: Array) -> Array:
     """[..., coordinates] -> [chunks, ..., chunk], the last one filled up with zeros.
 
     Examples:
@@ -24,13 +25,13 @@ def split_coordinates(x: jax.Array) -> jax.Array:
       (2, 2, 512)
     """
     *rest, count = x.shape
-    size = min(_CHUNK, count) if jax.default_backend() == "cpu" else count
+    size = min(_CHUNK, count) if on_cpu() else count
     chunks = math.ceil(count / size)
     padded = jnp.pad(x, [(0, 0)] * len(rest) + [(0, chunks * size - count)])
     return jnp.moveaxis(padded.reshape(*rest, chunks, size), -2, 0)
 
 
-def join_coordinates(x: jax.Array, count: int) -> jax.Array:
+def join_coordinates(x: Array, count: int) -> Array:
     """The inverse of `split_coordinates`: [chunks, ..., chunk] -> [..., count].
 
     Examples:
@@ -51,14 +52,12 @@ def map_chunks(network: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
     return jax.lax.map(remade, arrays)
 
 
-def linear_across(params: PyTree, x: jax.Array) -> jax.Array:
+def linear_across(params: PyTree, x: Array) -> Array:
     """`linear` on columns: x [..., inputs, coordinates] -> [..., outputs, coordinates]."""
     return jnp.einsum("io,...ic->...oc", params["kernel"], x) + params["bias"][:, None]
 
 
-def lstm_across(
-    params: PyTree, x: jax.Array, h: jax.Array, c: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def lstm_across(params: PyTree, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
     """`lstm` on columns: x [inputs, coordinates], h and c [hidden, coordinates]."""
     gates = linear_across(params, jnp.concatenate([x, h]))
     return jax.vmap(lstm_gates, (1, 1), (1, 1))(gates, c)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import PyTree
+from meta_jax.core import Array, PyTree
 
 
-def init_lstm(key: jax.Array, inputs: int, hidden: int, *, recurrent: int | None = None) -> PyTree:
+def init_lstm(key: Array, inputs: int, hidden: int, *, recurrent: int | None = None) -> PyTree:
     """Glorot-uniform kernel [inputs + recurrent, 4 * hidden] and bias [4 * hidden].
 
     Args:
@@ -22,7 +22,7 @@ def init_lstm(key: jax.Array, inputs: int, hidden: int, *, recurrent: int | None
     return {"kernel": kernel, "bias": bias}
 
 
-def lstm(params: PyTree, x: jax.Array, h: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+def lstm(params: PyTree, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
     """One step: c' = s(f) c + s(i) tanh(u) and h' = s(o) tanh(c'), s the logistic function.
 
     The gates i, f, u, o are, in this order, the quarters of [x, h] kernel + bias.
@@ -39,7 +39,7 @@ def lstm(params: PyTree, x: jax.Array, h: jax.Array, c: jax.Array) -> tuple[jax.
     return lstm_gates(jnp.concatenate([x, h], axis=-1) @ params["kernel"] + params["bias"], c)
 
 
-def lstm_gates(gates: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+def lstm_gates(gates: Array, c: Array) -> tuple[Array, Array]:
     """`lstm` from its gates on, for where their share of the input is worked out beforehand.
 
     Args:

@@ -1,9 +1,11 @@
 """A linear layer at the end of any network."""
 
+from functools import partial
+
 import jax
 
-from meta_jax.core import Network, PyTree
-from meta_jax.networks.layers import init_linear, linear
+from meta_jax.core import Array, MomentsUse, Network, PyTree
+from meta_jax.networks.layers import check_positive, init_linear, linear
 
 
 def with_output_layer(network: Network, outputs: int) -> Network:
@@ -11,19 +13,36 @@ def with_output_layer(network: Network, outputs: int) -> Network:
 
     Args:
       network: from [n, ...] to [n, features].
-      outputs: of the linear layer.
+      outputs: units of the linear layer.
+
+    Raises:
+      UsageError: outputs below one.
     """
+    check_positive("with_output_layer", outputs=outputs)
+    init, apply = partial(_init, network, outputs), partial(_apply, network)
+    return Network(init, apply, network.normalisation)
 
-    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        network_key, head_key = jax.random.split(key)
-        params, state = network.init(network_key, x)
-        z, _ = network.apply(params, state, x, key=head_key, train=True)
-        return {"network": params, "head": init_linear(head_key, z.shape[-1], outputs)}, state
 
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        z, state = network.apply(params["network"], state, x, key=key, train=train)
-        return linear(params["head"], z), state
+def _init(network: Network, outputs: int, key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
+    network_key, head_key = jax.random.split(key)
+    params, state = network.init(network_key, x)
+    embed = partial(network.apply, key=None, train=False)
+    z, _ = jax.eval_shape(embed, params, state, x)
+    return {"network": params, "head": init_linear(head_key, z.shape[-1], outputs)}, state
 
-    return Network(init, apply, network.batch_norm)
+
+def _apply(
+    network: Network,
+    params: PyTree,
+    state: PyTree,
+    x: PyTree,
+    *,
+    key: Array | None,
+    train: bool,
+    moments: MomentsUse = "stored",
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    z, state = network.apply(
+        params["network"], state, x, key=key, train=train, moments=moments, mask=mask
+    )
+    return linear(params["head"], z), state

@@ -1,29 +1,47 @@
 """The encoder and the relation module of Relation Networks (Sung et al. 2018, arXiv:1711.06025)."""
 
+import math
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Network, PyTree
-from meta_jax.networks.convolution import convolve, pool_moments
+from meta_jax import registry
+from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
+from meta_jax.lookup import UsageError
+from meta_jax.networks.convolution import convolve, max_pool
+from meta_jax.networks.fused_block import finish_block, pool_moments, scale_sign
 from meta_jax.networks.layers import (
-    check_batch_norm,
+    Block,
+    apply_conv_blocks,
+    check_positive,
     conv_block,
     init_conv_block,
+    is_fused,
     linear,
-    normalise,
-    scale_sign,
 )
+from meta_jax.networks.normalisation import check_mode, normalise
 
 _HIDDEN = 8  # units between the relation module's convolutions and its output
+_BLOCKS = {
+    "block1": Block(1, True, "VALID"),
+    "block2": Block(1, True, "VALID"),
+    "block3": Block(1, False, "SAME"),
+    "block4": Block(1, False, "SAME"),
+}
 
 
-def relation_encoder(features: int = 64, *, batch_norm: str = "batch") -> Network:
-    """4 x [3x3 convolution, batch norm, ReLU]; the first two unpadded and max-pooled 2x2.
+@registry.network("relation_encoder")
+def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batch") -> Network:
+    """Builds the encoder of Relation Networks: 4 x [3x3 convolution, normalisation, ReLU].
+
+    The first two blocks are unpadded and max-pooled 2x2.
 
     Args:
-      features: channels of every block.
-      batch_norm: 'batch', as in the paper, 'running' or 'support' (see
-        `meta_jax.networks.layers`).
+      features: Channels of every block.
+      normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`); the
+        paper's is 'batch'.
 
     Returns:
       A network from images [n, height, width, channels] to feature maps
@@ -31,7 +49,7 @@ def relation_encoder(features: int = 64, *, batch_norm: str = "batch") -> Networ
       channel.
 
     Raises:
-      ValueError: for an unknown batch-norm mode.
+      UsageError: an unknown mode, or features below one.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -41,90 +59,102 @@ def relation_encoder(features: int = 64, *, batch_norm: str = "batch") -> Networ
       >>> network.apply(params, state, x, key=None, train=False)[0].shape
       (2, 5, 5, 64)
     """
-    check_batch_norm(batch_norm)
-    blocks = {f"block{i + 1}": (i < 2, "VALID" if i < 2 else "SAME") for i in range(4)}
+    check_mode(normalisation)
+    check_positive("relation_encoder", features=features)
+    init = partial(_init_encoder, features, normalisation)
+    return Network(init, partial(_apply_encoder, normalisation), normalisation)
 
-    def init(key: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        if min(x.shape[1:3]) < 10:
-            raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for the relation "
-                "encoder: use at least 10x10"
-            )
-        params, state, inputs = {}, {}, x.shape[-1]
-        for name, block_key in zip(blocks, jax.random.split(key, 4), strict=True):
-            params[name], state[name] = _init_block(block_key, inputs, features)
-            inputs = features
-        return params, state
 
-    def apply(
-        params: PyTree, state: PyTree, x: jax.Array, *, key: jax.Array | None, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del key
-        new_state = {}
-        for name, (pool, padding) in blocks.items():
-            x, new_state[name] = conv_block(
-                params[name],
-                state[name],
-                x,
-                stride=1,
-                pool=pool,
-                padding=padding,
-                batch_norm=batch_norm,
-                train=train,
-            )
-        return x, new_state
+def _init_encoder(
+    features: int, normalisation: Normalisation, key: Array, x: Array
+) -> tuple[PyTree, PyTree]:
+    if min(x.shape[1:3]) < 10:
+        raise UsageError(
+            f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for the relation "
+            "encoder: use at least 10x10"
+        )
+    params, state, inputs = {}, {}, x.shape[-1]
+    for name, block_key in zip(_BLOCKS, jax.random.split(key, len(_BLOCKS)), strict=True):
+        params[name], stats = _init_block(block_key, inputs, features, normalisation)
+        if stats:
+            state[name] = stats
+        inputs = features
+    return params, state
 
-    return Network(init, apply, batch_norm)
+
+def _apply_encoder(
+    normalisation: Normalisation,
+    params: PyTree,
+    state: PyTree,
+    x: Array,
+    *,
+    key: Array | None,
+    train: bool,
+    moments: MomentsUse = "stored",
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    del key, train  # there is no dropout
+    return apply_conv_blocks(
+        params, state, x, _BLOCKS, normalisation=normalisation, moments=moments, mask=mask
+    )
 
 
 def init_relation_module(
-    key: jax.Array, maps: jax.Array, *, features: int = 64, padding: str = "SAME"
+    key: Array,
+    maps: Array,
+    *,
+    features: int = 64,
+    padding: str = "SAME",
+    normalisation: Normalisation = "batch",
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and statistics of the relation module; 111,505 parameters for 5x5x64 maps.
+    """Parameters and moments of the relation module; 111,505 parameters for 5x5x64 maps.
 
     Args:
       key: a random key.
-      maps: feature maps [n, height, width, channels], for their shape and type.
+      maps: feature maps [n, height, width, channels], for their shape.
       features: channels of both convolutions.
       padding: 'SAME', as the authors have it on Omniglot, or 'VALID', as on miniImageNet.
+      normalisation: mode of the normalisation layers.
 
     Raises:
-      ValueError: the inputs are no feature maps, or too small to be pooled twice.
+      UsageError: the inputs are no feature maps, or too small to be pooled twice.
     """
     if maps.ndim != 4:
-        raise ValueError(
+        raise UsageError(
             f"the relation module compares feature maps, not embeddings of shape {maps.shape[1:]}: "
             "use an encoder whose outputs are [n, height, width, channels]"
         )
     height, width = (_pooled(_pooled(side, padding), padding) for side in maps.shape[1:3])
     if min(height, width) < 1:
-        raise ValueError(
+        raise UsageError(
             f"feature maps of {maps.shape[1]}x{maps.shape[2]} are too small for the relation "
             "module: use larger images or another encoder"
         )
     keys = jax.random.split(key, 4)
-    block1, stats1 = _init_block(keys[0], 2 * maps.shape[3], features)
-    block2, stats2 = _init_block(keys[1], features, features)
+    block1, stats1 = _init_block(keys[0], 2 * maps.shape[3], features, normalisation)
+    block2, stats2 = _init_block(keys[1], features, features, normalisation)
     params = {
         "block1": block1,
         "block2": block2,
         "hidden": _init_dense(keys[2], height * width * features, _HIDDEN),
         "output": _init_dense(keys[3], _HIDDEN, 1),
     }
-    return params, {"block1": stats1, "block2": stats2}
+    return params, _present({"block1": stats1, "block2": stats2})
 
 
 def relation_module(
     params: PyTree,
     stats: PyTree,
-    classes: jax.Array,
-    queries: jax.Array,
+    classes: Array,
+    queries: Array,
     *,
-    batch_norm: str,
-    train: bool,
+    normalisation: Normalisation,
+    moments: MomentsUse,
+    mask: Array | None = None,
+    class_mask: Array | None = None,
     padding: str = "SAME",
-) -> tuple[jax.Array, PyTree]:
-    """2 x [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], 8 units with ReLU, 1 output.
+) -> tuple[Array, PyTree]:
+    """2 x [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], 8 units with ReLU, 1 output.
 
     It looks at the class's map and the query's, concatenated along the channels, for all pairs.
 
@@ -132,30 +162,83 @@ def relation_module(
       params, stats: from `init_relation_module`.
       classes: one feature map for each class [ways, height, width, channels].
       queries: feature maps [m, height, width, channels].
-      batch_norm: a mode of `meta_jax.networks.layers`.
-      train: whether the pairs' own statistics are taken (`batch` always takes them).
+      normalisation: mode of the normalisation layers.
+      moments: which moments, of the pairs, normalise.
+      mask: bool [m], False for queries that are padding; their pairs enter no moment.
+      class_mask: bool [ways], False for classes that are padding; their pairs enter no moment.
       padding: as in `init_relation_module`.
 
     Returns:
-      The output before its sigmoid [m, ways], and the new statistics.
+      The output before its sigmoid [m, ways], and the new moments.
     """
-    m, ways, channels = queries.shape[0], classes.shape[0], classes.shape[-1]
+    chex.assert_rank([classes, queries], 4)
+    m, ways = queries.shape[0], classes.shape[0]
+    pair_mask = _pair_mask(m, ways, mask, class_mask)
+    settings = {"normalisation": normalisation, "moments": moments, "mask": pair_mask}
+    x, stats1 = _first_block(
+        params["block1"], stats.get("block1", {}), classes, queries, padding=padding, **settings
+    )
+    x, stats2 = conv_block(
+        params["block2"],
+        stats.get("block2", {}),
+        x,
+        stride=1,
+        pool=True,
+        padding=padding,
+        **settings,
+    )
+    x = jax.nn.relu(linear(params["hidden"], x.reshape(m * ways, -1)))
+    scores = linear(params["output"], x).reshape(m, ways)
+    return scores, _present({"block1": stats1, "block2": stats2})
+
+
+def _first_block(
+    params: PyTree,
+    stats: PyTree,
+    classes: Array,
+    queries: Array,
+    *,
+    normalisation: Normalisation,
+    moments: MomentsUse,
+    mask: Array | None,
+    padding: str,
+) -> tuple[Array, PyTree]:
+    """The first block on all pairs [m * ways, height, width, channels], a query's in a row."""
     # A convolution of two maps concatenated is the sum of two convolutions: of each map once, not
     # of each pair.
-    kernel = params["block1"]["conv"]["kernel"]
+    kernel, channels = params["conv"]["kernel"], classes.shape[-1]
     of_class = convolve(classes, kernel[:, :, :channels], padding=padding)
     of_query = convolve(queries, kernel[:, :, channels:], padding=padding)
     x = of_query[:, None] + of_class
-    x, moments = pool_moments(
-        x.reshape(m * ways, *x.shape[2:]), scale_sign(params["block1"]), pool=True
+    x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    if is_fused(normalisation, mask):
+        x, batch = pool_moments(x, scale_sign(params), pool=True)
+        return finish_block(params, stats, x, batch, moments=moments)
+    x, stats = normalise(
+        params.get("normalisation", {}),
+        stats,
+        x + params["conv"]["bias"],
+        mode=normalisation,
+        moments=moments,
+        mask=mask,
     )
-    settings = {"batch_norm": batch_norm, "train": train}
-    x, stats1 = normalise(params["block1"], stats["block1"], x, moments, **settings)
-    x, stats2 = conv_block(
-        params["block2"], stats["block2"], x, stride=1, pool=True, padding=padding, **settings
-    )
-    x = jax.nn.relu(linear(params["hidden"], x.reshape(m * ways, -1)))
-    return linear(params["output"], x).reshape(m, ways), {"block1": stats1, "block2": stats2}
+    return max_pool(jax.nn.relu(x)), stats
+
+
+def _pair_mask(
+    queries: int, ways: int, mask: Array | None, class_mask: Array | None
+) -> Array | None:
+    """The mask of all pairs, [queries * ways], a query's in a row; None where all are real."""
+    if mask is None and class_mask is None:
+        return None
+    of_query = jnp.ones(queries, bool) if mask is None else mask
+    of_class = jnp.ones(ways, bool) if class_mask is None else class_mask
+    return (of_query[:, None] & of_class).reshape(-1)
+
+
+def _present(stats: dict[str, PyTree]) -> PyTree:
+    """The blocks that keep moments."""
+    return {name: kept for name, kept in stats.items() if kept}
 
 
 def _pooled(side: int, padding: str) -> int:
@@ -163,16 +246,15 @@ def _pooled(side: int, padding: str) -> int:
     return (side - 2 if padding == "VALID" else side) // 2
 
 
-def _init_block(key: jax.Array, inputs: int, features: int) -> tuple[PyTree, PyTree]:
+def _init_block(
+    key: Array, inputs: int, features: int, normalisation: Normalisation
+) -> tuple[PyTree, PyTree]:
     """A block whose kernel is normal with variance 2 / (9 * features), as the authors have it."""
-    params, stats = init_conv_block(key, inputs, features)
-    kernel = params["conv"]["kernel"]
-    normal = jax.random.normal(key, kernel.shape, kernel.dtype)
-    params["conv"]["kernel"] = jnp.sqrt(2 / (9 * features)).astype(kernel.dtype) * normal
-    return params, stats
+    normal = jax.nn.initializers.normal(math.sqrt(2 / (9 * features)))
+    return init_conv_block(key, inputs, features, normalisation, kernel_init=normal)
 
 
-def _init_dense(key: jax.Array, inputs: int, outputs: int) -> PyTree:
+def _init_dense(key: Array, inputs: int, outputs: int) -> PyTree:
     """Normal with standard deviation 0.01, and biases of one."""
     kernel = 0.01 * jax.random.normal(key, (inputs, outputs))
     return {"kernel": kernel, "bias": jnp.ones(outputs, kernel.dtype)}

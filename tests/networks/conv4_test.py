@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from meta_jax.networks import convolution
-from meta_jax.networks.conv4 import conv4, strided_conv4
-from meta_jax.networks.layers import Deferred, conv_block, init_conv_block
-
-MODES = ("batch", "running", "support")
+from meta_jax import registry
+from meta_jax.networks import fused_block
+from meta_jax.networks.conv4 import conv4, flat_strided_conv4, strided_conv4
+from meta_jax.networks.fused_block import Deferred, deferred_conv_block, fused_conv_block
+from meta_jax.networks.layers import conv_block, init_conv_block
+from meta_jax.networks.normalisation import MODES, init_normalisation, normalise
 
 
 def size(tree):
@@ -19,9 +20,9 @@ def size(tree):
 
 def block(seed=0, side=7):
     keys = jax.random.split(jax.random.key(seed), 6)
-    params, _ = init_conv_block(keys[0], 2, 4)
+    params, _ = init_conv_block(keys[0], 2, 4, "batch")
     params["conv"]["bias"] = jax.random.normal(keys[1], (4,))
-    params["batch_norm"] = {
+    params["normalisation"] = {
         "scale": jnp.array([1.5, -0.7, 0.4, -2.0]),
         "offset": jax.random.normal(keys[2], (4,)),
     }
@@ -43,7 +44,7 @@ def plain_block(params, stats, x, *, stride, pool, batch_statistics):
     if batch_statistics:
         mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
     y = (y - mean) / jnp.sqrt(var + 1e-5)
-    y = jnp.maximum(y * params["batch_norm"]["scale"] + params["batch_norm"]["offset"], 0)
+    y = jnp.maximum(y * params["normalisation"]["scale"] + params["normalisation"]["offset"], 0)
     if pool:
         rows, cols = (s // 2 * 2 for s in y.shape[1:3])
         corners = [y[:, i:rows:2, j:cols:2] for i in (0, 1) for j in (0, 1)]
@@ -75,40 +76,40 @@ def assert_equal_with_two_derivatives(ours, plain, params, x):
 
 
 @pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
-@pytest.mark.parametrize("train", [True, False])
-def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, train):
+@pytest.mark.parametrize("moments", ["batch", "stored"])
+def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, moments):
     params, stats, x = block()
 
     def ours(params, x):
-        return conv_block(
-            params, stats, x, stride=stride, pool=pool, batch_norm="running", train=train
-        )[0]
+        settings = {"normalisation": "running", "moments": moments}
+        return conv_block(params, stats, x, stride=stride, pool=pool, **settings)[0]
 
     def plain(params, x):
-        return plain_block(params, stats, x, stride=stride, pool=pool, batch_statistics=train)
+        settings = {"stride": stride, "pool": pool, "batch_statistics": moments == "batch"}
+        return plain_block(params, stats, x, **settings)
 
     assert_equal_with_two_derivatives(ours, plain, params, x)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator defers nothing")
 @pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
-@pytest.mark.parametrize("train", [True, False])
-def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, stride, pool, train):
-    monkeypatch.setattr(convolution, "_PREPARED_BYTES", 1024)  # 2 of 5 images: one of filling
+@pytest.mark.parametrize("moments", ["batch", "stored"])
+def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, stride, pool, moments):
+    monkeypatch.setattr(fused_block, "on_cpu", lambda: True)  # an accelerator defers nothing
+    monkeypatch.setattr(fused_block, "_PREPARED_BYTES", 1024)  # 2 of 5 images: one of filling
     params, stats, x = block()
     params, stats = {"first": params}, {"first": stats}
-    params["second"], stats["second"] = init_conv_block(jax.random.key(1), 4, 3)
+    params["second"], stats["second"] = init_conv_block(jax.random.key(1), 4, 3, "batch")
 
     def ours(params, x):
-        settings = {"stride": stride, "pool": pool, "batch_norm": "running", "train": train}
-        y, _ = conv_block(params["first"], stats["first"], x, defer=True, **settings)
+        settings = {"stride": stride, "pool": pool, "moments": moments}
+        y, _ = deferred_conv_block(params["first"], stats["first"], x, **settings)
         assert isinstance(y, Deferred)
         assert y.chunks == 3
-        return conv_block(params["second"], stats["second"], y, **settings)[0]
+        return fused_conv_block(params["second"], stats["second"], y, **settings)[0]
 
     def plain(params, x):
         for name in ("first", "second"):
-            settings = {"stride": stride, "pool": pool, "batch_statistics": train}
+            settings = {"stride": stride, "pool": pool, "batch_statistics": moments == "batch"}
             x = plain_block(params[name], stats[name], x, **settings)
         return x
 
@@ -128,38 +129,71 @@ def assert_trees_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), actual, expected)
 
 
-def apply_block(mode, train, stats=None):
+def apply_block(moments, stats=None):
     params, kept, x = block()
     kept = kept if stats is None else stats
-    y, new = conv_block(params, kept, x, stride=1, pool=True, batch_norm=mode, train=train)
+    y, new = conv_block(
+        params, kept, x, stride=1, pool=True, normalisation="running", moments=moments
+    )
     return y, new, kept, statistics(x, params)
 
 
 def test_running_statistics_move_by_a_tenth(x64):
-    _, new, kept, batch = apply_block("running", True)
+    _, new, kept, batch = apply_block("update")
     assert_trees_close(new, jax.tree.map(lambda k, b: 0.9 * k + 0.1 * b, kept, batch))
-    _, new, kept, _ = apply_block("running", False)
+    _, new, kept, _ = apply_block("stored")
     assert_trees_close(new, kept)
 
 
 def test_support_statistics_are_taken_whole_and_then_kept(x64):
-    trained, new, _, batch = apply_block("support", True)
+    trained, new, _, batch = apply_block("replace")
     assert_trees_close(new, batch)
-    again, unchanged, _, _ = apply_block("support", False, stats=new)
+    again, unchanged, _, _ = apply_block("stored", stats=new)
     assert_trees_close(unchanged, new)
     np.testing.assert_allclose(again, trained, atol=1e-12)
-    assert abs(apply_block("support", False)[0] - trained).max() > 0.1
+    assert abs(apply_block("stored")[0] - trained).max() > 0.1
 
 
-def test_batch_mode_ignores_the_state(x64):
-    outputs = [
-        apply_block("batch", train, stats)[0]
-        for train in (True, False)
-        for stats in (None, {"mean": jnp.full(4, jnp.nan), "var": jnp.full(4, jnp.nan)})
-    ]
-    for y in outputs:
-        np.testing.assert_array_equal(y, outputs[0])
-    np.testing.assert_allclose(outputs[0], apply_block("running", True)[0], atol=1e-12)
+def test_the_batch_s_moments_ignore_the_state_and_leave_it(x64):
+    y, new, kept, _ = apply_block("batch")
+    assert_trees_close(new, kept)
+    nan = {"mean": jnp.full(4, jnp.nan), "var": jnp.full(4, jnp.nan)}
+    np.testing.assert_array_equal(y, apply_block("batch", nan)[0])
+    np.testing.assert_allclose(y, apply_block("update")[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("moments", ["stored", "batch", "update", "replace"])
+def test_a_mask_that_hides_nothing_changes_nothing(x64, moments):
+    """The form for speed and the one of plain layers agree, negative scales included."""
+    params, stats, x = block()
+    settings = {"stride": 1, "pool": True, "normalisation": "running", "moments": moments}
+    fast = conv_block(params, stats, x, **settings)
+    plain = conv_block(params, stats, x, mask=jnp.ones(5, bool), **settings)
+    assert_trees_close(plain, fast)
+
+
+@pytest.mark.parametrize("mode", ["none", "layer", "instance", "tasknorm"])
+def test_the_other_modes_are_plain_layers(x64, mode):
+    params, _, x = block()
+    params["normalisation"], stats = init_normalisation(4, mode)
+    if mode == "none":
+        del params["normalisation"]
+    moments = "replace" if mode == "tasknorm" else "stored"
+    settings = {"normalisation": mode, "moments": moments}
+    y, new = conv_block(params, stats, x, stride=1, pool=True, **settings)
+    z = lax.conv_general_dilated(
+        x, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    z, expected_stats = normalise(
+        params.get("normalisation", {}),
+        stats,
+        z + params["conv"]["bias"],
+        mode=mode,
+        moments=moments,
+    )
+    z = lax.reduce_window(z, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    np.testing.assert_allclose(y, jnp.maximum(z, 0), atol=1e-12)
+    assert_trees_close(new, expected_stats)
 
 
 @pytest.mark.parametrize(("channels", "parameters"), [(1, 111_936), (3, 113_088)])
@@ -182,7 +216,7 @@ def test_embedding_size(network, side, features):
 
     def embed(key, x):
         params, state = network.init(key, x)
-        return network.apply(params, state, x, key=None, train=True)
+        return network.apply(params, state, x, key=None, train=True, moments="batch")
 
     z, _ = jax.eval_shape(embed, jax.random.key(0), x)
     assert z.shape == (2, features)
@@ -191,19 +225,23 @@ def test_embedding_size(network, side, features):
 def test_the_flattened_form_of_the_strided_network():
     """With a head for five ways it has the 113,221 parameters of Nichol et al. (2018)."""
     x = jnp.zeros((2, 28, 28, 1))
-    network = strided_conv4(mean=False)
+    network = flat_strided_conv4()
     params, state = jax.eval_shape(network.init, jax.random.key(0), x)
-    z, _ = jax.eval_shape(lambda p, s: network.apply(p, s, x, key=None, train=True), params, state)
+    z, _ = jax.eval_shape(
+        lambda p, s: network.apply(p, s, x, key=None, train=True, moments="batch"), params, state
+    )
     assert z.shape == (2, 256)
     assert size(params) + 256 * 5 + 5 == 113_221
 
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_four_plain_blocks_make_the_network(x64, pool):
-    network = (conv4 if pool else strided_conv4)(3, batch_norm="batch")
+    network = (conv4 if pool else strided_conv4)(3, normalisation="batch")
     x = jax.random.normal(jax.random.key(1), (4, 33 if pool else 13, 32 if pool else 16, 1))
     params, state = network.init(jax.random.key(0), x)
-    z, new_state = jax.jit(lambda x: network.apply(params, state, x, key=None, train=False))(x)
+    z, new_state = jax.jit(
+        lambda x: network.apply(params, state, x, key=None, train=False, moments="batch")
+    )(x)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for name in ("block1", "block2", "block3", "block4"):
         x = plain_block(
@@ -224,26 +262,91 @@ def test_an_image_too_small_to_pool_four_times_is_refused():
     strided_conv4(2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
 
 
-@pytest.mark.parametrize("network", [conv4, strided_conv4])
-def test_an_unknown_batch_norm_is_refused(network):
+@pytest.mark.parametrize("network", [conv4, strided_conv4, flat_strided_conv4])
+def test_unknown_modes_and_empty_layers_are_refused(network):
     with pytest.raises(
-        ValueError, match="unknown batch norm 'layer': choose one of batch, running"
+        ValueError, match="unknown normalisation 'group': choose one of none, batch, running"
     ):
-        network(batch_norm="layer")
+        network(normalisation="group")
+    with pytest.raises(ValueError, match="conv4 needs features of at least 1, not 0"):
+        network(0)
+
+
+def test_each_form_says_what_it_is():
+    assert strided_conv4(3).config == {
+        "name": "strided_conv4",
+        "features": 3,
+        "normalisation": "batch",
+        "mean": True,
+        "mesh": None,
+    }
+    assert flat_strided_conv4().config["name"] == "flat_strided_conv4"
+    settings = registry.settings(registry.find("network", "conv4"))
+    assert set(settings) == {"features", "normalisation"}
+    assert settings["normalisation"].choices == MODES
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_support_and_queries_are_asked_in_the_mode_s_own_way(mode):
-    network = strided_conv4(2, batch_norm=mode)
-    calls = []
+def test_padding_changes_nothing_in_any_mode(x64, mode):
+    network = strided_conv4(2, normalisation=mode)
+    x = jax.random.normal(jax.random.key(1), (4, 16, 16, 1))
+    params, state = jax.jit(network.init)(jax.random.key(0), x)
+    assert set(state) == (set() if mode in ("none", "layer", "instance") else set(params))
+    padded = jnp.concatenate([x, jnp.full((2, 16, 16, 1), 1e6)])
+    mask = jnp.arange(6) < 4
+    moments = "replace" if mode == "tasknorm" else "update"
+    settings = {"key": None, "train": True, "moments": moments}
+    apply = jax.jit(lambda x, mask: network.apply(params, state, x, mask=mask, **settings))
+    z, new = apply(x, None)
+    z_padded, new_padded = apply(padded, mask)
+    np.testing.assert_allclose(z_padded[:4], z, rtol=1e-9, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), new_padded, new)
 
-    def apply(params, state, x, *, key, train):
-        calls.append(train)
-        return x, state
 
-    network = network._replace(apply=apply)
-    for train in (True, False):
-        network.apply_to_support({}, {}, 0, key=None, train=train)
-        network.apply_to_queries({}, {}, 0, key=None, train=train)
-    expected = [True, False, True, False] if mode == "support" else [True, True, False, False]
-    assert calls == expected
+@pytest.mark.parametrize("mode", ["batch", "tasknorm"])
+def test_no_leaks_and_no_key_used_twice(mode):
+    network = conv4(2, normalisation=mode)
+    x = jnp.ones((3, 16, 16, 1))
+    with jax.checking_leaks(), jax.debug_key_reuse(True):
+        params, state = jax.jit(network.init)(jax.random.key(0), x)
+
+        @jax.jit
+        @jax.grad
+        def gradient(params):
+            settings = {"key": None, "train": True, "moments": "replace"}
+            return (network.apply(params, state, x, **settings)[0] ** 2).sum()
+
+        assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient(params)))
+
+
+@pytest.mark.parametrize("mode", ["batch", "tasknorm"])
+def test_bfloat16_in_and_out(mode):
+    network = conv4(2, normalisation=mode)
+    x = jax.random.uniform(jax.random.key(1), (3, 16, 16, 1))
+    params, state = jax.jit(network.init)(jax.random.key(0), x)
+    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, state, x))
+    settings = {"key": None, "train": True, "moments": "replace"}
+    apply = jax.jit(lambda p, s, x, mask: network.apply(p, s, x, mask=mask, **settings))
+    for mask in (None, jnp.array([True, True, False])):
+        for leaf in jax.tree.leaves(apply(*cast, mask)):
+            assert leaf.dtype == jnp.bfloat16
+            assert np.isfinite(np.asarray(leaf, np.float32)).all()
+
+
+@pytest.mark.parametrize("moments", ["stored", "batch"])
+@pytest.mark.parametrize("network", [conv4, strided_conv4])
+def test_an_export_takes_any_number_of_images(network, moments):
+    network = network(2)
+    x = jax.random.normal(jax.random.key(1), (3, 16, 16, 1))
+    params, state = jax.jit(network.init)(jax.random.key(0), x)
+
+    def embed(params, x):
+        return network.apply(params, state, x, key=None, train=False, moments=moments)[0]
+
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, 16, 16, 1), x.dtype)
+    exported = jax.export.export(jax.jit(embed))(params, shape)
+    expected = jax.jit(embed)(params, x)
+    np.testing.assert_allclose(exported.call(params, x), expected, rtol=1e-4, atol=1e-5)
+    if moments == "stored":
+        np.testing.assert_allclose(exported.call(params, x[:1]), expected[:1], rtol=1e-4, atol=1e-5)

@@ -5,17 +5,26 @@ import pytest
 from jax import lax
 
 from meta_jax.networks import convolution
-from meta_jax.networks.convolution import convolve, convolve_pool_moments, max_pool, patches
+from meta_jax.networks.backend import on_cpu, use_backend
+from meta_jax.networks.convolution import (
+    chunks_within,
+    convolve,
+    max_pool,
+    patches,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 CASES = [(stride, size) for stride in (1, 2) for size in ((6, 6), (7, 5))]
 
 
-@pytest.fixture(params=["bilinear maps", "patches"])
+@pytest.fixture(params=["bilinear maps", "bilinear maps of an accelerator", "patches"])
 def form(monkeypatch, request):
-    """Both ways of computing a convolution, whatever the number of channels."""
-    monkeypatch.setattr(convolution, "_SMALL_PATCH", 0 if request.param == "bilinear maps" else 999)
+    """Each way of computing a convolution, whatever the number of channels and the device."""
+    small = 999 if request.param == "patches" else 0
+    monkeypatch.setattr(convolution, "_SMALL_PATCH", small)
+    with use_backend("gpu" if "accelerator" in request.param else "cpu"):
+        yield
 
 
 def reference(x, kernel, stride, padding="SAME"):
@@ -88,6 +97,7 @@ def test_convolve_with_one_kernel_for_all_tasks():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_kernel_gradients_of_many_images(monkeypatch, stride):
     monkeypatch.setattr(convolution, "_SMALL_PATCH", 0)
+    monkeypatch.setattr(convolution, "_PATCHES_BYTES", 20_000)
     arguments = inputs((4, 4), n=70)  # more than go through at a time
     assert_close(derivatives(ours, stride)(*arguments), derivatives(reference, stride)(*arguments))
 
@@ -116,18 +126,42 @@ def test_convolve_without_padding_and_two_derivatives_equal_lax(stride, window):
     assert_close(derivatives(unpadded, stride)(x, kernel), derivatives(plain, stride)(x, kernel))
 
 
-def test_pooling_and_moments_without_padding(monkeypatch):
-    x, kernel = inputs(n=7)
-    sign = jnp.array([1.0, -1.0, 1.0, 1.0])
-    y = reference(x, kernel, 1, "VALID")
-    for chunks in (1, 3):
-        monkeypatch.setattr(convolution, "_chunks", lambda *_, chunks=chunks: chunks)
-        pooled, moments = convolve_pool_moments(
-            x, kernel, sign, stride=1, pool=True, padding="VALID"
-        )
-        np.testing.assert_allclose(pooled, sign * max_pool(sign * y), atol=1e-12)
-        np.testing.assert_allclose(moments.mean, y.mean((0, 1, 2)), atol=1e-12)
-        np.testing.assert_allclose(moments.var, y.var((0, 1, 2)), atol=1e-11)
+def test_a_backend_is_chosen_for_a_while():
+    with use_backend("tpu"):
+        assert not on_cpu()
+        with use_backend("cpu"):
+            assert on_cpu()
+        assert not on_cpu()
+    assert on_cpu() == (jax.default_backend() == "cpu")
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_the_backends_are_computed_in_different_ways(monkeypatch, tasks):
+    monkeypatch.setattr(convolution, "_SMALL_PATCH", 0)
+    x, kernel = (jnp.stack([a, a]) for a in inputs()) if tasks else inputs()
+
+    def program(backend):
+        def gradient(x, kernel):
+            return jax.grad(lambda kernel: convolve(x, kernel).sum())(kernel)
+
+        with use_backend(backend):
+            return str(jax.make_jaxpr(jax.vmap(gradient) if tasks else gradient)(x, kernel))
+
+    assert program("cpu") != program("gpu")
+
+
+def test_channels_that_do_not_fit_are_refused():
+    x, kernel = inputs()
+    with pytest.raises(ValueError, match="images of 1 channels do not fit a kernel for 2"):
+        convolve(x[..., :1], kernel)
+    with pytest.raises(AssertionError):
+        convolve(x[0], kernel)
+
+
+def test_a_symbolic_number_of_images_goes_through_whole():
+    (n,) = jax.export.symbolic_shape("n")
+    assert chunks_within(n, 100, 1) == 1
+    assert chunks_within(7, 100, 1) == 7
 
 
 def test_patches_without_padding():
@@ -163,52 +197,7 @@ def test_max_pool_sends_one_gradient_to_each_window_of_ties():
     assert ((windows == windows.max((2, 4), keepdims=True)).sum((2, 4)) > 1).mean() > 0.5
 
 
-def moments_and_gradients(x, kernel, sign, stride, pool):
-    def f(x, kernel):
-        return convolve_pool_moments(x, kernel, sign, stride=stride, pool=pool)
-
-    def scalar(x, kernel):
-        y, moments = f(x, kernel)
-        weight = jnp.cos(jnp.arange(y.size)).reshape(y.shape)
-        return (weight * y).sum() + jnp.sin(moments.mean).sum() + (moments.var**2).sum()
-
-    def of_gradient(x, kernel):
-        return sum((g**3).sum() for g in jax.grad(scalar, (0, 1))(x, kernel))
-
-    return jax.jit(
-        lambda *a: (f(*a), jax.grad(scalar, (0, 1))(*a), jax.grad(of_gradient, (0, 1))(*a))
-    )(x, kernel)
-
-
-@pytest.mark.parametrize("n", [6, 7])  # 7 images in 3 chunks need two of filling
-@pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
-def test_chunks_of_images_equal_one_chunk(monkeypatch, n, stride, pool):
-    x, kernel = inputs(n=n)
-    x = x + 3.0  # filling of zeros would shift these moments
-    sign = jnp.array([1.0, -1.0, 1.0, -1.0])
-    arguments = x, kernel, sign, stride, pool
-    whole = moments_and_gradients(*arguments)
-    monkeypatch.setattr(convolution, "_chunks", lambda *_: 3)
-    assert_close(moments_and_gradients(*arguments), whole, atol=1e-7)
-    y = reference(x, kernel, stride)
-    np.testing.assert_allclose(whole[0][1].mean, y.mean((0, 1, 2)), atol=1e-12)
-    np.testing.assert_allclose(whole[0][1].var, y.var((0, 1, 2)), atol=1e-11)
-
-
-def test_moments_do_not_cancel_in_single_precision():
-    with jax.enable_x64(False):
-        x = 1000 + jax.random.normal(jax.random.key(0), (8, 6, 6, 1))
-        kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
-        _, moments = convolve_pool_moments(x, kernel, jnp.ones(1), stride=1, pool=False)
-    np.testing.assert_allclose(moments.var, np.asarray(x, np.float64).var((0, 1, 2)), rtol=1e-4)
-
-
-@pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="an accelerator takes all images at once"
-)
-def test_chunks_are_as_many_as_the_cache_asks_for(monkeypatch):
-    x, kernel = inputs(n=7)
-    output_bytes = 7 * 6 * 6 * 4 * 8
-    for wanted in (1, 3, 7):
-        monkeypatch.setattr(convolution, "_CHUNK_BYTES", -(-output_bytes // wanted))
-        assert convolution._chunks(x, kernel, 1) == wanted
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_max_pool_hides_no_nan(place):
+    x = jnp.ones((1, 2, 2, 1)).at[0, *place, 0].set(jnp.nan)
+    assert jnp.isnan(max_pool(x)).all()

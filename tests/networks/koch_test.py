@@ -81,3 +81,13 @@ def test_one_training_step_of_the_whole_network():
 def test_an_image_that_leaves_no_place_is_refused():
     with pytest.raises(ValueError, match="64x105 pixels are too small for koch: use at least 65"):
         koch().init(jax.random.key(0), jnp.zeros((1, 64, 105, 1)))
+
+
+def test_no_units_are_refused():
+    with pytest.raises(ValueError, match="koch needs outputs of at least 1, not 0"):
+        koch(0)
+
+
+def test_no_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        jax.jit(koch(2).init)(jax.random.key(0), jnp.zeros((1, 65, 65, 1)))

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_jax import registry
 from meta_jax.networks.mlp import mlp
 
 
@@ -34,13 +35,23 @@ def test_inputs_are_flattened_and_the_sinusoid_network_has_its_size():
 
 def test_the_nonlinearity_may_be_another():
     x, key = jnp.array([[1.0, -2.0]]), jax.random.key(0)
-    for activation in (jax.nn.sigmoid, jnp.tanh):
-        network = mlp((2,), activation=activation)
+    for name, activation in ((jax.nn.sigmoid, jax.nn.sigmoid), ("tanh", jnp.tanh)):
+        network = mlp((2,), activation=name)
         params, _ = network.init(key, x)
         z, _ = network.apply(params, {}, x, key=None, train=True)
         np.testing.assert_allclose(z, activation(x @ params["layer1"]["kernel"]), rtol=1e-6)
 
 
-def test_no_layer_is_refused():
+def test_no_layer_no_unit_and_no_activation_are_refused():
     with pytest.raises(ValueError, match="at least one layer"):
         mlp(())
+    with pytest.raises(ValueError, match=r"at least one unit, not widths \(40, 0\)"):
+        mlp((40, 0))
+    with pytest.raises(ValueError, match="unknown activation 'selu': choose one of relu, tanh"):
+        mlp(activation="selu")
+
+
+def test_it_is_built_again_from_its_record():
+    config = mlp((3, 2), activation="tanh").config
+    assert config == {"name": "mlp", "widths": [3, 2], "activation": "tanh"}
+    assert registry.build("network", config).config == config

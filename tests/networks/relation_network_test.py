@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from jax import lax
 
 from meta_jax.networks.layers import conv_block, linear
+from meta_jax.networks.normalisation import MODES
 from meta_jax.networks.relation_network import (
     init_relation_module,
     relation_encoder,
@@ -26,7 +29,7 @@ def test_parameters(side, channels, padding, of_encoder, of_module, places):
 
     def shapes(key, x):
         params, state = network.init(key, x)
-        z, _ = network.apply(params, state, x, key=None, train=True)
+        z, _ = network.apply(params, state, x, key=None, train=False)
         return params, z, init_relation_module(key, z, padding=padding)[0]
 
     encoder, z, module = jax.eval_shape(shapes, jax.random.key(0), x)
@@ -51,7 +54,9 @@ def test_the_encoder_of_plain_blocks(x64):
     network = relation_encoder(3)
     x = jax.random.normal(jax.random.key(1), (3, 14, 13, 1))
     params, state = network.init(jax.random.key(0), x)
-    z, _ = jax.jit(lambda x: network.apply(params, state, x, key=None, train=True))(x)
+    z, _ = jax.jit(
+        lambda x: network.apply(params, state, x, key=None, train=True, moments="batch")
+    )(x)
     for i, (padding, pool) in enumerate([("VALID", True)] * 2 + [("SAME", False)] * 2):
         block = params[f"block{i + 1}"]
         x = lax.conv_general_dilated(
@@ -68,7 +73,7 @@ def test_the_encoder_of_plain_blocks(x64):
     np.testing.assert_allclose(z, x, atol=1e-10)
 
 
-def module(padding="SAME"):
+def maps_and_module(padding="SAME"):
     """Parameters and statistics away from their first values, three class maps, two queries."""
     side = 5 if padding == "SAME" else 10
     keys = jax.random.split(jax.random.key(0), 4)
@@ -81,16 +86,18 @@ def module(padding="SAME"):
         a + 0.3 * abs(jax.random.normal(k, a.shape)) for a, k in zip(leaves, keys, strict=True)
     ]
     params, stats = treedef.unflatten(leaves)
-    params["block1"]["batch_norm"]["scale"] *= jnp.array([1, -1, 1, 1])
+    params["block1"]["normalisation"]["scale"] *= jnp.array([1, -1, 1, 1])
     return params, stats, classes, queries
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("train", [True, False])
-def test_the_module_looks_at_concatenated_maps(x64, padding, train):
-    params, stats, classes, queries = module(padding)
-    scores, new_stats = relation_module(
-        params, stats, classes, queries, batch_norm="running", train=train, padding=padding
+@pytest.mark.parametrize("moments", ["update", "stored"])
+@pytest.mark.parametrize("mask", [None, jnp.ones(2, bool)])
+def test_the_module_looks_at_concatenated_maps(x64, padding, moments, mask):
+    params, stats, classes, queries = maps_and_module(padding)
+    settings = {"normalisation": "running", "moments": moments, "padding": padding}
+    scores, new_stats = jax.jit(partial(relation_module, mask=mask, **settings))(
+        params, stats, classes, queries
     )
     # One row for each pair: the class's channels first, then the query's.
     x = jnp.stack([jnp.concatenate([c, q], -1) for q in queries for c in classes])
@@ -102,9 +109,7 @@ def test_the_module_looks_at_concatenated_maps(x64, padding, train):
             x,
             stride=1,
             pool=True,
-            batch_norm="running",
-            train=train,
-            padding=padding,
+            **settings,
         )
     x = jax.nn.relu(linear(params["hidden"], x.reshape(6, -1)))
     expected = linear(params["output"], x).reshape(2, 3)
@@ -122,5 +127,61 @@ def test_inputs_that_are_no_feature_maps_or_too_small_are_refused():
         init_relation_module(jax.random.key(0), jnp.zeros((1, 5, 5, 2)), padding="VALID")
     with pytest.raises(ValueError, match="9x28 pixels are too small"):
         relation_encoder().init(jax.random.key(0), jnp.zeros((1, 9, 28, 1)))
-    with pytest.raises(ValueError, match="unknown batch norm 'layer'"):
-        relation_encoder(batch_norm="layer")
+    with pytest.raises(ValueError, match="unknown normalisation 'group'"):
+        relation_encoder(normalisation="group")
+    with pytest.raises(ValueError, match="relation_encoder needs features of at least 1, not 0"):
+        relation_encoder(0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pairs_of_padding_enter_no_moment(x64, mode):
+    _, _, classes, queries = maps_and_module()
+    params, stats = init_relation_module(jax.random.key(5), classes, features=4, normalisation=mode)
+    settings = {"normalisation": mode, "moments": "replace"}
+    module = jax.jit(partial(relation_module, **settings))
+    expected = module(params, stats, classes, queries)
+    rubbish = jnp.full((1, *classes.shape[1:]), 1e3)
+    scores, new_stats = module(
+        params,
+        stats,
+        jnp.concatenate([rubbish, classes]),
+        jnp.concatenate([queries, rubbish]),
+        mask=jnp.array([True, True, False]),
+        class_mask=jnp.array([False, True, True, True]),
+    )
+    np.testing.assert_allclose(scores[:2, 1:], expected[0], rtol=1e-10)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14), new_stats, expected[1]
+    )
+    assert abs(expected[0] - expected[0][0, 0]).max() > 1e-9
+
+
+def test_an_export_takes_any_number_of_images_and_queries():
+    network = relation_encoder(2, normalisation="running")
+    x = jax.random.normal(jax.random.key(1), (3, 26, 26, 1))
+    settings = {"normalisation": "running", "moments": "stored"}
+
+    @jax.jit
+    def init(key, x):
+        params, state = network.init(key, x)
+        maps, _ = network.apply(params, state, x, key=None, train=False)
+        return params, state, *init_relation_module(jax.random.key(2), maps, features=2)
+
+    def scores(tree, x):
+        params, state, module_params, stats = tree
+        maps, _ = network.apply(params, state, x, key=None, train=False)
+        return relation_module(module_params, stats, maps[:1], maps, **settings)[0]
+
+    tree = init(jax.random.key(0), x)
+    (n,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((n, 26, 26, 1), x.dtype)
+    exported = jax.export.export(jax.jit(scores))(tree, shape)
+    expected = jax.jit(scores)(tree, x)
+    np.testing.assert_allclose(exported.call(tree, x), expected, atol=1e-6)
+    np.testing.assert_allclose(exported.call(tree, x[:1]), expected[:1], atol=1e-6)
+
+
+def test_no_key_is_used_twice():
+    with jax.debug_key_reuse(True):
+        relation_encoder(2).init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
+        init_relation_module(jax.random.key(0), jnp.zeros((1, 5, 5, 2)), features=2)

@@ -1,0 +1,338 @@
+"""A block of conv4 in one piece: convolution, batch norm, ReLU and pooling, for speed alone.
+
+Only the blocks of this package's own networks use it, and only where moments are those of a batch
+without padding; elsewhere a block is made of plain layers (see `meta_jax.networks.layers`). Three
+facts shape this file:
+
+- With one to four input channels, batch-norm moments follow from the mean and covariance of the
+  patches, nine numbers wide, without a look at the output.
+- Those moments are known before the output is. A first block can thus be worked out, normalised,
+  for a few images at a time, just before the second convolution needs them, and again in the
+  backward pass: its large, cheap output never leaves a core's cache.
+- Max-pooling commutes with batch norm and ReLU up to the sign of the scale, so a chunk of images
+  leaves the cache already pooled, a quarter of the data, with the moments that batch norm needs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from meta_jax.core import Array, MomentsUse, PyTree
+from meta_jax.networks.backend import on_cpu
+from meta_jax.networks.convolution import (
+    chunks_within,
+    convolve,
+    in_chunks,
+    is_known,
+    max_pool,
+    patches,
+    patches_times,
+    small_patches,
+)
+from meta_jax.networks.normalisation import EPSILON, Moments, used_moments
+
+_PREPARED_BYTES = 1 << 18  # inputs of one chunk; they stay in a core's own cache
+_CHUNK_BYTES = 4 << 20  # convolution output of one chunk; about a core's share of the cache
+
+
+class Deferred(NamedTuple):
+    """A block's output that the next block works out for some images at a time."""
+
+    images: Array  # the block's input, [n, ...]
+    apply: Callable[[Array], Array]  # some of the images -> their features
+    chunks: int  # in how many parts they fit the cache
+
+
+def fused_conv_block(
+    params: PyTree,
+    stats: PyTree,
+    x: Array | Deferred,
+    *,
+    stride: int,
+    pool: bool,
+    moments: MomentsUse,
+    padding: str = "SAME",
+    axis: str | None = None,
+) -> tuple[Array, PyTree]:
+    """Convolution -> batch norm -> ReLU -> optional 2x2 max-pooling, as `layers.conv_block`.
+
+    Args:
+      params, stats: of a block of a mode in `BATCH_MODES`.
+      x: images [n, height, width, inputs], or what another block deferred.
+      stride: step of the convolution, in pixels.
+      pool: whether to max-pool at the end.
+      moments: which moments normalise.
+      padding: 'SAME' or 'VALID'.
+      axis: name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+
+    Returns:
+      The features [n, out_height, out_width, features] and the new statistics.
+    """
+    kernel, sign = params["conv"]["kernel"], scale_sign(params)
+    if isinstance(x, Deferred):
+        y = convolve_prepared(
+            x.apply, x.images, kernel, chunks=x.chunks, stride=stride, padding=padding
+        )
+        y, batch = pool_moments(y, sign, pool=pool)
+    else:
+        y, batch = convolve_pool_moments(x, kernel, sign, pool=pool, stride=stride, padding=padding)
+    return finish_block(params, stats, y, _over_devices(batch, axis), moments=moments)
+
+
+def deferred_conv_block(
+    params: PyTree,
+    stats: PyTree,
+    x: Array,
+    *,
+    stride: int,
+    pool: bool,
+    moments: MomentsUse,
+    padding: str = "SAME",
+    axis: str | None = None,
+) -> tuple[Array | Deferred, PyTree]:
+    """`fused_conv_block`, its features left to the next block where that is faster.
+
+    Args:
+      params, stats, x, stride, pool, moments, padding, axis: as in `fused_conv_block`.
+
+    Returns:
+      The features, or what the next block makes them from, and the new statistics.
+    """
+    kernel, sign = params["conv"]["kernel"], scale_sign(params)
+    chunks = prepared_chunks(x, kernel, stride=stride, pool=pool)
+    if chunks == 1:
+        return fused_conv_block(
+            params,
+            stats,
+            x,
+            stride=stride,
+            pool=pool,
+            moments=moments,
+            padding=padding,
+            axis=axis,
+        )
+    batch = _over_devices(first_moments(x, kernel, stride=stride, padding=padding), axis)
+    used, stats = _used(params, stats, batch, moments)
+
+    def features(x: Array) -> Array:
+        y = convolve(x, kernel, stride=stride, padding=padding)
+        return _normalised(params, signed_pool(y, sign, pool), used)
+
+    return Deferred(x, features, chunks), stats
+
+
+def scale_sign(params: PyTree) -> Array:
+    """The sign of a block's scale, [features]: pooling before it must know."""
+    # Pooling first is exact where the scale is >= 0, and with the sign turned elsewhere.
+    scale = params["normalisation"]["scale"]
+    return jnp.where(scale < 0, -1, 1).astype(scale.dtype)
+
+
+def finish_block(
+    params: PyTree, stats: PyTree, y: Array, batch: Moments, *, moments: MomentsUse
+) -> tuple[Array, PyTree]:
+    """The end of a block: bias, batch norm and ReLU.
+
+    Args:
+      params, stats: the block's.
+      y: the convolution's output, pooled or not, [n, height, width, features].
+      batch: moments of the output before pooling and bias.
+      moments: which moments normalise.
+
+    Returns:
+      The features, of y's shape, and the new statistics.
+    """
+    used, stats = _used(params, stats, batch, moments)
+    return _normalised(params, y, used), stats
+
+
+def _over_devices(moments: Moments, axis: str | None) -> Moments:
+    """Moments over the images of all devices."""
+    if axis is None:
+        return moments
+    mean = lax.pmean(moments.mean, axis)
+    return Moments(mean, lax.pmean(moments.var + (moments.mean - mean) ** 2, axis))
+
+
+def _used(
+    params: PyTree, stats: PyTree, batch: Moments, moments: MomentsUse
+) -> tuple[Moments, PyTree]:
+    """What to normalise with, mean and variance with the bias, and the new statistics."""
+    return used_moments(stats, Moments(batch.mean + params["conv"]["bias"], batch.var), moments)
+
+
+def _normalised(params: PyTree, y: Array, used: Moments) -> Array:
+    scale, offset = params["normalisation"]["scale"], params["normalisation"]["offset"]
+    factor = scale / jnp.sqrt(used.var + EPSILON)
+    return jax.nn.relu((y + (params["conv"]["bias"] - used.mean)) * factor + offset)
+
+
+# ---- Convolution, pooling and moments.
+
+
+def convolve_pool_moments(
+    x: Array,
+    kernel: Array,
+    sign: Array,
+    *,
+    stride: int,
+    pool: bool,
+    padding: str = "SAME",
+) -> tuple[Array, Moments]:
+    """Convolution, then 2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0.
+
+    Args:
+      x: images [n, height, width, channels].
+      kernel: [window, window, channels, features].
+      sign: +1 or -1 for each feature, [features]; the sign of the batch-norm scale that follows.
+      stride: step between windows, in pixels.
+      pool: whether to pool at all.
+      padding: 'SAME' or 'VALID'.
+
+    Returns:
+      The pooled output [n, out_height, out_width, features] and the moments of the unpooled one.
+    """
+    if not small_patches(kernel):
+        return pool_moments(convolve(x, kernel, stride=stride, padding=padding), sign, pool=pool)
+
+    def chunk(x: Array, weight: Array | None) -> tuple[Array, Moments]:
+        unfolded = patches(x, kernel.shape[0], stride, padding)
+        y = patches_times(unfolded, kernel)
+        return signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, weight)
+
+    chunks = _chunks(x, kernel, stride)
+    if chunks == 1:
+        y, moments = chunk(x, None)
+        return y, _as_type(moments, x.dtype)
+    n = x.shape[0]
+    size = math.ceil(n / chunks)
+    chunks = math.ceil(n / size)  # no chunk is all filling
+    fill = chunks * size - n
+    xs = in_chunks(x, chunks)
+    weight = (jnp.arange(chunks * size) < n).astype(_wide(x.dtype)).reshape(chunks, size, 1, 1, 1)
+    # The backward pass computes a chunk's output again, which is cheaper than keeping it.
+    body = jax.checkpoint(lambda c: chunk(c[0], c[1] if fill else None), prevent_cse=False)
+    y, parts = lax.map(body, (xs, weight))
+    share = weight.mean((1, 2, 3, 4))[:, None] * (chunks * size / n) / chunks
+    # Chan's formula: E[y^2] - mean^2 would cancel in float32.
+    mean = (share * parts.mean).sum(0)
+    var = (share * (parts.var + (parts.mean - mean) ** 2)).sum(0)
+    y = y.reshape(chunks * size, *y.shape[2:])[:n]
+    return y, _as_type(Moments(mean, var), x.dtype)
+
+
+def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME") -> Moments:
+    """The moments of a convolution with few input channels, without its output.
+
+    Args:
+      x: images [n, height, width, channels].
+      kernel: [window, window, channels, features].
+      stride: step between windows, in pixels.
+      padding: 'SAME' or 'VALID'.
+    """
+    moments = _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
+    return _as_type(moments, x.dtype)
+
+
+def prepared_chunks(x: Array, kernel: Array, *, stride: int, pool: bool) -> int:
+    """In how many chunks of images a first block pays that is worked out twice; 1: it does not.
+
+    Args:
+      x: images [n, height, width, channels].
+      kernel: of the first convolution, [window, window, channels, features].
+      stride: of the first convolution, in pixels.
+      pool: whether 2x2 pooling follows.
+    """
+    if not on_cpu() or not small_patches(kernel):
+        return 1
+    side = stride * (2 if pool else 1)
+    places = math.ceil(x.shape[1] / side) * math.ceil(x.shape[2] / side)
+    image = places * kernel.shape[3] * x.dtype.itemsize
+    return chunks_within(x.shape[0], image, _PREPARED_BYTES)
+
+
+def convolve_prepared(
+    prepare: Callable[[Array], Array],
+    x: Array,
+    kernel: Array,
+    *,
+    chunks: int,
+    stride: int,
+    padding: str = "SAME",
+) -> Array:
+    """`convolve(prepare(x), kernel)` for some images at a time, prepared again for the gradient.
+
+    Args:
+      prepare: images [n, ...] -> inputs [n, height, width, channels], each image by itself.
+      x: images [n, ...].
+      kernel: [window, window, channels, features].
+      chunks: how many.
+      stride: step between windows, in pixels.
+      padding: 'SAME' or 'VALID'.
+    """
+    body = jax.checkpoint(
+        lambda x: convolve(prepare(x), kernel, stride=stride, padding=padding), prevent_cse=False
+    )
+    y = lax.map(body, in_chunks(x, chunks))
+    return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
+
+
+def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
+    """2x2 max-pooling where `sign` > 0, min-pooling where it is < 0, and the moments before it.
+
+    Args:
+      y: a convolution's output [n, height, width, features].
+      sign: +1 or -1 for each feature, [features].
+      pool: whether to pool at all.
+    """
+    # One pass over y, forwards and backwards, around a rough mean: E[y^2] - E[y]^2 alone would
+    # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.
+    wide = y.astype(_wide(y.dtype))
+    centre = lax.stop_gradient(wide[0].mean((0, 1)))
+    away = wide - centre
+    first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
+    moments = Moments(centre + first, second - first**2)
+    return signed_pool(y, sign, pool), _as_type(moments, y.dtype)
+
+
+def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
+    """2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0; y itself without `pool`."""
+    return sign * max_pool(sign * y) if pool else y
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of sums, in which differences of squares stay positive: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _as_type(moments: Moments, dtype: jnp.dtype) -> Moments:
+    return Moments(moments.mean.astype(dtype), moments.var.astype(dtype))
+
+
+def _moments_by_patches(unfolded: Array, kernel: Array, weight: Array | None) -> Moments:
+    """Moments of y = p k without y: mean(p) k and the diagonal of k' cov(p) k.
+
+    Images are weighted by [n, 1, 1, 1].
+    """
+    wide = _wide(unfolded.dtype)
+    kernel, unfolded = kernel.reshape(-1, kernel.shape[-1]).astype(wide), unfolded.astype(wide)
+    if weight is None:
+        weight = jnp.ones((unfolded.shape[0], 1, 1, 1), unfolded.dtype)
+    count = weight.sum() * unfolded.shape[1] * unfolded.shape[2]
+    mean = (weight * unfolded).sum((0, 1, 2)) / count
+    centred = (unfolded - mean).reshape(-1, mean.size)
+    weighted = (weight * (unfolded - mean)).reshape(-1, mean.size)
+    covariance = centred.T @ weighted / count
+    return Moments(mean @ kernel, (kernel * (covariance @ kernel)).sum(0))
+
+
+def _chunks(x: Array, kernel: Array, stride: int) -> int:
+    """How many chunks keep a chunk's output in the cache, where computing it again is cheap."""
+    if not on_cpu() or not is_known(x.shape[0]):
+        return 1
+    places = math.ceil(x.shape[1] / stride) * math.ceil(x.shape[2] / stride)
+    return math.ceil(x.shape[0] * places * kernel.shape[3] * x.dtype.itemsize / _CHUNK_BYTES)

@@ -1,0 +1,380 @@
+"""Normalisation as a layer, and the one table that says which moments it uses when.
+
+Every reported accuracy names its mode:
+
+- `batch`: moments of whatever is in the batch, in training and in tests (transductive on queries;
+  the original MAML and Relation Networks).
+- `running`: moments of the batch in training; averages over tasks and time in tests (the protocol
+  of Prototypical Networks).
+- `support`: moments of the support set, kept by `adapt` and used for the queries (inductive).
+- `one_at_a_time`: as `batch` in training; in tests, each query with the support set (inductive;
+  the non-transductive rows of Nichol et al. 2018).
+- `layer`, `instance`: moments of each example alone, over all its features or over its places.
+- `tasknorm`: moments of the support set blended with those of each example alone, TaskNorm-I of
+  Bronskill et al. (2020).
+- `none`: there is nothing to normalise.
+"""
+
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import Array, Batch, MomentsUse, Network, Normalisation, PyTree
+from meta_jax.lookup import UsageError
+from meta_jax.objectives import row_mask
+
+MODES: tuple[Normalisation, ...] = get_args(Normalisation)
+BATCH_MODES = ("batch", "running", "support", "one_at_a_time")  # one structure of parameters
+EPSILON = 1e-5
+MOMENTUM = 0.9  # of the running averages, for each outer step
+
+
+class _Uses(NamedTuple):
+    """Which moments a mode uses, by what is looked at and whether this is training."""
+
+    support_train: MomentsUse
+    support_test: MomentsUse
+    query_train: MomentsUse
+    query_test: MomentsUse
+
+
+_USES: dict[Normalisation, _Uses] = {
+    "none": _Uses("stored", "stored", "stored", "stored"),
+    "batch": _Uses("batch", "batch", "batch", "batch"),
+    "running": _Uses("update", "stored", "update", "stored"),
+    "support": _Uses("replace", "replace", "stored", "stored"),
+    "one_at_a_time": _Uses("batch", "batch", "batch", "batch"),
+    "layer": _Uses("stored", "stored", "stored", "stored"),
+    "instance": _Uses("stored", "stored", "stored", "stored"),
+    "tasknorm": _Uses("replace", "replace", "stored", "stored"),
+}
+# Modes in which support and queries may be one batch while training.
+_JOINT = ("none", "batch", "running", "one_at_a_time", "layer", "instance")
+
+
+def check_mode(mode: str, allowed: tuple[str, ...] = MODES) -> None:
+    """Refuses a mode that does not exist, or that a network does not have.
+
+    Raises:
+      UsageError: the mode is not among those allowed.
+    """
+    if mode not in allowed:
+        raise UsageError(f"unknown normalisation '{mode}': choose one of {', '.join(allowed)}")
+
+
+def is_normalisation(path: tuple) -> bool:
+    """Whether a parameter is a normalisation layer's, by its path in the tree.
+
+    Networks keep a normalisation layer's parameters under the key 'normalisation'; the adapters of
+    flax modules do so too.
+
+    Args:
+      path: of `jax.tree_util.tree_map_with_path`.
+    """
+    return any(getattr(key, "key", None) == "normalisation" for key in path)
+
+
+# ---- What is embedded, by which moments.
+
+
+def is_transductive(mode: Normalisation) -> bool:
+    """Whether a query's answer depends on the other queries in tests."""
+    return mode == "batch"
+
+
+def support_moments(mode: Normalisation, *, train: bool) -> MomentsUse:
+    """The moments that normalise a support set."""
+    return _USES[mode].support_train if train else _USES[mode].support_test
+
+
+def query_moments(mode: Normalisation, *, train: bool) -> MomentsUse:
+    """The moments that normalise queries."""
+    return _USES[mode].query_train if train else _USES[mode].query_test
+
+
+def keeps_support_moments(mode: Normalisation) -> bool:
+    """Whether the state that `adapt` leaves holds the support set's moments."""
+    return _USES[mode].support_test == "replace"
+
+
+def queries_need_support(mode: Normalisation) -> bool:
+    """Whether queries are embedded beside the support set in tests, so that it must be kept."""
+    return mode == "one_at_a_time"
+
+
+def embed_support(
+    network: Network,
+    params: PyTree,
+    state: PyTree,
+    support: Batch,
+    *,
+    key: Array | None,
+    train: bool,
+) -> tuple[Array, PyTree]:
+    """Embeds a support set with the moments that the network's mode has for it.
+
+    Args:
+      network: the network.
+      params, state: the network's.
+      support: the examples; their targets are not looked at.
+      key: a random key for dropout and the like.
+      train: whether this is meta-training.
+
+    Returns:
+      Embeddings [n, ...] and the network's new state.
+    """
+    moments = support_moments(network.normalisation, train=train)
+    x = blank_padding(support.x, support.mask)
+    return network.apply(params, state, x, key=key, train=train, moments=moments, mask=support.mask)
+
+
+def embed_queries(
+    network: Network,
+    params: PyTree,
+    state: PyTree,
+    x: PyTree,
+    *,
+    support: Batch | None,
+    key: Array | None,
+    train: bool,
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    """Embeds queries with the moments that the network's mode has for them.
+
+    Args:
+      network: the network.
+      params, state: the network's, the state as `embed_support` left it.
+      x: queries, leaves [m, ...].
+      support: the support set where `queries_need_support`; else it is not looked at.
+      key: a random key for dropout and the like.
+      train: whether this is meta-training.
+      mask: bool [m], False for padding.
+
+    Returns:
+      Embeddings [m, ...] and the network's new state.
+    """
+    x = blank_padding(x, mask)
+    if queries_need_support(network.normalisation) and not train:
+        if support is None:
+            raise ValueError("queries are normalised one at a time with the support set: give it")
+        return _embed_one_at_a_time(network, params, state, x, support, key), state
+    moments = query_moments(network.normalisation, train=train)
+    return network.apply(params, state, x, key=key, train=train, moments=moments, mask=mask)
+
+
+def _embed_one_at_a_time(
+    network: Network, params: PyTree, state: PyTree, x: PyTree, support: Batch, key: Array | None
+) -> Array:
+    mask = None
+    if support.mask is not None:
+        mask = jnp.concatenate([support.mask, jnp.ones(1, bool)])
+    support_x = blank_padding(support.x, support.mask)
+
+    def embed(query: PyTree) -> Array:
+        together = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support_x, query)
+        z, _ = network.apply(
+            params, state, together, key=key, train=False, moments="batch", mask=mask
+        )
+        return z[-1]
+
+    return jax.vmap(embed)(x)
+
+
+def blank_padding(x: PyTree, mask: Array | None) -> PyTree:
+    """Zeros where the rows are padding: the network's output there stays finite, whatever stood."""
+    if mask is None:
+        return x
+
+    def blank(leaf: Array) -> Array:
+        real = mask.reshape(-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(real, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree.map(blank, x)
+
+
+def may_embed_together(mode: Normalisation) -> bool:
+    """Whether support and queries may be embedded as one batch while training."""
+    return mode in _JOINT
+
+
+def embed_together(
+    network: Network, params: PyTree, state: PyTree, support: Batch, query: Batch, *, key: Array
+) -> tuple[Array, Array, PyTree]:
+    """Embeds support set and queries as one batch, in training (Snell et al. 2017).
+
+    Args:
+      network: the network, of a mode that `may_embed_together`.
+      params, state: the network's.
+      support, query: the examples; their targets are not looked at.
+      key: a random key for dropout and the like.
+
+    Returns:
+      Embeddings of the support [n, ...] and of the queries [m, ...], and the new state.
+    """
+    x = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, query.x)
+    n = jax.tree.leaves(support.x)[0].shape[0]
+    mask = None
+    if support.mask is not None or query.mask is not None:
+        mask = jnp.concatenate([row_mask(support), row_mask(query)])
+        x = blank_padding(x, mask)
+    moments = query_moments(network.normalisation, train=True)
+    z, state = network.apply(params, state, x, key=key, train=True, moments=moments, mask=mask)
+    return z[:n], z[n:], state
+
+
+# ---- The layer.
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance."""
+
+    mean: Array
+    var: Array
+
+
+def init_normalisation(
+    features: int, mode: Normalisation, dtype: jnp.dtype | None = None
+) -> tuple[PyTree, PyTree]:
+    """Parameters and moments of a normalisation layer.
+
+    Args:
+      features: size of the last axis.
+      mode: one of `MODES`; those in `BATCH_MODES` share one structure.
+      dtype: of the parameters; JAX's default if None.
+
+    Returns:
+      {'scale', 'offset'} (with 'slope' and 'intercept' for tasknorm), each [features] or a scalar,
+      and {'mean', 'var'} [features] (with 'count' for tasknorm). Nothing for the mode none, and no
+      moments for layer and instance.
+    """
+    check_mode(mode)
+    if mode == "none":
+        return {}, {}
+    params = {"scale": jnp.ones(features, dtype), "offset": jnp.zeros(features, dtype)}
+    if mode in ("layer", "instance"):
+        return params, {}
+    stats = {"mean": jnp.zeros(features, dtype), "var": jnp.ones(features, dtype)}
+    if mode == "tasknorm":
+        params |= {"slope": jnp.zeros((), dtype), "intercept": jnp.zeros((), dtype)}
+        stats["count"] = jnp.ones((), dtype)
+    return params, stats
+
+
+def normalise(
+    params: PyTree,
+    stats: PyTree,
+    x: Array,
+    *,
+    mode: Normalisation,
+    moments: MomentsUse,
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    """scale (x - mean) / sqrt(var + 1e-5) + offset, with the moments that are asked for.
+
+    Args:
+      params, stats: from `init_normalisation`.
+      x: [n, ..., features].
+      mode: the layer's; `layer` and `instance` ignore `moments`.
+      moments: which moments: see `meta_jax.core.MomentsUse`.
+      mask: bool [n], False for rows of padding, which enter no moment.
+
+    Returns:
+      The normalised x and the new moments.
+
+    Raises:
+      UsageError: instance or tasknorm on inputs without places, [n, features].
+
+    Examples:
+      >>> params, stats = init_normalisation(1, "batch")
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, _ = normalise(params, stats, x, mode="batch", moments="batch")
+      >>> y.round(3).ravel().tolist()
+      [-1.0, 1.0]
+    """
+    if mode == "none":
+        return x, stats
+    if mode in ("instance", "tasknorm") and x.ndim < 3:
+        raise UsageError(
+            f"normalisation '{mode}' needs inputs with places [n, ..., features], not {x.shape}: "
+            "use layer or batch"
+        )
+    if mode == "layer":
+        return scaled(params, x, moments_over(x, tuple(range(1, x.ndim)))), stats
+    if mode == "instance":
+        return scaled(params, x, moments_over(x, tuple(range(1, x.ndim - 1)))), stats
+    batch = None if moments == "stored" else batch_moments(x, mask)
+    used, new = used_moments(stats, batch, moments)
+    if mode == "tasknorm":
+        if moments == "replace":
+            n = jnp.asarray(x.shape[0]) if mask is None else mask.sum()
+            new = {**new, "count": n.astype(stats["count"].dtype)}
+        own = moments_over(x, tuple(range(1, x.ndim - 1)))
+        used = _blended(params, used, own, new["count"])
+    return scaled(params, x, used), new
+
+
+def moments_over(x: Array, axes: tuple[int, ...]) -> Moments:
+    """Mean and variance over some axes, which are kept with size 1."""
+    mean = x.mean(axes, keepdims=True)
+    return Moments(mean, ((x - mean) ** 2).mean(axes, keepdims=True))
+
+
+def batch_moments(x: Array, mask: Array | None = None) -> Moments:
+    """Moments [features] over all rows that are not padding, and all places.
+
+    Args:
+      x: [n, ..., features].
+      mask: bool [n].
+    """
+    axes = tuple(range(x.ndim - 1))
+    if mask is None:
+        mean = x.mean(axes)
+        return Moments(mean, ((x - mean) ** 2).mean(axes))
+    weight = mask.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    places = x[0, ..., 0].size
+    count = jnp.maximum(weight.sum(), 1) * places
+    # Not a product with zero: what stands in padding may be infinite.
+    real = jnp.where(weight > 0, x, 0)
+    mean = real.sum(axes) / count
+    away = jnp.where(weight > 0, real - mean, 0)
+    return Moments(mean, (away**2).sum(axes) / count)
+
+
+def used_moments(
+    stats: PyTree, batch: Moments | None, moments: MomentsUse
+) -> tuple[Moments, PyTree]:
+    """What to normalise with, and the new state.
+
+    Args:
+      stats: the state {'mean', 'var', ...}.
+      batch: moments of the inputs at hand; None where `moments` is 'stored'.
+      moments: which moments: see `meta_jax.core.MomentsUse`.
+    """
+    if moments == "stored" or batch is None:
+        return Moments(stats["mean"], stats["var"]), stats
+    if moments == "batch":
+        return batch, stats
+    if moments == "replace":
+        return batch, {**stats, "mean": batch.mean, "var": batch.var}
+    averaged = {
+        name: MOMENTUM * stats[name] + (1 - MOMENTUM) * getattr(batch, name)
+        for name in ("mean", "var")
+    }
+    return batch, {**stats, **averaged}
+
+
+def scaled(params: PyTree, x: Array, used: Moments) -> Array:
+    """scale (x - mean) / sqrt(var + 1e-5) + offset."""
+    return (x - used.mean) * (params["scale"] * jax.lax.rsqrt(used.var + EPSILON)) + params[
+        "offset"
+    ]
+
+
+def _blended(params: PyTree, support: Moments, own: Moments, count: Array) -> Moments:
+    """Moments of a mixture, a of the support's and 1 - a of each example's own (equations 6, 7)."""
+    a = jax.nn.sigmoid(params["slope"] * count + params["intercept"])
+    mean = a * support.mean + (1 - a) * own.mean
+    var = a * (support.var + (support.mean - mean) ** 2)
+    var += (1 - a) * (own.var + (own.mean - mean) ** 2)
+    return Moments(mean, var)
