@@ -1,14 +1,65 @@
 """Body Only update in Inner Loop (Oh, Yoo, Kim and Yun 2021, arXiv:2008.08882)."""
 
-from meta_jax.core import MetaLearner, Network
-from meta_jax.optimization_based.learner import body_only
+import optax
+
+from meta_jax import registry
+from meta_jax.core import MetaLearner, Network, Objective
+from meta_jax.objectives import cross_entropy
+from meta_jax.optimization_based.adjoints import Adjoint
+from meta_jax.optimization_based.learner import Reduction, body_only, default_by_task
 from meta_jax.optimization_based.maml import maml
 
 
-def boil(network: Network, *, inner_lr: float = 0.5, **settings: object) -> MetaLearner:
-    """`maml` whose inner loop adapts the body alone; the same settings but `mask`.
+@registry.learner(
+    "boil",
+    network="strided_conv4",
+    normalisation="batch",
+    defaults={"inner_lr": default_by_task(normalised=0.5, plain=0.1, regression=0.01)},
+)
+def boil(
+    network: Network,
+    *,
+    objective: Objective = cross_entropy,
+    inner_lr: float | None = None,
+    inner_optimizer: optax.GradientTransformation | None = None,
+    steps: int = 1,
+    eval_steps: int | None = None,
+    adjoint: Adjoint | str = "unrolled",
+    reduction: Reduction = "mean",
+) -> MetaLearner:
+    """Builds a BOIL learner: MAML whose inner loop adapts the body alone, the complement of ANIL.
 
-    The body, its batch norm included, follows its gradient with rate 0.5, the head with rate 0
-    (section 4): the complement of `anil`.
+    The body, its normalisation included, follows its gradient with rate 0.5 for 1 step, the head
+    with rate 0 (section 4).
+
+    Args:
+      network: Body; a linear head with one output for each column of y follows it.
+      objective: Loss of the inner and the outer loop; the tasks choose it.
+      inner_lr: Learning rate of the inner loop. By default 0.5, the paper's, for classification by
+        a network with normalisation, 0.1 for one without, 0.01 for regression.
+      inner_optimizer: Optax transformation in the place of SGD with `inner_lr`. An adaptive one
+        needs its eps_root above zero, or the adjoint first_order.
+      steps: Inner steps in training.
+      eval_steps: Inner steps in tests; None for as many as in training.
+      adjoint: How the outer gradient comes back through the inner loop: unrolled for second order,
+        checkpointed, mixed_mode, truncated:K or first_order.
+      reduction: Reduction of the inner loss over the support set: mean, sum, or class_sum, the mean
+        times the number of classes.
+
+    Returns:
+      The learner.
+
+    Raises:
+      UsageError: settings that `maml` refuses.
     """
-    return maml(network, inner_lr=inner_lr, mask=body_only, **settings)
+    return maml(
+        network,
+        objective=objective,
+        inner_lr=inner_lr,
+        inner_optimizer=inner_optimizer,
+        steps=steps,
+        eval_steps=eval_steps,
+        adjoint=adjoint,
+        mask=body_only,
+        reduction=reduction,
+    )

@@ -1,25 +1,50 @@
 """A body with a linear head that adapts by an inner loop: what MAML's relatives share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
 
 from meta_jax.core import (
+    Array,
     Batch,
-    Criterion,
     Episode,
     MetaLearner,
+    Metrics,
     Network,
+    Objective,
     PyTree,
-    episode_loss,
+    supervised_evaluate,
+    supervised_loss,
 )
+from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
+from meta_jax.networks.normalisation import (
+    embed_queries,
+    embed_support,
+    is_normalisation,
+    keeps_support_moments,
+    queries_need_support,
+)
+from meta_jax.objectives import check_batch, check_targets, without_padding
 from meta_jax.optimization_based.adjoints import Adjoint
-from meta_jax.optimization_based.inner_loop import Mask, Problem, partition, proximal, unroll
-from meta_jax.optimization_based.update_rules import UpdateRule
+from meta_jax.optimization_based.inner_loop import (
+    Mask,
+    Problem,
+    partition,
+    run_inner_loop,
+    with_proximal_term,
+)
+from meta_jax.optimization_based.update_rules import UpdateRule, from_optax
+from meta_jax.registry import Default
 
-REDUCTIONS = ("mean", "sum", "class_sum")
+Reduction = Literal["mean", "sum", "class_sum"]
+# (embeddings [n, D], y [n, ways] with rows of zeros for padding) -> {'kernel', 'bias'}
+MakeHead = Callable[[Array, Array], PyTree]
 
 
 class GradientAdapted(NamedTuple):
@@ -27,92 +52,363 @@ class GradientAdapted(NamedTuple):
 
     params: PyTree  # the adapted parameters {'network', 'head'}
     state: PyTree  # the network's state
+    support: Batch | None = None  # where queries are normalised beside the support set
 
 
-def all_but_batch_norm(path: tuple, leaf: jax.Array) -> bool:
-    """The mask of the MAML authors' code: batch norm is meta-learned, but not adapted."""
+# ---- Which leaves are adapted.
+
+
+def all_but_normalisation(path: tuple, leaf: Array) -> bool:
+    """The mask of the MAML authors' code: normalisation is meta-learned, but not adapted."""
     del leaf
-    return not any(getattr(key, "key", None) == "batch_norm" for key in path)
+    return not is_normalisation(path)
 
 
-def head_only(path: tuple, leaf: jax.Array) -> bool:
+def head_only(path: tuple, leaf: Array) -> bool:
     """The mask of ANIL: the body is meta-learned, but not adapted."""
     del leaf
     return path[0].key == "head"
 
 
-def body_only(path: tuple, leaf: jax.Array) -> bool:
+def body_only(path: tuple, leaf: Array) -> bool:
     """The mask of BOIL, the complement of ANIL's: the head is meta-learned, but not adapted."""
     return not head_only(path, leaf)
 
 
-def reduced(criterion: Criterion, reduction: str) -> Criterion:
-    """A criterion that averages over examples, with its loss reduced otherwise.
+# ---- Settings.
+
+
+def default_by_task(*, normalised: float, plain: float, regression: float) -> Default:
+    """A default that follows the objective and the network's normalisation.
 
     Args:
-      criterion: (outputs [n, ways], y [n, ways]) -> (mean loss, metrics).
-      reduction: 'mean' over examples; 'sum' over the examples that are not padding; or
-        'class_sum', the mean times the columns of y, which for equal shots is the sum over classes
-        of each class's mean: the scale of the MAML authors' inner loss and learning rates.
+      normalised: Value for classification by a network with normalisation.
+      plain: Value for classification by a network without.
+      regression: Value for regression.
+
+    Returns:
+      The function (network, objective) -> value that a registration takes.
+    """
+
+    def default(network: Network | None, objective: Objective) -> float:
+        if objective.kind == "regression":
+            return regression
+        return plain if network is None or network.normalisation == "none" else normalised
+
+    return default
+
+
+def resolved(value: float | None) -> float:
+    """A setting whose default None a registration has replaced by what `defaults` says."""
+    if value is None:
+        raise TypeError("a setting without a value: call the registered factory")
+    return value
+
+
+def check_steps(steps: int, eval_steps: int) -> None:
+    """Refuses a number of inner steps below zero.
 
     Raises:
-      ValueError: for an unknown reduction.
+      UsageError: one of them is negative.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction '{reduction}': choose one of {', '.join(REDUCTIONS)}")
+    if min(steps, eval_steps) < 0:
+        raise UsageError(f"inner steps {steps} and {eval_steps} must not be negative")
+
+
+def rule_from(
+    optimizer: optax.GradientTransformation | None, learning_rate: float | None, adjoint: Adjoint
+) -> UpdateRule:
+    """The update rule of an inner optimizer, or of plain SGD.
+
+    Args:
+      optimizer: Optax transformation; None for SGD.
+      learning_rate: Learning rate of SGD.
+      adjoint: How the outer gradient comes back, which the optimizer must allow.
+
+    Raises:
+      UsageError: the outer gradient could not come back through the optimizer.
+    """
+    if optimizer is None:
+        return from_optax(optax.sgd(resolved(learning_rate)))
+    if not (adjoint.is_first_order or adjoint.is_implicit):
+        _check_differentiable(optimizer, adjoint)
+    return from_optax(optimizer)
+
+
+def _check_differentiable(optimizer: optax.GradientTransformation, adjoint: Adjoint) -> None:
+    """Refuses what has no derivative where a coordinate's gradient is zero, as behind dead ReLUs.
+
+    The derivative of a square root at zero is infinite: Adam's updates make every outer gradient
+    NaN.
+    """
+    rule = from_optax(optimizer)
+    params = {"network": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
+
+    def update(gradient: PyTree, params: PyTree) -> Array:
+        updates, _ = rule.update(
+            {},
+            gradient,
+            rule.init({}, params),
+            params,
+            loss=jnp.ones(()),
+            value_fn=lambda params: (ravel_pytree(params)[0] ** 2).sum(),
+        )
+        return ravel_pytree(updates)[0].sum()
+
+    culprit = f"the adjoint {adjoint.name} differentiates the inner optimizer, which"
+    gradient = jax.tree.map(lambda p: jnp.array([0.0, 1.0]), params)
+    slopes = jax.jit(jax.grad(update, (0, 1)))
+    try:
+        jax.eval_shape(slopes, gradient, params)
+    except Exception as error:
+        if "Reverse-mode differentiation does not work" not in str(error):
+            return  # it wants parameters of another structure, and cannot be looked at here
+        raise UsageError(
+            f"{culprit} has a line search and no derivative: use adjoint first_order"
+        ) from error
+    with jax.ensure_compile_time_eval():
+        finite = bool(jnp.isfinite(ravel_pytree(slopes(gradient, params))[0]).all())
+    if not finite:
+        raise UsageError(
+            f"{culprit} has no derivative where a gradient is zero (a square root): give it an "
+            "eps_root above zero, as optax.adam(rate, eps_root=1e-8), or use adjoint first_order"
+        )
+
+
+def with_reduction(objective: Objective, reduction: Reduction) -> Objective:
+    """An objective that averages over examples, with its loss reduced otherwise.
+
+    Args:
+      objective: The objective.
+      reduction: How the loss is reduced: 'mean' over examples; 'sum' over the examples that are not
+        padding; or 'class_sum', the mean times the columns of y, which for equal shots is the sum
+        over classes of each class's mean: the scale of the MAML authors' inner loss and learning
+        rates.
+
+    Raises:
+      UsageError: an unknown reduction.
+    """
+    if reduction not in get_args(Reduction):
+        names = ", ".join(get_args(Reduction))
+        raise UsageError(f"unknown reduction '{reduction}': choose one of {names}")
     if reduction == "mean":
-        return criterion
+        return objective
 
-    def scaled(outputs: jax.Array, y: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        loss, metrics = criterion(outputs, y)
-        return loss * (y.shape[-1] if reduction == "class_sum" else (y != 0).any(-1).sum()), metrics
+    def loss(outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, Metrics]:
+        value, metrics = objective.loss(outputs, y, mask)
+        if reduction == "class_sum":
+            return value * y.shape[-1], metrics
+        count = y.shape[0] if mask is None else mask.sum().astype(value.dtype)
+        return value * count, metrics
 
-    return scaled
+    return objective._replace(loss=loss)
+
+
+# ---- The learner.
 
 
 def init_learner(
-    network: Network, key: jax.Array, episode: Episode, *, head: bool = True
+    network: Network, key: Array, episode: Episode, *, head: bool = True
 ) -> tuple[PyTree, PyTree]:
-    """Parameters {'network', 'head'} and the network's state; `head=False` leaves the head out."""
-    network_key, head_key, _ = jax.random.split(key, 3)
-    x, y = episode.support
-    params, state = network.init(network_key, x)
+    """Parameters {'network', 'head'} and the network's state.
+
+    Args:
+      network: The body.
+      key: A random key.
+      episode: An example of a task, which sizes them.
+      head: Whether there is a linear head with one output for each column of y.
+
+    Raises:
+      ValueError: the support's inputs and targets do not fit together, or the network's outputs are
+        not vectors.
+    """
+    support = episode.support
+    check_batch(support, "support")
+    check_targets(support.y, "support.y")
+    network_key, head_key = jax.random.split(key)
+    params, state = network.init(network_key, support.x)
     if not head:
         return {"network": params}, state
-    z, _ = network.apply_to_support(params, state, x, key=head_key, train=False)
-    return {"network": params, "head": init_linear(head_key, z.shape[-1], y.shape[-1])}, state
+    z, _ = jax.eval_shape(
+        lambda: embed_support(network, params, state, support, key=None, train=False)
+    )
+    if len(z.shape) != 2:
+        raise UsageError(
+            f"a linear head needs embeddings [n, D], not {list(z.shape)}: flatten or average them "
+            "in the network"
+        )
+    return {"network": params, "head": init_linear(head_key, z.shape[1], support.y.shape[1])}, state
 
 
 def support_problem(
     network: Network,
-    criterion: Criterion,
-    batch: Callable[[jax.Array], Batch],
-    key: jax.Array,
+    objective: Objective,
+    batch: Callable[[Array], Batch],
+    key: Array,
     *,
     train: bool,
 ) -> Problem:
     """The inner problem: the loss of body and head on support examples.
 
     Args:
-      network: the body.
-      criterion: (outputs, y) -> (loss, metrics).
-      batch: step -> the examples that it sees.
-      key: of the network's random layers.
-      train: whether this is meta-training.
+      network: The body.
+      objective: The loss of outputs and y.
+      batch: Function from a step to the examples that it sees.
+      key: A random key, of which each step takes its own for the network's random layers.
+      train: Whether this is meta-training; in tests nothing is random.
     """
 
-    def problem(learner: PyTree, state: PyTree, step: jax.Array) -> tuple[jax.Array, PyTree]:
-        x, y = batch(step)
-        z, state = network.apply_to_support(learner["network"], state, x, key=key, train=train)
-        return criterion(linear(learner["head"], z), y)[0], state
+    def problem(learner: PyTree, state: PyTree, step: Array) -> tuple[Array, PyTree]:
+        now = batch(step)
+        step_key = jax.random.fold_in(key, step)
+        z, state = embed_support(network, learner["network"], state, now, key=step_key, train=train)
+        return objective.loss(linear(learner["head"], z), now.y, now.mask)[0], state
 
     return problem
 
 
-def check_steps(steps: int, eval_steps: int) -> None:
-    """Raises ValueError for a number of inner steps below zero."""
-    if min(steps, eval_steps) < 0:
-        raise ValueError(f"inner steps {steps} and {eval_steps} must not be negative")
+def head_problem(objective: Objective, z: Array, support: Batch) -> Problem:
+    """The inner problem of a head on embeddings that stay as they are.
+
+    Args:
+      objective: The loss of outputs and y.
+      z: Embeddings of the support set, [n, D].
+      support: The support set.
+    """
+
+    def problem(learner: PyTree, state: PyTree, step: Array) -> tuple[Array, PyTree]:
+        del step
+        return objective.loss(linear(learner["head"], z), support.y, support.mask)[0], state
+
+    return problem
+
+
+def refreshed(
+    network: Network, params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
+) -> PyTree:
+    """The state that answers queries, where it holds the support's moments: fresh ones.
+
+    Those that an inner loop leaves are of the parameters before its last update.
+
+    Args:
+      network: The body.
+      params: Parameters of the body after the last update.
+      state: State of the body after the last step.
+      support: The support set.
+      key: A random key.
+      train: Whether this is meta-training.
+    """
+    if not keeps_support_moments(network.normalisation):
+        return state
+    return embed_support(network, params, state, support, key=key, train=train)[1]
+
+
+def support_beside_queries(network: Network, support: Batch) -> Batch | None:
+    """The support set where the network's normalisation needs it beside each query, else None."""
+    return support if queries_need_support(network.normalisation) else None
+
+
+def answer(
+    network: Network,
+    adapted: GradientAdapted,
+    x: PyTree,
+    key: Array,
+    *,
+    train: bool,
+    mask: Array | None,
+) -> tuple[Array, PyTree]:
+    """Outputs of an adapted learner, [m, ways], and the network's new state.
+
+    Args:
+      network: The body.
+      adapted: The adapted learner.
+      x: Queries, leaves [m, ...].
+      key: A random key.
+      train: Whether this is meta-training.
+      mask: Which queries are real, bool [m]; None for all.
+    """
+    learner, state, support = adapted
+    z, state = embed_queries(
+        network, learner["network"], state, x, support=support, key=key, train=train, mask=mask
+    )
+    return linear(learner["head"], z), state
+
+
+class _Parts(NamedTuple):
+    """What a gradient learner is made of; each as `gradient_learner` has it."""
+
+    network: Network
+    rule: UpdateRule
+    steps: int
+    eval_steps: int
+    adjoint: Adjoint
+    mask: Mask | None
+    inner_objective: Objective
+    proximity: float
+    make_head: MakeHead | None
+
+
+def _init(parts: _Parts, key: Array, episode: Episode) -> tuple[PyTree, PyTree]:
+    learner_key, rule_key = jax.random.split(key)
+    has_head = parts.make_head is None
+    learner, state = init_learner(parts.network, learner_key, episode, head=has_head)
+    adapted = learner if parts.mask is None else partition(learner, parts.mask)[0]
+    return {"learner": learner, "rule": parts.rule.init_meta(rule_key, adapted)}, state
+
+
+def _adapt(
+    parts: _Parts, params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
+) -> GradientAdapted:
+    check_batch(support, "support")
+    network, mask = parts.network, parts.mask
+    head_key, loop_key, end_key = jax.random.split(key, 3)
+
+    def embed(body: PyTree, state: PyTree, key: Array) -> tuple[Array, PyTree]:
+        return embed_support(network, body, state, support, key=key, train=train)
+
+    learner = params["learner"]
+    if parts.make_head is not None:
+        z, _ = embed(learner["network"], state, head_key)
+        head = parts.make_head(z, without_padding(support.y, support.mask))
+        learner = {**learner, "head": head}
+    body_adapts = mask is None or jax.tree.leaves(partition(learner, mask)[0]["network"])
+    if body_adapts:
+        problem = support_problem(
+            network, parts.inner_objective, lambda step: support, loop_key, train=train
+        )
+    else:
+        z, state = embed(learner["network"], state, loop_key)
+        problem = head_problem(parts.inner_objective, z, support)
+    if parts.proximity:
+        problem = with_proximal_term(problem, learner, parts.proximity)
+    end = run_inner_loop(
+        problem,
+        parts.rule,
+        params["rule"],
+        learner,
+        state,
+        steps=parts.steps if train else parts.eval_steps,
+        adjoint=parts.adjoint,
+        mask=mask,
+    )
+    state = end.state
+    if body_adapts:
+        state = refreshed(network, end.params["network"], state, support, end_key, train=train)
+    return GradientAdapted(end.params, state, support_beside_queries(network, support))
+
+
+def _predict(
+    network: Network,
+    params: PyTree,
+    adapted: GradientAdapted,
+    x: PyTree,
+    key: Array,
+    *,
+    train: bool,
+    mask: Array | None = None,
+) -> tuple[Array, PyTree]:
+    del params
+    return answer(network, adapted, x, key, train=train, mask=mask)
 
 
 def gradient_learner(
@@ -123,97 +419,59 @@ def gradient_learner(
     eval_steps: int,
     adjoint: Adjoint,
     mask: Mask | None,
-    criterion: Criterion,
-    reduction: str = "mean",
+    objective: Objective,
+    reduction: Reduction = "mean",
     proximity: float = 0.0,
-    head: Callable[[jax.Array, jax.Array], PyTree] | None = None,
+    make_head: MakeHead | None = None,
 ) -> MetaLearner:
-    """A network with a linear head that adapts by an inner loop on the support set.
+    """Builds a network with a linear head that adapts by an inner loop on the support set.
 
     MAML and its relatives are compositions of this one.
 
     Args:
-      network: the body, without an output layer; as many outputs as `y` has columns follow it.
-      rule: the inner optimizer.
-      steps: inner steps in training.
-      eval_steps: inner steps in tests.
-      adjoint: how the outer gradient comes back through the inner loop.
-      mask: which of {'network', 'head'}'s leaves are adapted; None for all. Where none of the
-        body's is, the support set is embedded once for all steps.
-      criterion: inner and outer loss, (outputs [n, ways], y [n, ways]) -> (loss, metrics).
-      reduction: of the inner loss: 'mean', 'sum' or 'class_sum' (see `reduced`).
-      proximity: lambda of a term (lambda / 2)||phi - theta||^2 in the inner loss.
-      head: (embeddings [n, D], y [n, ways]) -> {'kernel', 'bias'}, the head that the loop starts
-        from; None for a meta-learned one.
+      network: The body, without an output layer; as many outputs as `y` has columns follow it.
+      rule: Inner optimizer.
+      steps: Inner steps in training.
+      eval_steps: Inner steps in tests.
+      adjoint: How the outer gradient comes back through the inner loop.
+      mask: Which of {'network', 'head'}'s leaves are adapted; None for all. Where none of the
+        body's is, the support set is embedded once, with one draw of dropout, for all steps.
+      objective: Loss of the inner and the outer loop.
+      reduction: Reduction of the inner loss: 'mean', 'sum' or 'class_sum' (see `with_reduction`).
+      proximity: Weight lambda of a term (lambda / 2)||phi - theta||^2 in the inner loss.
+      make_head: Function from the embeddings and labels of the support set to the head that the
+        loop starts from; None for a meta-learned one.
 
     Returns:
       The learner; its parameters are {'learner': {'network', 'head'}, 'rule'}.
 
     Raises:
-      ValueError: for a number of steps below zero, an unknown reduction, or an implicit adjoint
-        without a proximity, whose minimum would not depend on where the loop starts.
+      UsageError: a number of steps below zero, an unknown reduction, or an implicit adjoint without
+        a proximity, whose minimum would not depend on where the loop starts.
     """
     check_steps(steps, eval_steps)
     if adjoint.is_implicit and not proximity > 0:
-        raise ValueError(
+        raise UsageError(
             "the implicit adjoint needs a proximity above zero (imaml has one): without it a "
             "minimum does not depend on the initial parameters"
         )
-    inner_criterion = reduced(criterion, reduction)
-
-    def init(key: jax.Array, episode: Episode) -> tuple[PyTree, PyTree]:
-        learner, state = init_learner(network, key, episode, head=head is None)
-        adapted = learner if mask is None else partition(learner, mask)[0]
-        return {"learner": learner, "rule": rule.init_meta(jax.random.split(key, 3)[2], adapted)}, (
-            state
-        )
-
-    def adapt(
-        params: PyTree, state: PyTree, support: Batch, key: jax.Array, *, train: bool
-    ) -> GradientAdapted:
-        learner = params["learner"]
-
-        def embed(body: PyTree, state: PyTree) -> tuple[jax.Array, PyTree]:
-            return network.apply_to_support(body, state, support.x, key=key, train=train)
-
-        if head is not None:
-            learner = {**learner, "head": head(embed(learner["network"], state)[0], support.y)}
-        body_adapts = mask is None or jax.tree.leaves(partition(learner, mask)[0]["network"])
-        if body_adapts:
-            problem = support_problem(
-                network, inner_criterion, lambda step: support, key, train=train
-            )
-        else:
-            z, state = embed(learner["network"], state)
-
-            def problem(
-                learner: PyTree, state: PyTree, step: jax.Array
-            ) -> tuple[jax.Array, PyTree]:
-                del step
-                return inner_criterion(linear(learner["head"], z), support.y)[0], state
-
-        end = unroll(
-            proximal(problem, learner, proximity) if proximity else problem,
-            rule,
-            params["rule"],
-            learner,
-            state,
-            steps=steps if train else eval_steps,
-            adjoint=adjoint,
-            mask=mask,
-        )
-        state = end.state
-        if network.batch_norm == "support" and body_adapts:
-            # The loop's last statistics are those before its last update.
-            _, state = embed(end.params["network"], state)
-        return GradientAdapted(end.params, state)
-
-    def predict(
-        params: PyTree, adapted: GradientAdapted, x: jax.Array, key: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        del params
-        learner, state = adapted
-        z, state = network.apply_to_queries(learner["network"], state, x, key=key, train=train)
-        return linear(learner["head"], z), state
-
-    return MetaLearner(init, adapt, predict, episode_loss(adapt, predict, criterion))
+    inner_objective = with_reduction(objective, reduction)
+    parts = _Parts(
+        network,
+        rule,
+        steps,
+        eval_steps,
+        adjoint,
+        mask,
+        inner_objective,
+        proximity,
+        make_head,
+    )
+    adapt, predict = partial(_adapt, parts), partial(_predict, network)
+    return MetaLearner(
+        partial(_init, parts),
+        adapt,
+        predict,
+        supervised_loss(adapt, predict, objective),
+        supervised_evaluate(adapt, predict, objective),
+    )

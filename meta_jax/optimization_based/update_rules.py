@@ -2,39 +2,67 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from meta_jax.core import PyTree
+from meta_jax.core import Array, PyTree
+
+# The loss at other parameters, in the same state and step.
+ValueFn = Callable[[PyTree], Array]
+
+
+class Update(Protocol):
+    """(meta, gradient, state, params, *, loss, value_fn) -> (updates, state)."""
+
+    def __call__(
+        self,
+        meta: PyTree,
+        gradient: PyTree,
+        state: PyTree,
+        params: PyTree,
+        /,
+        *,
+        loss: Array | None = None,
+        value_fn: ValueFn | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """What is added to the parameters, and the rule's new state.
+
+        An inner loop always gives `loss`, the loss at the parameters, and `value_fn`, the loss as a
+        function of them; a rule that needs neither is called without in tests and by hand.
+        """
+        ...
 
 
 class UpdateRule(NamedTuple):
     """An inner optimizer whose own parameters may be meta-learned."""
 
-    init_meta: Callable[..., PyTree]  # (key, params) -> meta-parameters m
-    init: Callable[..., PyTree]  # (m, params) -> state
-    update: Callable[..., tuple[PyTree, PyTree]]  # (m, g, state, params, *, loss) -> (updates, s)
+    init_meta: Callable[[Array, PyTree], PyTree]  # (key, params) -> meta-parameters
+    init: Callable[[PyTree, PyTree], PyTree]  # (meta-parameters, params) -> state
+    update: Update
 
 
 def from_optax(transformation: optax.GradientTransformation) -> UpdateRule:
-    """Any optax transformation as an update rule without meta-parameters.
+    """Turns any optax transformation into an update rule without meta-parameters.
+
+    The transformation gets `value`, `grad` and `value_fn` of the inner loss, which a line search
+    (`optax.lbfgs`) or a plateau's schedule asks for.
 
     Args:
-      transformation: for example `optax.sgd(0.4)` or `optax.adam(1e-3)`.
+      transformation: Optax transformation, such as `optax.sgd(0.4)` or `optax.adam(1e-3)`.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> rule = from_optax(optax.sgd(0.5))
       >>> state = rule.init({}, jnp.ones(2))
-      >>> rule.update({}, jnp.array([1., 2.]), state, jnp.ones(2), loss=None)[0].tolist()
+      >>> rule.update({}, jnp.array([1., 2.]), state, jnp.ones(2))[0].tolist()
       [-0.5, -1.0]
     """
     transformation = optax.with_extra_args_support(transformation)
 
-    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+    def init_meta(key: Array, params: PyTree) -> PyTree:
         del key, params
         return {}
 
@@ -43,10 +71,19 @@ def from_optax(transformation: optax.GradientTransformation) -> UpdateRule:
         return transformation.init(params)
 
     def update(
-        meta: PyTree, gradient: PyTree, state: PyTree, params: PyTree, *, loss: jax.Array | None
+        meta: PyTree,
+        gradient: PyTree,
+        state: PyTree,
+        params: PyTree,
+        /,
+        *,
+        loss: Array | None = None,
+        value_fn: ValueFn | None = None,
     ) -> tuple[PyTree, PyTree]:
         del meta
-        return transformation.update(gradient, state, params, value=loss)
+        return transformation.update(
+            gradient, state, params, value=loss, grad=gradient, value_fn=value_fn
+        )
 
     return UpdateRule(init_meta, init, update)
 
@@ -55,17 +92,17 @@ def learned_sgd(low: float, high: float) -> UpdateRule:
     """SGD with one meta-learned rate for each coordinate: u = -m o g (Li et al. 2017, eq. 2).
 
     Args:
-      low, high: the rates start uniform between the two.
+      low, high: Bounds between which the rates start, uniformly.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> rule = learned_sgd(0.5, 0.5)
       >>> rates = rule.init_meta(jax.random.key(0), jnp.ones(2))
-      >>> rule.update(rates, jnp.array([1., 2.]), (), jnp.ones(2), loss=None)[0].tolist()
+      >>> rule.update(rates, jnp.array([1., 2.]), (), jnp.ones(2))[0].tolist()
       [-0.5, -1.0]
     """
 
-    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+    def init_meta(key: Array, params: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         return treedef.unflatten(
@@ -76,9 +113,16 @@ def learned_sgd(low: float, high: float) -> UpdateRule:
         )
 
     def update(
-        meta: PyTree, gradient: PyTree, state: PyTree, params: PyTree, *, loss: jax.Array | None
+        meta: PyTree,
+        gradient: PyTree,
+        state: PyTree,
+        params: PyTree,
+        /,
+        *,
+        loss: Array | None = None,
+        value_fn: ValueFn | None = None,
     ) -> tuple[PyTree, PyTree]:
-        del params, loss
+        del params, loss, value_fn
         return jax.tree.map(lambda m, g: -m * g, meta, gradient), state
 
     return UpdateRule(init_meta, lambda meta, params: (), update)
@@ -88,36 +132,43 @@ def per_step_sgd(rate: float, steps: int) -> UpdateRule:
     """SGD with one meta-learned rate for each leaf and step (Antoniou et al. 2019, section 4).
 
     Args:
-      rate: what all rates start from.
-      steps: how many steps have rates of their own; later ones take the last.
+      rate: Rate that all rates start from.
+      steps: Number of steps that have rates of their own; later ones take the last.
     """
 
-    def init_meta(key: jax.Array, params: PyTree) -> PyTree:
+    def init_meta(key: Array, params: PyTree) -> PyTree:
         del key
         return jax.tree.map(lambda p: jnp.full(steps, rate, p.dtype), params)
 
-    def init(meta: PyTree, params: PyTree) -> jax.Array:
+    def init(meta: PyTree, params: PyTree) -> Array:
         del meta, params
         return jnp.zeros((), jnp.int32)
 
     def update(
-        meta: PyTree, gradient: PyTree, state: jax.Array, params: PyTree, *, loss: jax.Array | None
-    ) -> tuple[PyTree, jax.Array]:
-        del params, loss
+        meta: PyTree,
+        gradient: PyTree,
+        state: Array,
+        params: PyTree,
+        /,
+        *,
+        loss: Array | None = None,
+        value_fn: ValueFn | None = None,
+    ) -> tuple[PyTree, Array]:
+        del params, loss, value_fn
         now = jnp.minimum(state, steps - 1)
         return jax.tree.map(lambda m, g: -m[now] * g, meta, gradient), state + 1
 
     return UpdateRule(init_meta, init, update)
 
 
-def log_and_sign(x: jax.Array, p: float = 10.0) -> jax.Array:
-    """(log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x): [...] -> [..., 2].
+def log_and_sign(x: Array, p: float = 10.0) -> Array:
+    """Preprocesses: (log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x): [...] -> [..., 2].
 
     Andrychowicz et al. (2016), appendix A; Ravi and Larochelle (2017), section 3.3.
 
     Args:
-      x: gradients or losses.
-      p: how many powers of e below 1 are told apart by their logarithm.
+      x: Gradients or losses.
+      p: Number of powers of e below 1 that are told apart by their logarithm.
 
     Examples:
       >>> log_and_sign(jnp.array([1.0, -1.0, 0.0])).tolist()

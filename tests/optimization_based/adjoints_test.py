@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.networks.conv4 import conv4
 from meta_jax.optimization_based.adjoints import (
     CHECKPOINTED,
@@ -14,10 +15,11 @@ from meta_jax.optimization_based.adjoints import (
     MIXED_MODE,
     UNROLLED,
     annealed,
+    as_adjoint,
     implicit,
     truncated,
 )
-from meta_jax.optimization_based.inner_loop import proximal, unroll
+from meta_jax.optimization_based.inner_loop import run_inner_loop, with_proximal_term
 from meta_jax.optimization_based.maml import maml
 from meta_jax.optimization_based.update_rules import from_optax
 from tests.optimization_based.tasks import THETA, A, B, C, D
@@ -28,16 +30,16 @@ ALPHA = 0.1
 EYE = np.eye(4)
 
 
-def outer(theta, centre, adjoint, steps, strength=0.0, rate=ALPHA):
-    """The query loss after descent of 1/2 (p - c)'A(p - c) + (strength / 2)||p - theta||^2."""
+def outer(theta, centre, adjoint, steps, weight=0.0, rate=ALPHA):
+    """The query loss after descent of 1/2 (p - c)'A(p - c) + (weight / 2)||p - theta||^2."""
 
     def support(p, state, step):
         del step
         return 0.5 * (p - centre) @ A @ (p - centre), state
 
-    problem = proximal(support, theta, strength)
+    problem = with_proximal_term(support, theta, weight)
     rule = from_optax(optax.sgd(rate))
-    p = unroll(problem, rule, {}, theta, {}, steps=steps, adjoint=adjoint).params
+    p = run_inner_loop(problem, rule, {}, theta, {}, steps=steps, adjoint=adjoint).params
     return 0.5 * (p - D) @ B @ (p - D), p
 
 
@@ -59,20 +61,20 @@ def test_truncation_of_a_quadratic(last):
     assert_close(gradient, contraction @ B @ (p - D))
 
 
-STRENGTH = 2.0
+WEIGHT = 2.0
 
 
 class TestImplicit:
     def solve(self, adjoint):
-        return gradients(adjoint, 200, strength=STRENGTH, rate=0.2)
+        return gradients(adjoint, 200, weight=WEIGHT, rate=0.2)
 
     def test_the_closed_form_of_a_quadratic(self):
         (of_theta, of_centre), p = self.solve(implicit(cg_steps=4))
-        inverse = np.linalg.inv(A + STRENGTH * EYE)
-        minimum = inverse @ (A @ C + STRENGTH * THETA)
+        inverse = np.linalg.inv(A + WEIGHT * EYE)
+        minimum = inverse @ (A @ C + WEIGHT * THETA)
         assert_close(p, minimum)
         # (I + H / lambda)^-1 times the query gradient, and what reaches the data by A.
-        assert_close(of_theta, np.linalg.inv(EYE + A / STRENGTH) @ B @ (minimum - D), 1e-10)
+        assert_close(of_theta, np.linalg.inv(EYE + A / WEIGHT) @ B @ (minimum - D), 1e-10)
         assert_close(of_centre, A @ inverse @ B @ (minimum - D), 1e-10)
 
     def test_it_is_the_limit_of_the_unrolled_gradient(self):
@@ -91,12 +93,12 @@ class TestImplicit:
 
     def test_damping_adds_to_the_diagonal(self):
         (gradient, _), p = self.solve(implicit(cg_steps=4, damping=3.0))
-        wanted = STRENGTH * np.linalg.inv(A + (STRENGTH + 3.0) * EYE) @ B @ (p - D)
+        wanted = WEIGHT * np.linalg.inv(A + (WEIGHT + 3.0) * EYE) @ B @ (p - D)
         assert_close(gradient, wanted, 1e-10)
 
-    def test_an_infinite_strength_gives_the_query_gradient_at_the_start(self):
-        strength = 1e9
-        (gradient, _), p = gradients(implicit(cg_steps=4), 5, strength=strength, rate=1 / strength)
+    def test_an_infinite_weight_gives_the_query_gradient_at_the_start(self):
+        weight = 1e9
+        (gradient, _), p = gradients(implicit(cg_steps=4), 5, weight=weight, rate=1 / weight)
         assert_close(p, THETA, 1e-8)
         assert_close(gradient, B @ (THETA - D), 1e-7)
 
@@ -107,7 +109,9 @@ class TestImplicit:
                 return ((p - C) ** 2).sum(), state
 
             rule = from_optax(optax.sgd(rate))
-            return unroll(problem, rule, {}, start, {}, steps=3, adjoint=implicit()).params.sum()
+            return run_inner_loop(
+                problem, rule, {}, start, {}, steps=3, adjoint=implicit()
+            ).params.sum()
 
         for gradient in jax.jit(jax.grad(end, (0, 1)))(0.1, jnp.asarray(THETA)):
             np.testing.assert_array_equal(gradient, 0)
@@ -129,6 +133,51 @@ def test_a_negative_truncation_is_refused():
         truncated(-1)
 
 
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        UNROLLED,
+        CHECKPOINTED,
+        MIXED_MODE,
+        FIRST_ORDER,
+        truncated(3),
+        implicit(),
+        implicit(cg_steps=2, damping=0.5),
+    ],
+    ids=lambda adjoint: adjoint.name,
+)
+def test_an_adjoint_s_name_makes_it_again(adjoint):
+    found = as_adjoint(adjoint.name)
+    assert found.name == adjoint.name
+    assert found[2:] == adjoint[2:]
+    assert as_adjoint(found) is found
+
+
+def test_settings_in_a_name_are_those_of_the_adjoint():
+    for name, wanted in (("truncated:2", truncated(2)), ("truncated:0", FIRST_ORDER)):
+        found, expected = (gradients(a, 4)[0][0] for a in (as_adjoint(name), wanted))
+        assert_close(found, expected)
+    assert as_adjoint("truncated:0").is_first_order
+    assert as_adjoint("implicit").name == implicit().name
+    assert as_adjoint("implicit:7").name == implicit(cg_steps=7).name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unroled", "unknown adjoint 'unroled': choose one of unrolled, checkpointed"),
+        ("truncated", "truncated:K"),
+        ("truncated:two", "adjoint 'truncated:two': invalid literal"),
+        ("truncated:-1", "must not be negative"),
+        ("implicit:0", "give at least one step"),
+    ],
+)
+def test_a_mistaken_name_is_refused_in_one_line(name, message):
+    with pytest.raises(UsageError, match=message) as error:
+        as_adjoint(name)
+    assert "\n" not in str(error.value)
+
+
 X, Y = np.random.default_rng(3).normal(size=(2, 6, 3))
 
 
@@ -146,7 +195,7 @@ def awkward(adjoint):
 
         state = {"seen": scale.sum(), "steps": jnp.asarray(0)}
         rule = from_optax(optax.adam(0.1))
-        run = unroll(problem, rule, {}, start, state, steps=3, adjoint=adjoint)
+        run = run_inner_loop(problem, rule, {}, start, state, steps=3, adjoint=adjoint)
         return jnp.sin(run.params["w"]).sum() + run.losses.sum() + run.state["seen"]
 
     return jax.value_and_grad(end)
@@ -168,7 +217,7 @@ def test_the_exact_adjoints_agree_on_all_that_a_problem_may_close_over(adjoint):
 
 
 def test_mixed_mode_refuses_a_network_with_a_custom_vjp_in_one_line():
-    learner = maml(conv4(8, batch_norm="batch"), adjoint=MIXED_MODE)
+    learner = maml(conv4(8, normalisation="batch"), adjoint=MIXED_MODE)
     batch = Batch(jnp.zeros((2, 16, 16, 1)), jnp.eye(2))
     params, state = jax.eval_shape(learner.init, jax.random.key(0), Episode(batch, batch))
     with pytest.raises(ValueError, match="use the checkpointed adjoint") as error:
@@ -199,7 +248,7 @@ def test_memory_at_fifty_steps():
             return (jnp.tanh(jnp.tanh(x @ w) @ w) ** 2).mean(), state
 
         rule = from_optax(optax.sgd(0.1))
-        return unroll(problem, rule, {}, w, {}, steps=50, adjoint=adjoint).params.sum()
+        return run_inner_loop(problem, rule, {}, w, {}, steps=50, adjoint=adjoint).params.sum()
 
     w = jnp.asarray(np.random.default_rng(7).normal(size=(8, 8)))
     memory, found = {}, {}

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.core import cross_entropy
 from meta_jax.networks.conv4 import strided_conv4
+from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.adjoints import UNROLLED
 from meta_jax.optimization_based.anil import anil
 from meta_jax.optimization_based.boil import boil
@@ -30,7 +30,7 @@ def with_rates(body, head):
         eval_steps=2,
         adjoint=UNROLLED,
         mask=None,
-        criterion=cross_entropy,
+        objective=cross_entropy,
     )
 
 
@@ -73,13 +73,3 @@ def test_one_part_is_kept_and_the_other_adapts(method, kept):
         lambda a, b: abs(a - b).max(), adapted.params[other], params["learner"][other]
     )
     assert max(jax.tree.leaves(moved)) > 1e-3
-
-
-def test_boil_s_published_rate():
-    ours, half = boil(strided_conv4(2)), boil(strided_conv4(2), inner_lr=0.5)
-    params, state = start()
-    adapted = [
-        jax.jit(functools.partial(m.adapt, train=True))(params, state, images().support, KEY)
-        for m in (ours, half)
-    ]
-    assert_trees_close(*adapted)

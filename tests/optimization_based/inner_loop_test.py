@@ -15,7 +15,7 @@ from meta_jax.optimization_based.adjoints import (
     implicit,
     truncated,
 )
-from meta_jax.optimization_based.inner_loop import merge, partition, unroll
+from meta_jax.optimization_based.inner_loop import merge, partition, run_inner_loop
 from meta_jax.optimization_based.update_rules import from_optax
 from tests.optimization_based.tasks import THETA, A, B, C, D
 
@@ -31,7 +31,7 @@ def quadratic(p, state, step):
 
 def meta_loss(theta, steps, adjoint):
     rule = from_optax(optax.sgd(ALPHA))
-    p = unroll(quadratic, rule, {}, theta, {}, steps=steps, adjoint=adjoint).params
+    p = run_inner_loop(quadratic, rule, {}, theta, {}, steps=steps, adjoint=adjoint).params
     return 0.5 * (p - D) @ B @ (p - D), p
 
 
@@ -135,7 +135,7 @@ def test_the_scan_equals_a_python_loop(optimizer, adjoint):
     stop = jax.lax.stop_gradient if adjoint == "first_order" else lambda g: g
 
     def ours(params):
-        end = unroll(
+        end = run_inner_loop(
             network_problem,
             from_optax(optimizer),
             {},
@@ -168,7 +168,7 @@ def biases(path, leaf):
 
 def test_a_mask_adapts_its_leaves_only_and_the_others_still_get_a_gradient():
     def adapt(params):
-        return unroll(
+        return run_inner_loop(
             network_problem,
             from_optax(optax.sgd(0.3)),
             {},
@@ -245,7 +245,7 @@ def test_the_program_does_not_grow_with_the_steps(adjoint):
 def test_a_mask_saves_backward_work():
     def products(mask):
         def adapt(params):
-            return unroll(
+            return run_inner_loop(
                 network_problem,
                 from_optax(optax.sgd(0.3)),
                 {},
@@ -267,7 +267,7 @@ def test_what_is_observed_follows_each_step():
         return {"step": step, "loss": network_problem(params, state, step)[0]}
 
     loop = functools.partial(
-        unroll, network_problem, from_optax(OPTIMIZERS["adam"]), {}, observe=observe
+        run_inner_loop, network_problem, from_optax(OPTIMIZERS["adam"]), {}, observe=observe
     )
     whole = loop(network_params(), start_state(), steps=5)
     np.testing.assert_array_equal(whole.observed["step"], np.arange(5))

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.core import Batch, Episode
+from meta_jax.core import Batch, Episode, Network
 from meta_jax.networks.conv4 import conv4, strided_conv4
+from meta_jax.networks.normalisation import batch_moments, init_normalisation, normalise
 from meta_jax.optimization_based.adjoints import FIRST_ORDER
-from meta_jax.optimization_based.inner_loop import unroll
+from meta_jax.optimization_based.inner_loop import run_inner_loop
 from meta_jax.optimization_based.lstm_meta_learner import (
     lstm_meta_learner,
     lstm_rule,
@@ -67,8 +68,8 @@ def problem(p, state, step):
 
 def test_saturated_gates_are_gradient_descent():
     rule, sgd = lstm_rule(), from_optax(optax.sgd(0.05))
-    end = unroll(problem, rule, saturated(rule, THETA, 0.05), THETA, {}, steps=6)
-    wanted = unroll(problem, sgd, {}, THETA, {}, steps=6)
+    end = run_inner_loop(problem, rule, saturated(rule, THETA, 0.05), THETA, {}, steps=6)
+    wanted = run_inner_loop(problem, sgd, {}, THETA, {}, steps=6)
     assert_trees_close(end.params, wanted.params, rtol=1e-13)
     assert abs(end.params["a"] - THETA["a"]).max() > 0.1
 
@@ -84,13 +85,13 @@ def test_the_number_of_parameters_and_how_they_begin():
 
 def test_the_paper_s_network_has_its_number_of_parameters():
     batch = Batch(jnp.zeros((5, 84, 84, 3)), jnp.eye(5))
-    learner = lstm_meta_learner(conv4(32, batch_norm="support"))
+    learner = lstm_meta_learner(conv4(32, normalisation="support"))
     params, _ = jax.eval_shape(learner.init, KEY, Episode(batch, batch))
     assert sum(leaf.size for leaf in jax.tree.leaves(params["learner"])) == 32_901
 
 
 def test_one_coordinate_by_hand():
-    rule = lstm_rule(units=2)
+    rule = lstm_rule(hidden_size=2)
     m = meta(rule, THETA)
     theta, state = 0.4, rule.init(m, jnp.array([0.4]))
     h = c = np.zeros(2)
@@ -115,7 +116,7 @@ def test_one_coordinate_by_hand():
 
 
 def test_permuted_coordinates_permute_the_updates():
-    rule = lstm_rule(units=3)
+    rule = lstm_rule(hidden_size=3)
     random = np.random.default_rng(1)
     theta, gradients = random.normal(size=(2, 600))  # more than one chunk on a CPU
     order = random.permutation(600)
@@ -136,11 +137,11 @@ def test_permuted_coordinates_permute_the_updates():
 
 def test_independent_gradients_leave_no_hessian():
     """d theta_T / d c_0 is that of a replay with the same gradients and losses as constants."""
-    rule = lstm_rule(units=3)
+    rule = lstm_rule(hidden_size=3)
     m = meta(rule, THETA)
 
     def end(theta):
-        return unroll(problem, rule, m, theta, {}, steps=3, adjoint=FIRST_ORDER).params
+        return run_inner_loop(problem, rule, m, theta, {}, steps=3, adjoint=FIRST_ORDER).params
 
     seen, theta, state = [], THETA, rule.init(m, THETA)
     for _ in range(3):
@@ -157,13 +158,15 @@ def test_independent_gradients_leave_no_hessian():
         return theta
 
     assert_trees_close(jax.jacobian(end)(THETA), jax.jacobian(replay)(THETA), atol=1e-10)
-    unrolled = jax.jacobian(lambda t: unroll(problem, rule, m, t, {}, steps=3).params)(THETA)
+    unrolled = jax.jacobian(lambda t: run_inner_loop(problem, rule, m, t, {}, steps=3).params)(
+        THETA
+    )
     assert abs(unrolled["b"]["b"] - jax.jacobian(end)(THETA)["b"]["b"]) > 1e-3
 
 
 def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
-    network = strided_conv4(2, batch_norm="support")
-    learner = lstm_meta_learner(network, steps=2, momentum=0.8, units=2)
+    network = strided_conv4(2, normalisation="support")
+    learner = lstm_meta_learner(network, steps=2, momentum=0.8, hidden_size=2)
     params, state = jax.jit(learner.init)(KEY, images())
     _, aux = jax.jit(learner.loss)(params, state, images(), KEY)
     assert_trees_close(aux.state, state)
@@ -171,19 +174,52 @@ def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
     still = {**params, "rule": saturated(lstm_rule(2), params["learner"], 1e-300)}
     adapted = learner.adapt(still, state, images().support, KEY, train=True)
     body, x = params["learner"]["network"], images().support.x
-    _, own = network.apply(body, state, x, key=None, train=True)
+    _, own = network.apply(body, state, x, key=None, train=True, moments="replace")
     # Two steps, and once more after the last update.
     wanted = jax.tree.map(lambda old, new: 0.2**3 * old + (1 - 0.2**3) * new, state, own)
     assert_trees_close(adapted.state, wanted)
     queries, same = per_task_statistics(network, 0.8).apply(
-        body, wanted, images().query.x, key=None, train=False
+        body, wanted, images().query.x, key=None, train=False, moments="stored"
     )
     assert_trees_close(same, wanted)
     assert np.isfinite(queries).all()
 
 
+def test_the_count_of_tasknorm_is_not_averaged():
+    network = per_task_statistics(normalised_maps("tasknorm"), 0.8)
+    params, state = network.init(KEY, images().support.x)
+    _, new = network.apply(
+        params, state, images().support.x, key=None, train=True, moments="replace"
+    )
+    assert new["count"] == 6
+    batch = batch_moments(images().support.x)
+    np.testing.assert_allclose(new["mean"], 0.8 * batch.mean)
+    np.testing.assert_allclose(new["var"], 0.2 + 0.8 * batch.var)
+
+
+def normalised_maps(mode):
+    """Normalisation of images alone."""
+
+    def init(key, x):
+        return init_normalisation(x.shape[-1], mode)
+
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
+        return normalise(params, state, x, mode=mode, moments=moments, mask=mask)
+
+    return Network(init, apply, mode)
+
+
+def test_the_rule_needs_the_loss():
+    rule = lstm_rule(2)
+    params = jnp.ones(3)
+    with pytest.raises(TypeError, match="give it loss="):
+        rule.update(meta(rule, params), params, rule.init({}, params), params)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        lstm_rule(0)
+
+
 def test_it_learns_to_learn_one_task():
-    learner = lstm_meta_learner(tanh_network(), steps=3, units=4)
+    learner = lstm_meta_learner(tanh_network(), steps=3, hidden_size=4)
     params, state = learner.init(KEY, vectors())
     optimizer = optax.adam(0.05)
 

@@ -3,15 +3,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch, Episode, cross_entropy, squared_error
+from meta_jax.core import Batch, Episode
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.layers import linear
 from meta_jax.networks.mlp import mlp
+from meta_jax.networks.normalisation import embed_support
+from meta_jax.objectives import cross_entropy_loss, squared_error
 from meta_jax.optimization_based.adjoints import CHECKPOINTED, FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import partition
-from meta_jax.optimization_based.learner import all_but_batch_norm
+from meta_jax.optimization_based.learner import all_but_normalisation
 from meta_jax.optimization_based.maml import first_order_maml, maml
-from tests.optimization_based.tasks import KEY, images, tanh_network, vectors
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    images,
+    tanh_network,
+    vectors,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -22,12 +30,6 @@ def gradient_of(learner):
 
 def adapt(learner, *arguments):
     return jax.jit(lambda *a: learner.adapt(*a, KEY, train=True))(*arguments)
-
-
-def assert_trees_close(actual, expected, **tolerance):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    tolerance = {"rtol": 1e-10, "atol": 1e-12, **tolerance}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
 
 
 def test_one_step_by_hand():
@@ -89,7 +91,7 @@ def test_first_order_is_maml_with_constant_inner_gradients():
         logits, _ = learner.predict(
             params, adapted._replace(params=p), vectors().query.x, KEY, train=True
         )
-        return cross_entropy(logits, vectors().query.y)[0]
+        return cross_entropy_loss(logits, vectors().query.y)[0]
 
     assert_trees_close(first["learner"], jax.grad(query_loss)(adapted.params))
     gap = jax.tree.map(lambda a, b: abs(a - b).max(), first, second)
@@ -119,29 +121,32 @@ def test_without_an_inner_rate_the_gradient_is_that_of_the_queries():
     params, state = jax.jit(learner.init)(KEY, images())
 
     def joint(p):
-        z, _ = network.apply(p["learner"]["network"], state, images().query.x, key=None, train=True)
-        return cross_entropy(linear(p["learner"]["head"], z), images().query.y)[0]
+        x = images().query.x
+        z, _ = network.apply(
+            p["learner"]["network"], state, x, key=None, train=True, moments="batch"
+        )
+        return cross_entropy_loss(linear(p["learner"]["head"], z), images().query.y)[0]
 
     assert_trees_close(
         gradient_of(learner)(params, state, images(), KEY), jax.jit(jax.grad(joint))(params)
     )
 
 
-def test_batch_norm_is_learned_but_not_adapted():
+def test_normalisation_is_learned_but_not_adapted():
     learner = maml(strided_conv4(2), inner_lr=0.3, steps=2)
     params, state = jax.jit(learner.init)(KEY, images())
     adapted = adapt(learner, params, state, images().support).params
     gradient = gradient_of(learner)(params, state, images(), KEY)["learner"]
     for name, before in params["learner"]["network"].items():
         after = adapted["network"][name]
-        jax.tree.map(np.testing.assert_array_equal, after["batch_norm"], before["batch_norm"])
+        jax.tree.map(np.testing.assert_array_equal, after["normalisation"], before["normalisation"])
         assert abs(after["conv"]["kernel"] - before["conv"]["kernel"]).max() > 1e-4
-        for leaf in jax.tree.leaves(gradient["network"][name]["batch_norm"]):
+        for leaf in jax.tree.leaves(gradient["network"][name]["normalisation"]):
             assert abs(leaf).max() > 1e-4
     everything = maml(strided_conv4(2), inner_lr=0.3, steps=2, mask=None)
     adapted = adapt(everything, params, state, images().support).params
-    before = params["learner"]["network"]["block1"]["batch_norm"]["scale"]
-    assert abs(adapted["network"]["block1"]["batch_norm"]["scale"] - before).max() > 1e-4
+    before = params["learner"]["network"]["block1"]["normalisation"]["scale"]
+    assert abs(adapted["network"]["block1"]["normalisation"]["scale"] - before).max() > 1e-4
 
 
 def test_the_paper_s_number_of_adapted_parameters():
@@ -149,7 +154,7 @@ def test_the_paper_s_number_of_adapted_parameters():
     labels = jnp.eye(5)
     episode = Episode(*[Batch(jnp.zeros((5, 28, 28, 1)), labels)] * 2)
     params, _ = jax.eval_shape(learner.init, KEY, episode)
-    chosen, others = partition(params["learner"], all_but_batch_norm)
+    chosen, others = partition(params["learner"], all_but_normalisation)
     assert sum(leaf.size for leaf in jax.tree.leaves(chosen)) == 111_749
     assert sum(leaf.size for leaf in jax.tree.leaves(others)) == 4 * 2 * 64
 
@@ -170,22 +175,22 @@ def test_negative_steps_are_refused(settings):
 
 
 def test_regression_adapts_to_the_support():
-    learner = maml(mlp((8,)), inner_lr=0.1, steps=10, criterion=squared_error)
+    learner = maml(mlp((8,)), inner_lr=0.1, steps=20, objective=squared_error)
     x = jnp.linspace(-1, 1, 6)[:, None]
     episode = Episode(*[Batch(x, jnp.concatenate([x, 2 * x], 1))] * 2)
     params, state = learner.init(KEY, episode)
     loss, aux = learner.loss(params, state, episode, KEY)
-    before, _ = maml(mlp((8,)), steps=0, criterion=squared_error).loss(params, state, episode, KEY)
+    before, _ = maml(mlp((8,)), steps=0, objective=squared_error).loss(params, state, episode, KEY)
     assert loss < before / 2
     np.testing.assert_array_equal(aux.metrics["mse"], loss)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_support_statistics_are_those_of_the_adapted_parameters(steps):
-    network = strided_conv4(2, batch_norm="support")
+    network = strided_conv4(2, normalisation="support")
     learner = maml(network, inner_lr=0.5, steps=steps)
     params, state = learner.init(KEY, images())
     adapted = adapt(learner, params, state, images().support)
     body = adapted.params["network"]
-    _, wanted = network.apply_to_support(body, state, images().support.x, key=KEY, train=True)
+    _, wanted = embed_support(network, body, state, images().support, key=KEY, train=True)
     assert_trees_close(adapted.state, wanted)

@@ -24,7 +24,7 @@ def nested(prefix):
         if name.startswith(f"{prefix}/") and first not in ("support", "query", "loss"):
             node = tree if first == "head" else tree["network"]
             for key in (first, *path[:-1]):
-                node = node.setdefault(key, {})
+                node = node.setdefault("normalisation" if key == "batch_norm" else key, {})
             node[path[-1]] = jnp.asarray(GOLDEN[name], jnp.float64)
     return tree
 
@@ -32,7 +32,7 @@ def nested(prefix):
 @pytest.mark.parametrize("form", [conv4, strided_conv4])
 def test_the_meta_gradient_is_pytorch_s(form):
     name = form.__name__
-    learner = maml(form(8, batch_norm="batch"), inner_lr=0.4, steps=2)
+    learner = maml(form(8, normalisation="batch"), inner_lr=0.4, steps=2)
     episode = Episode(
         *(
             Batch(*(jnp.asarray(GOLDEN[f"input/{part}.{axis}"], jnp.float64) for axis in "xy"))

@@ -3,12 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_jax.core import Episode
 from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.objectives import squared_error
 from meta_jax.optimization_based.protomaml import protomaml, prototype_linear_head
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
     loss_and_gradient,
+    padded,
     tanh_network,
     vectors,
 )
@@ -17,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def logits(learner, params, episode):
-    adapted = learner.adapt(params, {}, episode.support, KEY, train=False)
+    _, state = learner.init(KEY, episode)
+    adapted = learner.adapt(params, state, episode.support, KEY, train=False)
     return learner.predict(params, adapted, episode.query.x, KEY, train=False)[0]
 
 
@@ -26,13 +30,14 @@ def test_without_steps_it_is_a_prototypical_network():
     theirs = prototypical(tanh_network(), joint_encoding=False)
     params, state = ours.init(KEY, vectors())
     assert set(params["learner"]) == {"network"}
-    body = {**theirs.init(KEY, vectors())[0], **params["learner"]}
+    body, their_state = theirs.init(KEY, vectors())
+    body = {**body, **params["learner"]}
     difference = logits(ours, params, vectors()) - logits(theirs, body, vectors())
     # ||z||^2, the same for every class of a query.
     np.testing.assert_allclose(difference, difference[:, :1].repeat(3, 1), rtol=1e-10)
     assert difference.min() > 1e-3
     value, gradient = loss_and_gradient(ours, params, state, vectors(), KEY)
-    expected, wanted = loss_and_gradient(theirs, body, state, vectors(), KEY)
+    expected, wanted = loss_and_gradient(theirs, body, their_state, vectors(), KEY)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     assert_trees_close(gradient["learner"]["network"], wanted["network"])
 
@@ -55,6 +60,20 @@ def test_steps_start_from_the_prototypes():
     at_prototypes = {"network": body, "head": head}
     wanted = jax.tree.map(lambda p, g: p - 0.3 * g, at_prototypes, jax.grad(loss)(at_prototypes))
     assert_trees_close(learner.adapt(params, state, support, KEY, train=True).params, wanted)
+
+
+def test_padding_changes_no_prototype():
+    learner = protomaml(tanh_network(), inner_lr=0.3)
+    params, _ = learner.init(KEY, vectors())
+    support, query = vectors()
+    assert_trees_close(
+        logits(learner, params, Episode(padded(support), query)), logits(learner, params, vectors())
+    )
+
+
+def test_regression_is_refused():
+    with pytest.raises(ValueError, match="protomaml is for classification"):
+        protomaml(tanh_network(), objective=squared_error)
 
 
 def test_ways_may_differ_at_test():

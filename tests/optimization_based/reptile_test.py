@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,21 +5,22 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from meta_jax.core import squared_error
-from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.layers import linear
 from meta_jax.networks.mlp import mlp
+from meta_jax.networks.normalisation import batch_moments
+from meta_jax.objectives import squared_error, squared_error_loss
 from meta_jax.optimization_based.adjoints import FIRST_ORDER, UNROLLED
-from meta_jax.optimization_based.inner_loop import unroll
-from meta_jax.optimization_based.reptile import minibatches, reptile
+from meta_jax.optimization_based.inner_loop import run_inner_loop
+from meta_jax.optimization_based.reptile import masked_minibatches, minibatches, reptile
 from meta_jax.optimization_based.update_rules import from_optax
 from meta_jax.training.outer_step import TrainState, make_outer_step
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
     identity_network,
-    images,
     loss_and_gradient,
+    normalised_network,
+    padded,
     tanh_network,
     vectors,
 )
@@ -39,11 +38,11 @@ def whole_batches(network, **settings):
 
 def quadratic():
     """A linear model's squared error, as a function of its flat parameters."""
-    learner = whole_batches(identity_network(), criterion=squared_error)
+    learner = whole_batches(identity_network(), objective=squared_error)
     params, _ = learner.init(KEY, vectors())
     flat, unravel = ravel_pytree(params)
     support = vectors().support
-    loss = lambda p: squared_error(linear(unravel(p)["head"], support.x), support.y)[0]  # noqa: E731
+    loss = lambda p: squared_error_loss(linear(unravel(p)["head"], support.x), support.y)[0]  # noqa: E731
     return params, flat, jax.grad(loss)(flat), jax.hessian(loss)(flat)
 
 
@@ -51,7 +50,7 @@ def quadratic():
 def test_steps_on_one_batch_sum_its_gradients(steps):
     """(phi - U(phi)) / alpha = sum_{j<k} (I - alpha A)^j grad L(phi), for k = 1 the gradient."""
     params, _, slope, hessian = quadratic()
-    learner = whole_batches(identity_network(), steps=steps, criterion=squared_error)
+    learner = whole_batches(identity_network(), steps=steps, objective=squared_error)
     value, gradient = loss_and_gradient(
         learner, params, {"network": {}, "rule": {}}, vectors(), KEY
     )
@@ -79,7 +78,7 @@ def test_the_expansion_in_the_inner_rate(method):
     def end(phi, alpha, steps, adjoint):
         problem = lambda p, state, step: (loss(p, step), state)  # noqa: E731
         rule = from_optax(optax.sgd(alpha))
-        return unroll(problem, rule, {}, phi, {}, steps=steps, adjoint=adjoint).params
+        return run_inner_loop(problem, rule, {}, phi, {}, steps=steps, adjoint=adjoint).params
 
     def residual(alpha):
         if method == "reptile":
@@ -161,35 +160,63 @@ def test_the_inner_optimizer_s_state_goes_on_from_task_to_task():
         kept, theirs = state["rule"][0], opt_state[0]
         assert_trees_close(kept.nu, theirs.nu)
         assert kept.count == theirs.count == 2 * (seed + 1)
-        assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float64")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(kept.nu)} == {jnp.dtype("float64")}
+        assert kept.count.dtype == jnp.int32  # a counter, which is not averaged over tasks
         assert_trees_close(learner.adapt(*before, episode.support, KEY, train=True).params, p)
     fresh = reptile(tanh_network(), carry=False).init(KEY, vectors())[1]
     assert fresh["rule"] == {}
 
 
-def test_a_query_is_normalised_with_the_support_or_with_the_other_queries():
-    params, state = jax.jit(whole_batches(strided_conv4(2)).init)(KEY, images())
-    support, query = images()
+def test_a_query_is_normalised_with_the_other_queries_or_with_the_support():
+    """The paper's transductive rows and its others; a third mode keeps the support's moments."""
+    params, state = whole_batches(normalised_network()).init(KEY, vectors())
+    support, query = vectors()
 
     def logits(mode):
-        learner = whole_batches(strided_conv4(2, batch_norm=mode), eval_steps=2)
+        learner = whole_batches(normalised_network(mode), eval_steps=2)
         adapted = learner.adapt(params, state, support, KEY, train=False)
-        run = jax.jit(functools.partial(learner.predict, train=False))
-        return run(params, adapted, query.x, KEY)[0], adapted.params
+        return learner.predict(params, adapted, query.x, KEY, train=False)[0], adapted.params
 
-    network = strided_conv4(2)
+    network = normalised_network()
 
     def joint(p, x):
-        z, _ = network.apply(p["network"], state["network"], x, key=None, train=True)
+        stats = state["network"]
+        z, _ = network.apply(p["network"], stats, x, key=None, train=False, moments="batch")
         return linear(p["head"], z)
 
     transductive, adapted = logits("batch")
     np.testing.assert_allclose(transductive, joint(adapted, query.x), atol=1e-9)
-    inductive, same = logits("support")
+    inductive, same = logits("one_at_a_time")
     assert_trees_close(adapted, same)
+    with_support, same = logits("support")
+    assert_trees_close(adapted, same)
+    moments = batch_moments(support.x @ adapted["network"]["w"])._asdict()
+    z, _ = network.apply(adapted["network"], moments, query.x, key=None, train=False)
+    np.testing.assert_allclose(with_support, linear(adapted["head"], z), atol=1e-9)
     for i in (0, 3):
         alone = joint(adapted, jnp.concatenate([support.x, query.x[i : i + 1]]))[-1]
         np.testing.assert_allclose(inductive[i], alone, atol=1e-9)
+
+
+def test_minibatches_of_a_padded_set_leave_padding_out():
+    mask = jnp.array([True, False, True, True, False])
+    rows = np.asarray(masked_minibatches(KEY, mask, 2, 6)).reshape(-1, 3)
+    np.testing.assert_array_equal(np.sort(rows, 1), np.tile([0, 2, 3], (4, 1)))
+    assert len({tuple(order) for order in rows}) > 1
+    # A set that is all padding has no rows: the step sees one of padding, and loses nothing.
+    assert masked_minibatches(KEY, jnp.zeros(3, bool), 2, 2).shape == (2, 2)
+
+
+def test_padding_changes_no_answer():
+    learner = reptile(tanh_network(), inner_lr=0.01, eval_steps=4, eval_batch_size=3)
+    params, state = learner.init(KEY, vectors())
+
+    def answers(value):
+        support = padded(vectors().support, value=value)
+        adapted = learner.adapt(params, state, support, KEY, train=False)
+        return learner.predict(params, adapted, vectors().query.x, KEY, train=False)[0]
+
+    np.testing.assert_array_equal(answers(1.0), answers(-1e3))
 
 
 @pytest.mark.parametrize(

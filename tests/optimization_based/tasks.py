@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax.core import Batch, Episode, Network
+from meta_jax.networks.normalisation import init_normalisation, normalise
 
 KEY = jax.random.key(0)
 
@@ -26,7 +27,7 @@ def tanh_network(width=6):
         w = jax.random.normal(key, (x.shape[1], width))
         return {"w": w, "b": jnp.zeros(width, w.dtype)}, {}
 
-    def apply(params, state, x, *, key, train):
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
         return jnp.tanh(x @ params["w"] + params["b"]), state
 
     return Network(init, apply)
@@ -34,9 +35,40 @@ def tanh_network(width=6):
 
 def identity_network():
     """No parameters: a head on it is a linear model, its squared error a quadratic."""
-    return Network(
-        lambda key, x: ({}, {}), lambda params, state, x, *, key, train: (x, state), "none"
-    )
+
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
+        return x, state
+
+    return Network(lambda key, x: ({}, {}), apply)
+
+
+def normalised_network(mode="batch", width=6, *, dropout=0.0):
+    """A layer, its normalisation and tanh, and dropout of some share of the outputs."""
+
+    def init(key, x):
+        scale, state = init_normalisation(width, mode)
+        return {"w": jax.random.normal(key, (x.shape[1], width)), "normalisation": scale}, state
+
+    def apply(params, state, x, *, key, train, moments="stored", mask=None):
+        y, state = normalise(
+            params["normalisation"], state, x @ params["w"], mode=mode, moments=moments, mask=mask
+        )
+        y = jnp.tanh(y)
+        if train and dropout:
+            y = jnp.where(jax.random.bernoulli(key, 1 - dropout, y.shape), y / (1 - dropout), 0)
+        return y, state
+
+    return Network(init, apply, mode)
+
+
+def padded(batch, rows=2, value=7.0):
+    """A batch whose last rows are padding, with rubbish in them."""
+
+    def pad(leaf):
+        return jnp.concatenate([leaf, jnp.full((rows, *leaf.shape[1:]), value, leaf.dtype)])
+
+    n = batch.y.shape[0]
+    return Batch(jax.tree.map(pad, batch.x), pad(batch.y), jnp.arange(n + rows) < n)
 
 
 def vectors(seed=0, ways=3):
