@@ -56,7 +56,11 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("shots", 1, "Support examples of each class in a test episode.")
     integer("queries", 15, "Query examples of each class in a test episode.")
     integer("train_ways", None, "Classes of a training episode, by default as in tests.")
-    integer("train_shots", None, "Support examples in training, by default as in tests.")
+    integer(
+        "train_shots",
+        None,
+        "Support examples in training, by default the learner's usual number, else as in tests.",
+    )
     integer("train_queries", None, "Query examples in training, by default as in tests.")
     string("train_split", "train", "Split to train on, such as train or trainval.")
     integer("task_batch", 1, "Tasks of an outer step.")
@@ -244,8 +248,9 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
 
 def _run_record(values: flags.FlagValues) -> dict[str, Any]:
     run = {name: values[name].value for name in ("ways", "shots", "queries")}
-    for name in ("ways", "shots", "queries"):
-        run[f"train_{name}"] = values[f"train_{name}"].value or run[name]
+    usual = {**run, "shots": registry.find("learner", values.learner).train_shots or run["shots"]}
+    for name, value in usual.items():
+        run[f"train_{name}"] = values[f"train_{name}"].value or value
     others = ("train_split", "task_batch", "task_chunk", "steps", "log_every", "eval_every")
     others += ("checkpoint_every", "val_episodes", "seed")
     return run | {name: values[name].value for name in others}

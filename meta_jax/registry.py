@@ -47,6 +47,7 @@ class Component(NamedTuple):
     network: str | None  # a learner's usual network; None where it has its own
     normalisation: str | None  # a learner's usual normalisation
     optimizer: str | None  # a learner's usual outer optimizer
+    train_shots: int | None = None  # a learner's usual shots in training; None: as in tests
 
 
 _REGISTERED: dict[tuple[Kind, str], Component] = {}
@@ -62,6 +63,7 @@ def learner(
     network: str | None = "conv4",
     normalisation: str | None = None,
     optimizer: str = "adam",
+    train_shots: int | None = None,
     defaults: Mapping[str, Default] | None = None,
 ) -> Callable[[Callable[P, MetaLearner]], Callable[P, MetaLearner]]:
     """Registers a factory of learners.
@@ -74,6 +76,8 @@ def learner(
       network: name of the network that it is used with by default; None where it has its own.
       normalisation: default mode of that network's normalisation; None for the network's own.
       optimizer: name of the outer optimizer that it is used with by default.
+      train_shots: support examples of each class in training by default; None for as many as in
+        tests.
       defaults: by setting, the default that stands for None: a function of network and objective.
 
     Returns:
@@ -82,7 +86,9 @@ def learner(
 
     def decorate(factory: Callable[P, MetaLearner]) -> Callable[P, MetaLearner]:
         wrapped = _configured(factory, name, takes_network=network is not None, defaults=defaults)
-        _register(Component("learner", name, wrapped, network, normalisation, optimizer))
+        _register(
+            Component("learner", name, wrapped, network, normalisation, optimizer, train_shots)
+        )
         return wrapped
 
     return decorate

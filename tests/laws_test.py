@@ -167,7 +167,7 @@ LEARNERS = {
     "imaml": by_gradient(imaml, inner_lr=0.1),
     "protomaml": by_gradient(protomaml, inner_lr=0.1),
     # Mini-batches in training are drawn by row; a test takes the whole support set.
-    "reptile": by_gradient(reptile, batch_size=4, eval_batch_size=None),
+    "reptile": by_gradient(reptile, inner_lr=0.01, batch_size=4, eval_batch_size=None),
     "lstm_meta_learner": by_gradient(lstm_meta_learner, hidden_size=3)._replace(
         # The moments are those before the last update, so that they do not cancel all of a bias.
         mode="support",

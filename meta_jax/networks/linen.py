@@ -101,7 +101,7 @@ def _init(adapter: _Adapter, key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
     rngs = {"params": params_key, "dropout": other_key}
     with nn.intercept_methods(control), nn.intercept_methods(note):
         switches: dict[str, Any] = adapter.switches(False, "stored")
-        variables = adapter.module.init(rngs, x, **switches)
+        variables: Mapping[str, Any] = adapter.module.init(rngs, x, **switches)
     _check_batch_norm(adapter, any(norms.values()))
     state = {
         name: collection

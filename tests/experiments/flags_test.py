@@ -97,6 +97,21 @@ def build(*arguments, source=IMAGES):
     return runs.build_run(runs.run_values(list(arguments)), source)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shots"),
+    [
+        (["--learner=reptile"], 10),
+        (["--learner=reptile", "--train_shots=3"], 3),
+        (["--learner=fomaml", "--shots=2"], 2),
+    ],
+)
+def test_training_has_the_learners_usual_shots(arguments, shots):
+    values = runs.run_values([*arguments, "--eval_every=0", "--tasks=sinusoid"])
+    config = runs.build_run(values, runs.load_tasks(values)).config
+    assert config["run"]["train_shots"] == shots
+    assert config["run"]["shots"] == values.shots
+
+
 class TestSettings:
     def test_a_setting_is_read_by_its_type(self):
         def setting(kind, choices=(), optional=False):
