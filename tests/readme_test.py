@@ -26,7 +26,7 @@ def test_few_shot_code_runs_and_is_short(monkeypatch):
     names = run(FEW_SHOT, monkeypatch)
     assert int(names["trained"].step) == 10
     assert bool(names["finite"])
-    assert names["logits"].shape == (5, 5)
+    assert names["logits"].shape == (25, 5)
     assert bool(jnp.isfinite(names["logits"]).all())
 
 
