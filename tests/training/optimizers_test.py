@@ -44,7 +44,7 @@ def update(optimizer, steps=1, gradient=GRADIENT):
 
 
 def test_all_are_registered_with_documented_settings():
-    assert registry.names("optimizer") == NAMES
+    assert set(NAMES) <= set(registry.names("optimizer"))  # an own one may have come by
     for name in NAMES:
         component = registry.find("optimizer", name)
         first = next(iter(registry.parameters(component.factory).values()))
