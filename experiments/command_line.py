@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import app, flags, logging
 
-import meta_jax  # noqa: F401  it registers every component
 from meta_jax import registry
 from meta_jax.lookup import UsageError
 from meta_jax.registry import Component, Kind, Setting
@@ -118,7 +117,7 @@ def define_component_flags(values: flags.FlagValues, chosen: Chosen) -> None:
     """Defines the settings of a component as flags; one that is there already stays.
 
     Args:
-      values: where they are defined.
+      values: Flags to which they are added.
       chosen: the component.
     """
     for name, setting in chosen.settings().items():
@@ -187,7 +186,7 @@ def selected(
     Args:
       values: defines these flags, with their defaults.
       arguments: as `sys.argv`, the program first.
-      names: of the flags.
+      names: Names of the flags.
 
     Raises:
       flags.Error: one without its value, or a flagfile that cannot be read.

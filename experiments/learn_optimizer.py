@@ -129,7 +129,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     """The components that the flags choose, with the settings that --weights records.
 
     Args:
-      selected: what the flags of `_SELECTIONS` say.
+      selected: Values of the flags of `_SELECTIONS`.
 
     Raises:
       UsageError: an unknown name, or weights that have no record.
@@ -269,7 +269,7 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
     """Trains from where the workdir stands.
 
     Args:
-      experiment: of `build_experiment`.
+      experiment: Parts of the run, from `build_experiment`.
       workdir: the folder; it is claimed when nothing can be refused any more.
       given: names of the flags that were given.
 
@@ -354,7 +354,7 @@ def compare(
     """Compares a learned rule with hand-designed ones, whose rates training problems tuned.
 
     Args:
-      experiment: of `build_experiment`.
+      experiment: Parts of the run, from `build_experiment`.
       meta: meta-parameters of the rule.
       steps: inner steps.
       num_tasks: training runs of each optimizer, and of each learning rate.

@@ -202,7 +202,7 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
 
     Args:
       values: parsed flags of a run.
-      source: of `load_tasks`.
+      source: Task source, from `load_tasks`.
 
     Raises:
       UsageError: settings that do not fit each other, the learner or the tasks.
@@ -346,7 +346,7 @@ def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = 
 
     Args:
       values: parsed flags.
-      chosen: of `fitting_network`.
+      chosen: Network component, from `fitting_network`.
       mesh: devices that share the images of an episode.
     """
     given = given_settings(values, chosen)
@@ -358,7 +358,7 @@ def build_learner(values: flags.FlagValues, network: Network | None, tasks: Task
 
     Args:
       values: parsed flags.
-      network: what it embeds with; None for one that has networks of its own.
+      network: Embedding network; None for a learner that has networks of its own.
       tasks: what it learns.
     """
     chosen = Chosen("learner", registry.find("learner", values.learner), reserved=("objective",))

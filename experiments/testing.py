@@ -71,7 +71,7 @@ def make_test(
 
     Args:
       learner: the method.
-      tasks: of the test.
+      tasks: Tasks of the test.
       asked: which episodes.
 
     Returns:
@@ -248,7 +248,7 @@ def evaluate(
       checkpoint: 'best' or 'latest'.
       size: ways, shots and queries where they are not the run's.
       tasks: name of other tasks than the run's.
-      settings: of learner, network and tasks, where they are not the run's.
+      settings: Settings of learner, network and tasks that replace the run's.
       data_dir: where the data lie.
 
     Raises:
@@ -297,8 +297,8 @@ def load_other_source(
 
     Args:
       recorded: what a run's record says of its tasks.
-      name: of another source; None for the run's.
-      settings: where they are not the run's.
+      name: Name of another source; None for the run's.
+      settings: Settings that replace the run's.
       data_dir: where the data lie.
 
     Raises:

@@ -72,13 +72,14 @@ def learner(
     them `objective`, which the tasks choose. What it returns says which learner it is, in `config`.
 
     Args:
-      name: what `--learner` calls it.
-      network: name of the network that it is used with by default; None where it has its own.
-      normalisation: default mode of that network's normalisation; None for the network's own.
-      optimizer: name of the outer optimizer that it is used with by default.
-      train_shots: support examples of each class in training by default; None for as many as in
+      name: Name that `--learner` takes.
+      network: Name of the network that it is used with by default; None where it has its own.
+      normalisation: Default mode of that network's normalisation; None for the network's own.
+      optimizer: Name of the outer optimizer that it is used with by default.
+      train_shots: Support examples of each class in training by default; None for as many as in
         tests.
-      defaults: by setting, the default that stands for None: a function of network and objective.
+      defaults: Functions (network, objective) -> value that resolve settings left at None, by
+        setting.
 
     Returns:
       The decorator.
@@ -289,7 +290,7 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
     Python's alone.
 
     Args:
-      component: of `find`.
+      component: Component, from `find`.
       reserved: names of parameters that somebody else gives, such as 'objective'.
     """
     factory = component.factory

@@ -107,7 +107,7 @@ def relation_head(
     Args:
       normalisation: mode of the module's normalisation layers.
       features: channels of the module's convolutions.
-      padding: of its convolutions, see `init_relation_module`.
+      padding: Padding of its convolutions, see `init_relation_module`.
 
     Raises:
       UsageError: an unknown mode.

@@ -44,7 +44,7 @@ def pair_cross_entropy(logits: Array, same: Array, mask: Array | None = None) ->
     classes, hence the weights.
 
     Args:
-      logits: of "same class", [m, n].
+      logits: Logits of "same class", [m, n].
       same: 1 for a pair of one class, else 0, [m, n].
       mask: bool [m, n], False for pairs with padding.
 
@@ -72,7 +72,7 @@ def best_pair(logits: Array, y: Array, mask: Array | None = None) -> Array:
     """The logit of each class's best pair.
 
     Args:
-      logits: of "same class", [m, n].
+      logits: Logits of "same class", [m, n].
       y: one-hot labels of the support examples [n, ways].
       mask: bool [n], False for padding.
 

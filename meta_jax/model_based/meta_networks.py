@@ -225,7 +225,7 @@ def _fast_weights(
     Args:
       meta_network: (params, inputs [n, 2, coordinates]) -> [coordinates] or [n, coordinates].
       meta: its parameters by group.
-      gradients: of each example, leaves [n, ...], by group.
+      gradients: Gradients of each example, leaves [n, ...], by group.
       slow: the slow weights, for their structure.
       fast_scale: factor of the outputs.
     """

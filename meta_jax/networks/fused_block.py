@@ -61,7 +61,7 @@ def fused_conv_block(
     """Convolution -> batch norm -> ReLU -> optional 2x2 max-pooling, as `layers.conv_block`.
 
     Args:
-      params, stats: of a block of a mode in `BATCH_MODES`.
+      params, stats: Parameters and moments of a block of a mode in `BATCH_MODES`.
       x: images [n, height, width, inputs], or what another block deferred.
       stride: step of the convolution, in pixels.
       pool: whether to max-pool at the end.
@@ -243,8 +243,8 @@ def prepared_chunks(x: Array, kernel: Array, *, stride: int, pool: bool) -> int:
 
     Args:
       x: images [n, height, width, channels].
-      kernel: of the first convolution, [window, window, channels, features].
-      stride: of the first convolution, in pixels.
+      kernel: Kernel of the first convolution, [window, window, channels, features].
+      stride: Stride of the first convolution, in pixels.
       pool: whether 2x2 pooling follows.
     """
     if not on_cpu() or not small_patches(kernel):

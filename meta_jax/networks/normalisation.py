@@ -70,7 +70,7 @@ def is_normalisation(path: tuple) -> bool:
     flax modules do so too.
 
     Args:
-      path: of `jax.tree_util.tree_map_with_path`.
+      path: Path of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
     """
     return any(getattr(key, "key", None) == "normalisation" for key in path)
 
@@ -241,7 +241,7 @@ def init_normalisation(
     Args:
       features: size of the last axis.
       mode: one of `MODES`; those in `BATCH_MODES` share one structure.
-      dtype: of the parameters; JAX's default if None.
+      dtype: Type of the parameters; JAX's default if None.
 
     Returns:
       {'scale', 'offset'} (with 'slope' and 'intercept' for tasknorm), each [features] or a scalar,
