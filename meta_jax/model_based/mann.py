@@ -113,7 +113,7 @@ def mann(
     of [h_t, r_t].
 
     The defaults are those of the shipped weights, which were trained for 20,000 outer steps of 16
-    tasks; with one task a step it stays at chance for more than a thousand. The paper has raw pixels
+    tasks; with one task a step it is at chance for more than a thousand. The paper has raw pixels
     (network flatten), an LSTM of 200 units, 128 slots, key_strength 1, write_values False and
     nca_weight 0, and trains for 100,000.
 
