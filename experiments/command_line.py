@@ -39,6 +39,7 @@ class Chosen(NamedTuple):
     reserved: tuple[str, ...] = ()  # parameters that the binary itself gives
     defaults: Mapping[str, Any] = {}  # of this run, where they are not the factory's
     note: str = ""  # when it is used, where a kind has several that may be
+    run: Mapping[str, int] = {}  # defaults of the binary's own flags with this component
 
     def settings(self) -> dict[str, Setting]:
         """Its settings by name, with the defaults that they have here."""
@@ -118,7 +119,7 @@ def define_component_flags(values: flags.FlagValues, chosen: Chosen) -> None:
 
     Args:
       values: Flags to which they are added.
-      chosen: the component.
+      chosen: The component.
     """
     for name, setting in chosen.settings().items():
         flag = f"{chosen.kind}.{name}"
@@ -184,8 +185,8 @@ def selected(
     """What some string flags will be, flagfiles read, before all flags are defined.
 
     Args:
-      values: defines these flags, with their defaults.
-      arguments: as `sys.argv`, the program first.
+      values: Defines these flags, with their defaults.
+      arguments: Command line as in `sys.argv`, the program's name first.
       names: Names of the flags.
 
     Raises:
@@ -209,10 +210,10 @@ def parse(
     """Reads the arguments, settings of the chosen components among them.
 
     Args:
-      values: the binary's flags; the settings are defined there.
-      arguments: as `sys.argv`, the program first.
-      selections: names of the flags that choose components.
-      choose: from what these flags say to the components.
+      values: The binary's flags; the settings are defined there.
+      arguments: Command line as in `sys.argv`, the program's name first.
+      selections: Names of the flags that choose components.
+      choose: Function from the values of these flags to the components.
 
     Returns:
       What is no flag, and the components.
@@ -223,6 +224,8 @@ def parse(
     chosen = list(choose(selected(values, arguments, selections))) if choose else []
     for each in chosen:
         define_component_flags(values, each)
+        for name, default in each.run.items():
+            values.set_default(name, default)
     try:
         left = values(list(arguments))
     except flags.UnrecognizedFlagError as error:
@@ -283,10 +286,10 @@ def help_text(values: flags.FlagValues, chosen: Sequence[Chosen], doc: str, prog
     """All flags of a binary, and the settings of the chosen components.
 
     Args:
-      values: the binary's flags.
-      chosen: the components.
-      doc: the binary's docstring.
-      program: how it is called.
+      values: The binary's flags.
+      chosen: The components.
+      doc: The binary's docstring.
+      program: Name of the program.
     """
     parts = [doc.strip(), f"usage: {program} [--flagfile=FILE] [--FLAG=VALUE ...]"]
     for names in _binary_flags(values).values():
@@ -353,10 +356,10 @@ def run_main(
     """Parses the flags and runs a binary; a user's mistake is one line and exit status 2.
 
     Args:
-      main: gets the arguments that are not flags.
-      selections: names of the flags that choose components.
-      choose: from what these flags say to the components.
-      positional: whether there may be arguments that are not flags.
+      main: The binary's function; it gets the arguments that are not flags.
+      selections: Names of the flags that choose components.
+      choose: Function from the values of these flags to the components.
+      positional: Whether there may be arguments that are not flags.
     """
     _use_all_cores()
     # A second start of the same program need not compile again.

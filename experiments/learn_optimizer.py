@@ -270,8 +270,8 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
 
     Args:
       experiment: Parts of the run, from `build_experiment`.
-      workdir: the folder; it is claimed when nothing can be refused any more.
-      given: names of the flags that were given.
+      workdir: The folder; it is claimed when nothing can be refused any more.
+      given: Names of the flags that were given.
 
     Raises:
       UsageError: numbers that do not fit each other, or a workdir of another run.
@@ -355,10 +355,10 @@ def compare(
 
     Args:
       experiment: Parts of the run, from `build_experiment`.
-      meta: meta-parameters of the rule.
-      steps: inner steps.
-      num_tasks: training runs of each optimizer, and of each learning rate.
-      seed: seed of the problems.
+      meta: Meta-parameters of the rule.
+      steps: Inner steps.
+      num_tasks: Training runs of each optimizer, and of each learning rate.
+      seed: Seed of the problems.
 
     Returns:
       What was found on test problems, by the optimizer's name.

@@ -53,9 +53,9 @@ def with_table(readme: str, place: str, table: str) -> str:
     """README's text with one of its tables replaced.
 
     Args:
-      readme: the text.
+      readme: The text.
       place: `RESULTS`, `SPEED` or `GPU_SPEED`.
-      table: the new one, in Markdown.
+      table: The new one, in Markdown.
 
     Raises:
       ValueError: the text has no place marked for the table.

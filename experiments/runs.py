@@ -56,11 +56,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("shots", 1, "Support examples of each class in a test episode.")
     integer("queries", 15, "Query examples of each class in a test episode.")
     integer("train_ways", None, "Classes of a training episode, by default as in tests.")
-    integer(
-        "train_shots",
-        None,
-        "Support examples in training, by default the learner's usual number, else as in tests.",
-    )
+    integer("train_shots", None, "Support examples in training, by default as in tests.")
     integer("train_queries", None, "Query examples in training, by default as in tests.")
     string("train_split", "train", "Split to train on, such as train or trainval.")
     integer("task_batch", 1, "Tasks of an outer step.")
@@ -93,10 +89,11 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
       UsageError: an unknown name, or a network for a learner that has its own.
     """
     learner = registry.find("learner", selected["learner"] or "")
+    tasks = tasks_chosen(selected["tasks"])
     return [
-        Chosen("learner", learner, reserved=("objective",)),
+        Chosen("learner", learner, reserved=("objective",), run=learner.run),
         *network_candidates(learner, selected["network"]),
-        tasks_chosen(selected["tasks"]),
+        tasks._replace(run=tasks.component.run),
         optimizer_chosen(selected["optimizer"] or learner.optimizer or "adam"),
     ]
 
@@ -201,7 +198,7 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
     """Builds what the flags describe; whatever can be refused is refused here.
 
     Args:
-      values: parsed flags of a run.
+      values: Parsed flags of a run.
       source: Task source, from `load_tasks`.
 
     Raises:
@@ -247,10 +244,10 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
 
 
 def _run_record(values: flags.FlagValues) -> dict[str, Any]:
-    run = {name: values[name].value for name in ("ways", "shots", "queries")}
-    usual = {**run, "shots": registry.find("learner", values.learner).train_shots or run["shots"]}
-    for name, value in usual.items():
-        run[f"train_{name}"] = values[f"train_{name}"].value or value
+    sizes = {name: values[name].value for name in EpisodeSize._fields}
+    run = sizes | {
+        f"train_{name}": values[f"train_{name}"].value or size for name, size in sizes.items()
+    }
     others = ("train_split", "task_batch", "task_chunk", "steps", "log_every", "eval_every")
     others += ("checkpoint_every", "val_episodes", "seed")
     return run | {name: values[name].value for name in others}
@@ -292,8 +289,8 @@ def fitting_network(values: flags.FlagValues, tasks: Tasks) -> Chosen | None:
     """The network of a run: what a flag says, or the learner's if the inputs fit it, or mlp.
 
     Args:
-      values: parsed flags.
-      tasks: whose inputs it takes.
+      values: Parsed flags.
+      tasks: Tasks whose inputs it embeds.
 
     Returns:
       The component; None where the learner has networks of its own.
@@ -323,8 +320,8 @@ def takes(network: Network, x: PyTree) -> bool:
     """Whether a network can embed inputs of some shapes; images that are too small it can.
 
     Args:
-      network: the network.
-      x: shapes of inputs, leaves [n, ...].
+      network: The network.
+      x: Shapes of inputs, leaves [n, ...].
     """
     leaves = jax.tree.leaves(x)
     if len(leaves) == 1 and len(leaves[0].shape) == 4:
@@ -345,9 +342,9 @@ def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = 
     """Builds a network from the flags `--network.*`.
 
     Args:
-      values: parsed flags.
+      values: Parsed flags.
       chosen: Network component, from `fitting_network`.
-      mesh: devices that share the images of an episode.
+      mesh: Devices that share the images of an episode.
     """
     given = given_settings(values, chosen)
     return chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
@@ -357,9 +354,9 @@ def build_learner(values: flags.FlagValues, network: Network | None, tasks: Task
     """Builds a learner from the flags `--learner.*`, with the tasks' objective.
 
     Args:
-      values: parsed flags.
+      values: Parsed flags.
       network: Embedding network; None for a learner that has networks of its own.
-      tasks: what it learns.
+      tasks: Tasks that it learns.
     """
     chosen = Chosen("learner", registry.find("learner", values.learner), reserved=("objective",))
     given = given_settings(values, chosen)
@@ -386,10 +383,10 @@ def check_sizes(
     """Refuses tests of another size than training where the learner's parameters depend on it.
 
     Args:
-      learner: the learner.
-      name: what it is called.
-      training, testing: its tasks.
-      run: the record of the run, with the sizes of episodes.
+      learner: The learner.
+      name: Its name in messages.
+      training, testing: Its tasks.
+      run: The record of the run, with the sizes of episodes.
 
     Raises:
       UsageError: the parameters' shapes differ.
@@ -456,9 +453,9 @@ def claim_workdir(
     it was trained with, unless it is given.
 
     Args:
-      workdir: the folder.
-      config: the record of the run.
-      given: flags that were given; all may have been if None.
+      workdir: The folder.
+      config: The record of the run.
+      given: Flags that were given; all may have been if None.
 
     Raises:
       UsageError: the workdir holds something else, or was trained with other settings.
@@ -484,9 +481,9 @@ def differences(
     """Names of the flags in which two records differ, where this matters.
 
     Args:
-      found: the older record.
-      wanted: the newer one.
-      given: see `claim_workdir`.
+      found: The older record.
+      wanted: The newer one.
+      given: Names of the flags that were given; all may have been if None.
     """
     old, new = as_flags(found), as_flags(wanted)
     changed = []

@@ -70,9 +70,9 @@ def make_test(
     The same seed gives the same episodes to every learner and every time.
 
     Args:
-      learner: the method.
+      learner: The method.
       tasks: Tasks of the test.
-      asked: which episodes.
+      asked: Split, number and seed of the episodes.
 
     Returns:
       A function (params, state) -> what was found.
@@ -134,12 +134,12 @@ def result(
     """Builds the result of a test; accuracy and ci95 are in per cent.
 
     Args:
-      config: record of the run, the learner's as it was tested.
-      tested: what was found.
-      asked: what was asked.
-      size: how large the episodes were, if not as the run has them.
-      tasks: name of the tasks, if not the run's.
-      seconds: how long training took.
+      config: Record of the run, the learner's as it was tested.
+      tested: Result of the test.
+      asked: Split, number of episodes and seed of the test.
+      size: Size of the episodes, where it is not the run's.
+      tasks: Name of the tasks, if not the run's.
+      seconds: Duration of the training.
 
     Raises:
       RunError: what was found is not finite.
@@ -216,7 +216,7 @@ def instance_table(curves: Mapping[str, Sequence[MeanCI]]) -> str:
     """The metric at the 1st, 2nd, ... instance of a class as lines of a table.
 
     Args:
-      curves: by name, the scores.
+      curves: By name, the scores.
     """
     count = max(map(len, curves.values()))
     rows = {"instance": [str(i + 1) for i in range(count)]}
@@ -243,13 +243,13 @@ def evaluate(
     """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
 
     Args:
-      folder: holds config.json and checkpoints/.
-      asked: which episodes.
+      folder: Holds config.json and checkpoints/.
+      asked: Split, number and seed of the episodes.
       checkpoint: 'best' or 'latest'.
-      size: ways, shots and queries where they are not the run's.
-      tasks: name of other tasks than the run's.
+      size: Ways, shots and queries where they are not the run's.
+      tasks: Name of other tasks than the run's.
       settings: Settings of learner, network and tasks that replace the run's.
-      data_dir: where the data lie.
+      data_dir: Where the data lie.
 
     Raises:
       UsageError, CheckpointError: what is asked for cannot be had.
@@ -296,10 +296,10 @@ def load_other_source(
     """The source of a test's tasks: the run's, or another that gives inputs of the same form.
 
     Args:
-      recorded: what a run's record says of its tasks.
+      recorded: Record of the run's tasks.
       name: Name of another source; None for the run's.
       settings: Settings that replace the run's.
-      data_dir: where the data lie.
+      data_dir: Where the data lie.
 
     Raises:
       UsageError: an unknown source or setting, or data that is not there.

@@ -60,7 +60,7 @@ def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tu
 
     Args:
       logits: [n, ways].
-      y: one-hot labels [n, ways].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for rows of padding, which do not count.
 
     Returns:
@@ -88,7 +88,7 @@ def squared_error_loss(
 
     Args:
       outputs: [n, D].
-      y: real targets [n, D].
+      y: Real targets [n, D].
       mask: bool [n], False for rows of padding, which do not count.
 
     Returns:
@@ -156,8 +156,8 @@ def check_batch(batch: Batch, name: str) -> None:
     """Refuses a batch whose inputs, targets and mask differ in their number of rows.
 
     Args:
-      batch: the batch.
-      name: how to call it, such as 'support'.
+      batch: The batch.
+      name: Its name in messages, such as 'support'.
 
     Raises:
       ValueError: the numbers of rows differ, or there is no row.

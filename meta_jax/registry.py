@@ -47,7 +47,7 @@ class Component(NamedTuple):
     network: str | None  # a learner's usual network; None where it has its own
     normalisation: str | None  # a learner's usual normalisation
     optimizer: str | None  # a learner's usual outer optimizer
-    train_shots: int | None = None  # a learner's usual shots in training; None: as in tests
+    run: Mapping[str, int] = {}  # usual settings of a run with it, such as {"task_batch": 16}
 
 
 _REGISTERED: dict[tuple[Kind, str], Component] = {}
@@ -63,7 +63,7 @@ def learner(
     network: str | None = "conv4",
     normalisation: str | None = None,
     optimizer: str = "adam",
-    train_shots: int | None = None,
+    run: Mapping[str, int] | None = None,
     defaults: Mapping[str, Default] | None = None,
 ) -> Callable[[Callable[P, MetaLearner]], Callable[P, MetaLearner]]:
     """Registers a factory of learners.
@@ -76,8 +76,8 @@ def learner(
       network: Name of the network that it is used with by default; None where it has its own.
       normalisation: Default mode of that network's normalisation; None for the network's own.
       optimizer: Name of the outer optimizer that it is used with by default.
-      train_shots: Support examples of each class in training by default; None for as many as in
-        tests.
+      run: Usual settings of a training run by their flags, such as {"task_batch": 16}: what the
+        binaries take where a flag is not given.
       defaults: Functions (network, objective) -> value that resolve settings left at None, by
         setting.
 
@@ -87,9 +87,7 @@ def learner(
 
     def decorate(factory: Callable[P, MetaLearner]) -> Callable[P, MetaLearner]:
         wrapped = _configured(factory, name, takes_network=network is not None, defaults=defaults)
-        _register(
-            Component("learner", name, wrapped, network, normalisation, optimizer, train_shots)
-        )
+        _register(Component("learner", name, wrapped, network, normalisation, optimizer, run or {}))
         return wrapped
 
     return decorate
@@ -116,12 +114,22 @@ def component(kind: Kind, name: str) -> Callable[[Callable[P, R]], Callable[P, R
     return decorate
 
 
-def tasks(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers a factory of task sources; a positional-only parameter is what follows 'NAME:'."""
+def tasks(
+    name: str, *, run: Mapping[str, int] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Registers a factory of task sources; a positional-only parameter is what follows 'NAME:'.
+
+    Args:
+      name: Name that `--tasks` takes.
+      run: Usual settings of a training run by their flags, such as {"shots": 10}.
+
+    Returns:
+      The decorator.
+    """
 
     def decorate(factory: Callable[P, R]) -> Callable[P, R]:
         wrapped = _configured(factory, name, takes_network=False)
-        _register(Component("tasks", name, wrapped, None, None, None))
+        _register(Component("tasks", name, wrapped, None, None, None, run or {}))
         return wrapped
 
     return decorate
@@ -217,8 +225,8 @@ def find(kind: Kind, name: str) -> Component:
     """A component by its name.
 
     Args:
-      kind: what it is.
-      name: as registered, or 'package.module:function' for somebody's own.
+      kind: Kind of the component.
+      name: As registered, or 'package.module:function' for somebody's own.
 
     Returns:
       The component. A function of somebody's own that is not registered as a learner is used with
@@ -252,7 +260,7 @@ def build(kind: Kind, config: Config) -> Any:
 
     Args:
       kind: 'learner' or 'network'.
-      config: its name and settings.
+      config: Its name and settings.
 
     Raises:
       UsageError: an unknown name, a setting that it does not have, or one that was given from
@@ -291,7 +299,7 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
 
     Args:
       component: Component, from `find`.
-      reserved: names of parameters that somebody else gives, such as 'objective'.
+      reserved: Names of parameters that somebody else gives, such as 'objective'.
     """
     factory = component.factory
     hints = typing.get_type_hints(inspect.unwrap(factory))

@@ -15,10 +15,10 @@ def sample_signals(key: jax.Array, size: EpisodeSize, length: int, noise: float)
     """Draws one episode of classes of periodic signals, each class with overtones of its own.
 
     Args:
-      key: a random key.
-      size: ways, shots and queries.
-      length: samples of a signal.
-      noise: standard deviation of what is added to each sample.
+      key: A random key.
+      size: Ways, shots and queries.
+      length: Samples of a signal.
+      noise: Standard deviation of what is added to each sample.
 
     Returns:
       An episode with x [n, length] and one-hot y [n, ways].

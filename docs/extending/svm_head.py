@@ -19,11 +19,11 @@ def dual_variables(
     alpha <= C y and rows that sum to zero. All steps are differentiated.
 
     Args:
-      gram: inner products of the support embeddings [n, n].
-      y: one-hot labels [n, ways].
+      gram: Inner products of the support embeddings [n, n].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding, whose alpha is zero.
       penalty: C.
-      iterations: number of steps.
+      iterations: Number of steps.
 
     Returns:
       alpha [n, ways].

@@ -21,7 +21,7 @@ def warm_lion(
     """Builds Lion with a linear warm-up, a cosine decay and an average of the weights.
 
     Args:
-      steps: outer steps of the run.
+      steps: Outer steps of the run.
       learning_rate: Highest learning rate.
       warmup_share: Share of the steps in which the rate rises.
       weight_decay: Weight decay.

@@ -5,7 +5,7 @@ def table(found: dict) -> str:
     """The rows of a benchmark file as a Markdown table, ratios with their range over rounds.
 
     Args:
-      found: the contents of results/benchmark_BACKEND.json.
+      found: The contents of results/benchmark_BACKEND.json.
     """
     lines = [
         "| training step | ours | tasks/s | fastest peer | times as fast | of matmul ceiling |",

@@ -87,7 +87,7 @@ def lazy_splits(loaders: Mapping[str, Callable[[], Split]]) -> Splits:
     """Builds `Splits` whose splits are loaded once, when they are first asked for.
 
     Args:
-      loaders: by split name, a function that loads the split.
+      loaders: By split name, a function that loads the split.
     """
     load = functools.cache(lambda split: loaders[split]())
     return Splits(

@@ -8,12 +8,14 @@ from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
 
 
-@registry.tasks("sinusoid")
+@registry.tasks("sinusoid", run={"shots": 10, "task_batch": 25})
 def sinusoid(*, objective: Objective | str = "squared_error") -> TaskSource:
     """Builds the source of sinusoids of Finn et al. (2017): y = a sin(x - p).
 
     Amplitude a in U[0.1, 5], phase p in U[0, pi], x in U[-5, 5]; every split is drawn alike, and
     `ways` means nothing.
+
+    A run has the paper's 10 shots and 25 tasks in a step, where no flag says otherwise.
 
     Args:
       objective: Objective of the tasks: 'squared_error', or somebody's own as

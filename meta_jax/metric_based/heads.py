@@ -126,7 +126,7 @@ def stateless_head(
       fit: (params, z [n, ...], y [n, D], mask) -> fitted.
       predict: (params, fitted, z [m, ...]) -> outputs [m, D].
       init: (key, z, y, mask) -> params; no parameters if None.
-      loss: see `Head`.
+      loss: Loss of the head: see `Head`.
     """
 
     def init_with_state(
@@ -175,7 +175,7 @@ def prototype_head(similarity: Similarity) -> Head:
     """Builds a head whose logits are similarities to the class prototypes; nothing is learned.
 
     Args:
-      similarity: from queries [m, D] and prototypes [ways, D] to logits [m, ways].
+      similarity: Function from queries [m, D] and prototypes [ways, D] to logits [m, ways].
     """
 
     def fit(params: PyTree, z: Array, y: Array, mask: Array | None) -> Array:
@@ -223,9 +223,9 @@ def kernel_head(
     wide one gives the class frequencies.
 
     Args:
-      similarity: from queries [m, D] and support [n, D] to [m, n].
-      bandwidth: the kernel's, or the first one where it is learned.
-      learn_bandwidth: whether its logarithm is a parameter.
+      similarity: Function from queries [m, D] and support [n, D] to similarities [m, n].
+      bandwidth: The kernel's, or the first one where it is learned.
+      learn_bandwidth: Whether its logarithm is a parameter.
       kind: 'classification' for logits, 'regression' for weighted means of real targets.
     """
 
@@ -254,10 +254,10 @@ def ridge_head(
     of the logits, one number for all classes, is left out: a softmax cancels it.
 
     Args:
-      penalty: lambda, or the first one where it is learned.
-      scale: factor of the outputs, or the first one where it is learned.
-      learned: whether the logarithms of penalty and scale are parameters.
-      form: see `ridge_solve`.
+      penalty: Lambda, or the first one where it is learned.
+      scale: Factor of the outputs, or the first one where it is learned.
+      learned: Whether the logarithms of penalty and scale are parameters.
+      form: Form of the solution: see `ridge_solve`.
     """
 
     def init(key: Array, z: Array, y: Array, mask: Array | None) -> PyTree:

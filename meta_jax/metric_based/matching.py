@@ -54,8 +54,8 @@ def embed_support_in_context(params: PyTree, z: Array, mask: Array | None = None
     g(x_i, S) = h_i forward + h_i backward + g'(x_i) (Vinyals et al. 2016, appendix A.2).
 
     Args:
-      params: from `init_full_context`.
-      z: support embeddings g'(x_i), [n, D], in the order in which the LSTMs read them.
+      params: Parameters, from `init_full_context`.
+      z: Support embeddings g'(x_i), [n, D], in the order in which the LSTMs read them.
       mask: bool [n], False for padding: the LSTMs pass over it.
 
     Returns:
@@ -94,9 +94,9 @@ def embed_queries_in_context(
     r_{k-1} = sum_i softmax_i(h_{k-1} . g(x_i)) g(x_i). The loop begins with h_0 = c_0 = 0.
 
     Args:
-      params: from `init_full_context`.
-      z: query embeddings f'(x), [m, D].
-      support: g(x_i, S), [n, D].
+      params: Parameters, from `init_full_context`.
+      z: Query embeddings f'(x), [m, D].
+      support: G(x_i, S), [n, D].
       mask: bool [n], False for padding of the support set.
       steps: K.
 
@@ -133,7 +133,7 @@ def full_context_head(head: Head, *, steps: int) -> Head:
     """Builds a stateless head on full-context embeddings instead of plain ones.
 
     Args:
-      head: what comes behind; its parameters are under 'head', the LSTMs' under 'context'.
+      head: Head that follows; its parameters are under 'head', the LSTMs' under 'context'.
       steps: K, of the queries' LSTM.
     """
 

@@ -58,8 +58,8 @@ def check_examples(z: Array, y: Array, mask: Array | None = None) -> None:
     """Refuses embeddings, targets and a mask that do not belong to the same examples.
 
     Args:
-      z: embeddings [n, ...].
-      y: one-hot labels [n, ways] or real targets [n, D].
+      z: Embeddings [n, ...].
+      y: One-hot labels [n, ways] or real targets [n, D].
       mask: bool [n].
 
     Raises:
@@ -82,8 +82,8 @@ def prototypes(z: Array, y: Array, mask: Array | None = None) -> Array:
     """Class means c_k = sum_i y_ik z_i / sum_i y_ik (Snell et al. 2017, eq. 1).
 
     Args:
-      z: embeddings [n, D].
-      y: one-hot labels [n, ways].
+      z: Embeddings [n, D].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -171,7 +171,7 @@ def pairwise_distance(a: Array, b: Array, *, metric: Metric = "squared_euclidean
     """Distances [n, m] between the rows of a [n, D] and b [m, D], by the name of a metric.
 
     Args:
-      a, b: the rows.
+      a, b: The rows.
       metric: 'squared_euclidean', 'manhattan', or 'cosine' for 1 - cos(a, b).
 
     Raises:
@@ -209,8 +209,8 @@ def kernel_regression(log_kernel: Array, y: Array, mask: Array | None = None) ->
     attention of Vinyals et al. (2016, eq. 1).
 
     Args:
-      log_kernel: log k(x_j, x_i), up to a constant for each query j, [m, n].
-      y: targets [n, D].
+      log_kernel: Log k(x_j, x_i), up to a constant for each query j, [m, n].
+      y: Targets [n, D].
       mask: bool [n], False for padding.
 
     Returns:
@@ -239,8 +239,8 @@ def kernel_logits(log_kernel: Array, y: Array, mask: Array | None = None) -> Arr
     support examples keep finite losses.
 
     Args:
-      log_kernel: log k(x_j, x_i), [m, n].
-      y: one-hot labels [n, ways].
+      log_kernel: Log k(x_j, x_i), [m, n].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -277,7 +277,7 @@ def attention(
       query: [m, D].
       key: [n, D].
       value: [n, E].
-      temperature: low ones attend to the best key alone, high ones to all keys alike.
+      temperature: Low ones attend to the best key alone, high ones to all keys alike.
       mask: bool [n], False for keys that are padding.
 
     Returns:
@@ -319,9 +319,9 @@ def ridge_solve(
     of few shots. Half precision is solved in float32.
 
     Args:
-      x: inputs [n, D].
-      y: targets [n, E].
-      penalty: positive scalar.
+      x: Inputs [n, D].
+      y: Targets [n, E].
+      penalty: Positive scalar.
       form: 'primal', 'dual', or 'auto' for the smaller system.
       mask: bool [n], False for padding.
 

@@ -37,8 +37,8 @@ def class_maps(z: Array, y: Array, mask: Array | None = None) -> Array:
     """Sums of feature maps over the examples of each class (Sung et al. 2018, section 3.2).
 
     Args:
-      z: feature maps [n, height, width, channels].
-      y: one-hot labels [n, ways].
+      z: Feature maps [n, height, width, channels].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -67,7 +67,7 @@ def relation_error(logits: Array, y: Array, mask: Array | None = None) -> tuple[
 
     Args:
       logits: [n, ways], relation scores before their sigmoid.
-      y: one-hot labels [n, ways].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -105,8 +105,8 @@ def relation_head(
     `one_at_a_time` a query's pairs are normalised with these in tests.
 
     Args:
-      normalisation: mode of the module's normalisation layers.
-      features: channels of the module's convolutions.
+      normalisation: Mode of the module's normalisation layers.
+      features: Channels of the module's convolutions.
       padding: Padding of its convolutions, see `init_relation_module`.
 
     Raises:

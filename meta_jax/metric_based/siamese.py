@@ -16,8 +16,8 @@ def pair_logits(params: PyTree, a: Array, b: Array) -> Array:
 
     Args:
       params: {'weight' [D], 'bias' scalar}, alpha and beta.
-      a: embeddings [m, D].
-      b: embeddings [n, D].
+      a: Embeddings [m, D].
+      b: Embeddings [n, D].
 
     Returns:
       [m, n]; symmetric in a and b, and beta where they are equal.
@@ -73,7 +73,7 @@ def best_pair(logits: Array, y: Array, mask: Array | None = None) -> Array:
 
     Args:
       logits: Logits of "same class", [m, n].
-      y: one-hot labels of the support examples [n, ways].
+      y: One-hot labels of the support examples [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -90,8 +90,8 @@ def pairwise_head(*, objective: Objective = cross_entropy, init_scale: float = 0
     pairs of a query and a support example.
 
     Args:
-      objective: gives the metrics of training.
-      init_scale: the first alpha are -|N(0, init_scale)|. The paper's are N(0, 0.2), of either
+      objective: Gives the metrics of training.
+      init_scale: The first alpha are -|N(0, init_scale)|. The paper's are N(0, 0.2), of either
         sign, on sigmoid outputs; on Conv4's, smaller ones of one sign learn faster.
     """
 

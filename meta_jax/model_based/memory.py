@@ -57,9 +57,9 @@ def content_address(
     w(i) = softmax_i(key_strength cos(k, M(i))).
 
     Args:
-      keys: what is looked up [heads, slot_size].
-      rows: what is remembered [slots, slot_size].
-      key_strength: what the cosines are multiplied by; 1 in the paper, so that no slot of many can
+      keys: Keys to look up [heads, slot_size].
+      rows: Rows of the memory [slots, slot_size].
+      key_strength: Factor of the cosines; 1 in the paper, so that no slot of many can
         stand out by more than e^2: reads are blurred. Larger ones are sharper.
       mask: bool [slots], False for rows that are padding.
 
@@ -96,7 +96,7 @@ def least_used(usage: Array, num_heads: int) -> Array:
 
     Args:
       usage: [slots].
-      num_heads: how many slots, at most as many as there are.
+      num_heads: Number of slots to choose, at most as many as there are.
 
     Returns:
       One-hot [num_heads, slots]; of tied slots, the first come first.
@@ -119,9 +119,9 @@ def write_weights(gate: Array, read_weights: Array, least: Array) -> Array:
     w^w_t = s w^r_{t-1} + (1 - s) w^lu_{t-1}, s = sigmoid(alpha).
 
     Args:
-      gate: s in (0, 1) [heads]: 1 writes to where the head read last, 0 to its least used slot.
-      read_weights: w^r_{t-1} [heads, slots].
-      least: w^lu_{t-1} [heads, slots].
+      gate: S in (0, 1) [heads]: 1 writes to where the head read last, 0 to its least used slot.
+      read_weights: W^r_{t-1} [heads, slots].
+      least: W^lu_{t-1} [heads, slots].
 
     Returns:
       [heads, slots], each head's summing to 1.
@@ -141,9 +141,9 @@ def write_memory(rows: Array, weights: Array, keys: Array, least: Array) -> Arra
 
     Args:
       rows: M_{t-1} [slots, slot_size].
-      weights: w^w_t [heads, slots].
-      keys: k_t [heads, slot_size].
-      least: w^lu_{t-1} [heads, slots], one-hot.
+      weights: W^w_t [heads, slots].
+      keys: K_t [heads, slot_size].
+      least: W^lu_{t-1} [heads, slots], one-hot.
 
     Returns:
       M_t [slots, slot_size].
@@ -166,7 +166,7 @@ def read_memory(rows: Array, weights: Array) -> Array:
 
     Args:
       rows: M [slots, slot_size].
-      weights: w^r [heads, slots].
+      weights: W^r [heads, slots].
 
     Returns:
       [heads, slot_size].
@@ -186,10 +186,10 @@ def decay_usage(
     w^u_t = gamma w^u_{t-1} + sum_heads (w^r_t + w^w_t).
 
     Args:
-      usage: w^u_{t-1} [slots].
-      read_weights: w^r_t [heads, slots].
-      write_weights: w^w_t [heads, slots].
-      usage_decay: gamma in [0, 1).
+      usage: W^u_{t-1} [slots].
+      read_weights: W^r_t [heads, slots].
+      write_weights: W^w_t [heads, slots].
+      usage_decay: Gamma in [0, 1).
 
     Returns:
       w^u_t [slots]; its sum tends to 2 heads / (1 - gamma).
@@ -219,11 +219,11 @@ def access_memory(
 
     Args:
       memory: M_{t-1}, w^r_{t-1} and w^u_{t-1}.
-      keys: k_t [heads, slot_size], written and looked up.
-      gate: sigmoid(alpha) [heads]; see `write_weights`.
-      usage_decay: gamma; see `decay_usage`.
-      key_strength: what the cosines are multiplied by; see `content_address`.
-      values: what is written instead of the keys [heads, slot_size]. A key that has just been
+      keys: K_t [heads, slot_size], written and looked up.
+      gate: Sigmoid(alpha) [heads]; see `write_weights`.
+      usage_decay: Gamma; see `decay_usage`.
+      key_strength: Factor of the cosines; see `content_address`.
+      values: Vectors to write in place of the keys, [heads, slot_size]. A key that has just been
         written is its own best match; public implementations therefore write values of their own.
 
     Returns:

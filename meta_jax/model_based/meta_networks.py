@@ -224,10 +224,10 @@ def _fast_weights(
 
     Args:
       meta_network: (params, inputs [n, 2, coordinates]) -> [coordinates] or [n, coordinates].
-      meta: its parameters by group.
+      meta: Its parameters by group.
       gradients: Gradients of each example, leaves [n, ...], by group.
-      slow: the slow weights, for their structure.
-      fast_scale: factor of the outputs.
+      slow: The slow weights, for their structure.
+      fast_scale: Factor of the outputs.
     """
     made = {}
     for group, tree in gradients.items():

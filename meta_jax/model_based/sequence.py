@@ -83,8 +83,8 @@ def as_sequence(key: Array, episode: Episode) -> Batch:
     Padding comes last, where it cannot be remembered.
 
     Args:
-      key: a random key.
-      episode: inputs may be pytrees, leaves [n, ...].
+      key: A random key.
+      episode: Inputs may be pytrees, leaves [n, ...].
     """
     support, query = episode
     check_batch(support, "support")
@@ -104,7 +104,7 @@ def instance_numbers(y: Array, mask: Array | None = None) -> Array:
     """Which instance of its class each step is: 1 for the first; 0 for padding.
 
     Args:
-      y: one-hot labels of a sequence [n, ways].
+      y: One-hot labels of a sequence [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -126,9 +126,9 @@ def instance_accuracy(logits: Array, y: Array, count: int, mask: Array | None = 
     """Accuracy at the 1st, 2nd, ... instance of each class (Santoro et al. 2016, table 1).
 
     Args:
-      logits: answers [n, ways]; a tie for the largest counts as wrong.
-      y: one-hot labels [n, ways].
-      count: how many instances of a class there are at most.
+      logits: Answers [n, ways]; a tie for the largest counts as wrong.
+      y: One-hot labels [n, ways].
+      count: Largest number of instances of a class.
       mask: bool [n], False for padding.
 
     Returns:
@@ -152,8 +152,8 @@ def sequence_metrics(logits: Array, y: Array, mask: Array | None = None) -> Metr
     """Metrics of the sequence protocol: instance_1, instance_2, ..., the accuracy at each.
 
     Args:
-      logits: answers [n, ways].
-      y: one-hot labels [n, ways], of n // ways instances of each class.
+      logits: Answers [n, ways].
+      y: One-hot labels [n, ways], of n // ways instances of each class.
       mask: bool [n], False for padding.
     """
     each = instance_accuracy(logits, y, y.shape[0] // y.shape[1], mask)
@@ -168,8 +168,8 @@ def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
     their class do not count.
 
     Args:
-      z: embedded inputs [n, D].
-      y: one-hot labels [n, ways].
+      z: Embedded inputs [n, D].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding.
 
     Returns:
@@ -206,7 +206,7 @@ def labels_before(y: Array, mask: Array | None = None) -> tuple[Array, Array]:
     """The label that was shown last before each step, zeros at first, and the last one of all.
 
     Args:
-      y: one-hot labels [n, ways].
+      y: One-hot labels [n, ways].
       mask: bool [n], False for padding, whose labels are not shown.
 
     Returns:
@@ -232,10 +232,10 @@ def read_sequence(
     """Steps through a sequence; padding leaves the carry as it is.
 
     Args:
-      cell: the recurrent cell.
-      params: the cell's.
-      z: embedded inputs [n, inputs].
-      y: one-hot labels [n, ways], each shown with the next input.
+      cell: The recurrent cell.
+      params: The cell's.
+      z: Embedded inputs [n, inputs].
+      y: One-hot labels [n, ways], each shown with the next input.
       mask: bool [n], False for padding.
 
     Returns:
@@ -345,7 +345,7 @@ def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[P
     ways = support.y.shape[1]
     params, state = network.init(network_key, support.x)
     z, _ = embed_support(network, params, state, support, key=embed_key, train=False)
-    check_vectors(z)
+    _check_vectors(z)
     params = {
         "network": params,
         "cell": cell.init(cell_key, z.shape[1], ways),
@@ -383,7 +383,7 @@ def sequence_evaluate(adapt: Adapt, objective: Objective = cross_entropy) -> Eva
     objective over all steps, and `sequence_metrics`.
 
     Args:
-      adapt: the learner's; what it returns has `logits` [n, ways].
+      adapt: The learner's; what it returns has `logits` [n, ways].
       objective: Objective of the tasks.
     """
 
@@ -397,7 +397,7 @@ def sequence_evaluate(adapt: Adapt, objective: Objective = cross_entropy) -> Eva
     return evaluate
 
 
-def check_vectors(z: Array) -> None:
+def _check_vectors(z: Array) -> None:
     """Refuses embeddings that are not vectors.
 
     Raises:
@@ -414,8 +414,8 @@ def check_ways(ways: int, y: Array) -> None:
     """Refuses labels of another number of classes than a learner has outputs.
 
     Args:
-      ways: number of the outputs.
-      y: one-hot labels [n, ways].
+      ways: Number of the outputs.
+      y: One-hot labels [n, ways].
 
     Raises:
       ValueError: y is not one-hot.

@@ -28,11 +28,11 @@ def find_switches(
     """How a function is told of training: (train, moments) -> keyword arguments.
 
     Args:
-      function: the function, bound.
-      what: how messages call it.
-      inputs: number of its first parameters that are given by position.
-      handled: further parameters, which the caller gives by keyword.
-      declared: by name, the value in training of switches that have names of their own; the
+      function: The function, bound.
+      what: Name of the file's contents in messages.
+      inputs: Number of its first parameters that are given by position.
+      handled: Further parameters, which the caller gives by keyword.
+      declared: By name, the value in training of switches that have names of their own; the
         opposite is given in tests.
 
     Raises:
@@ -89,8 +89,8 @@ def split_tree(tree: Mapping[str, Any], prefixes: Iterable[tuple[str, ...]]) -> 
     """Parameters as {'weights': ..., 'normalisation': ...}, either only where it is not empty.
 
     Args:
-      tree: nested dictionaries of parameters.
-      prefixes: paths of the normalisation layers.
+      tree: Nested dictionaries of parameters.
+      prefixes: Paths of the normalisation layers.
 
     Examples:
       >>> split_tree({"norm": {"scale": 1}, "dense": {"kernel": 2}}, [("norm",)])

@@ -16,11 +16,11 @@ def init_augmented(key: Array, x: Array, features: int, hidden: int, ways: int) 
     """Slow weights: 5 convolutions with bias, then a layer and a classifier without.
 
     Args:
-      key: a random key.
-      x: images [n, height, width, channels].
-      features: channels of every convolution.
-      hidden: units of the layer behind them.
-      ways: outputs of the classifier.
+      key: A random key.
+      x: Images [n, height, width, channels].
+      features: Channels of every convolution.
+      hidden: Units of the layer behind them.
+      ways: Outputs of the classifier.
 
     Returns:
       {'conv': {'layer1': {'kernel', 'bias'}, ...}, 'dense': {'hidden', 'classifier'}}.
@@ -59,7 +59,7 @@ def represent(slow: PyTree, fast: PyTree | None, x: Array) -> Array:
     Args:
       slow: W, from `init_augmented`.
       fast: W*, of the same structure; None for the slow network alone.
-      x: images [n, height, width, channels].
+      x: Images [n, height, width, channels].
     """
 
     for name in slow["conv"]:

@@ -38,9 +38,9 @@ def patches(x: Array, window: int, stride: int, padding: str) -> Array:
     """Unfolds images into the patches that a convolution sees.
 
     Args:
-      x: images [n, height, width, channels].
-      window: side of the square window, in pixels.
-      stride: step between windows, in pixels.
+      x: Images [n, height, width, channels].
+      window: Side of the square window, in pixels.
+      stride: Step between windows, in pixels.
       padding: 'SAME' or 'VALID', as in `jax.lax`.
 
     Returns:
@@ -65,9 +65,9 @@ def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: str = "SAME")
     """Two-dimensional convolution (cross-correlation).
 
     Args:
-      x: images [n, height, width, channels].
+      x: Images [n, height, width, channels].
       kernel: [window, window, channels, features].
-      stride: step between windows, in pixels.
+      stride: Step between windows, in pixels.
       padding: 'SAME', or 'VALID' for none.
 
     Returns:
@@ -264,9 +264,9 @@ def _over_tasks(native: Bilinear, unfolding: Bilinear, *, shared: bool) -> Bilin
     """`native` with a rule for `vmap`.
 
     Args:
-      native: a form for one task.
-      unfolding: the same by patches and a matrix product.
-      shared: whether the second argument is a kernel, which tasks may share.
+      native: A form for one task.
+      unfolding: The same by patches and a matrix product.
+      shared: Whether the second argument is a kernel, which tasks may share.
     """
     function = custom_vmap(native)
 

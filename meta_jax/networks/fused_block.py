@@ -62,12 +62,12 @@ def fused_conv_block(
 
     Args:
       params, stats: Parameters and moments of a block of a mode in `BATCH_MODES`.
-      x: images [n, height, width, inputs], or what another block deferred.
-      stride: step of the convolution, in pixels.
-      pool: whether to max-pool at the end.
-      moments: which moments normalise.
+      x: Images [n, height, width, inputs], or what another block deferred.
+      stride: Step of the convolution, in pixels.
+      pool: Whether to max-pool at the end.
+      moments: Which moments normalise.
       padding: 'SAME' or 'VALID'.
-      axis: name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
 
     Returns:
       The features [n, out_height, out_width, features] and the new statistics.
@@ -97,7 +97,7 @@ def deferred_conv_block(
     """`fused_conv_block`, its features left to the next block where that is faster.
 
     Args:
-      params, stats, x, stride, pool, moments, padding, axis: as in `fused_conv_block`.
+      params, stats, x, stride, pool, moments, padding, axis: As in `fused_conv_block`.
 
     Returns:
       The features, or what the next block makes them from, and the new statistics.
@@ -138,10 +138,10 @@ def finish_block(
     """The end of a block: bias, batch norm and ReLU.
 
     Args:
-      params, stats: the block's.
-      y: the convolution's output, pooled or not, [n, height, width, features].
-      batch: moments of the output before pooling and bias.
-      moments: which moments normalise.
+      params, stats: The block's.
+      y: The convolution's output, pooled or not, [n, height, width, features].
+      batch: Moments of the output before pooling and bias.
+      moments: Which moments normalise.
 
     Returns:
       The features, of y's shape, and the new statistics.
@@ -186,11 +186,11 @@ def convolve_pool_moments(
     """Convolution, then 2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0.
 
     Args:
-      x: images [n, height, width, channels].
+      x: Images [n, height, width, channels].
       kernel: [window, window, channels, features].
       sign: +1 or -1 for each feature, [features]; the sign of the batch-norm scale that follows.
-      stride: step between windows, in pixels.
-      pool: whether to pool at all.
+      stride: Step between windows, in pixels.
+      pool: Whether to pool at all.
       padding: 'SAME' or 'VALID'.
 
     Returns:
@@ -229,9 +229,9 @@ def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME"
     """The moments of a convolution with few input channels, without its output.
 
     Args:
-      x: images [n, height, width, channels].
+      x: Images [n, height, width, channels].
       kernel: [window, window, channels, features].
-      stride: step between windows, in pixels.
+      stride: Step between windows, in pixels.
       padding: 'SAME' or 'VALID'.
     """
     moments = _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
@@ -242,10 +242,10 @@ def prepared_chunks(x: Array, kernel: Array, *, stride: int, pool: bool) -> int:
     """In how many chunks of images a first block pays that is worked out twice; 1: it does not.
 
     Args:
-      x: images [n, height, width, channels].
+      x: Images [n, height, width, channels].
       kernel: Kernel of the first convolution, [window, window, channels, features].
       stride: Stride of the first convolution, in pixels.
-      pool: whether 2x2 pooling follows.
+      pool: Whether 2x2 pooling follows.
     """
     if not on_cpu() or not small_patches(kernel):
         return 1
@@ -267,11 +267,11 @@ def convolve_prepared(
     """`convolve(prepare(x), kernel)` for some images at a time, prepared again for the gradient.
 
     Args:
-      prepare: images [n, ...] -> inputs [n, height, width, channels], each image by itself.
-      x: images [n, ...].
+      prepare: Images [n, ...] -> inputs [n, height, width, channels], each image by itself.
+      x: Images [n, ...].
       kernel: [window, window, channels, features].
-      chunks: how many.
-      stride: step between windows, in pixels.
+      chunks: Number of chunks.
+      stride: Step between windows, in pixels.
       padding: 'SAME' or 'VALID'.
     """
     body = jax.checkpoint(
@@ -285,9 +285,9 @@ def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
     """2x2 max-pooling where `sign` > 0, min-pooling where it is < 0, and the moments before it.
 
     Args:
-      y: a convolution's output [n, height, width, features].
+      y: A convolution's output [n, height, width, features].
       sign: +1 or -1 for each feature, [features].
-      pool: whether to pool at all.
+      pool: Whether to pool at all.
     """
     # One pass over y, forwards and backwards, around a rough mean: E[y^2] - E[y]^2 alone would
     # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.

@@ -8,7 +8,7 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
-from meta_jax.networks.layers import check_positive, linear
+from meta_jax.networks.layers import check_at_least_one, linear
 
 # Side of the window, features, whether 2x2 max-pooling follows.
 _BLOCKS = ((10, 64, True), (7, 128, True), (4, 128, True), (4, 256, False))
@@ -41,7 +41,7 @@ def koch(outputs: int = 4096) -> Network:
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # and 4097 of the pairwise head
       38947648
     """
-    check_positive("koch", outputs=outputs)
+    check_at_least_one("koch", outputs=outputs)
     return Network(partial(_init, outputs), _apply)
 
 

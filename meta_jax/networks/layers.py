@@ -14,12 +14,12 @@ from meta_jax.networks.fused_block import deferred_conv_block, fused_conv_block
 from meta_jax.networks.normalisation import BATCH_MODES, init_normalisation, normalise
 
 
-def check_positive(component: str, **settings: float) -> None:
+def check_at_least_one(component: str, **settings: float) -> None:
     """Refuses settings below one.
 
     Args:
-      component: name of the component that has them.
-      **settings: the values by name.
+      component: Name of the component that has them.
+      **settings: The values by name.
 
     Raises:
       UsageError: a value is below one.
@@ -51,10 +51,10 @@ def init_conv_block(
     """Parameters and moments of a 3x3 convolution with bias and its normalisation.
 
     Args:
-      key: a random key.
-      inputs: input channels.
-      features: output channels.
-      normalisation: mode of the normalisation.
+      key: A random key.
+      inputs: Input channels.
+      features: Output channels.
+      normalisation: Mode of the normalisation.
       kernel_init: (key, shape) -> the kernel; Glorot-uniform if None.
 
     Returns:
@@ -84,15 +84,15 @@ def conv_block(
     """3x3 convolution -> normalisation -> ReLU -> optional 2x2 max-pooling.
 
     Args:
-      params, stats: from `init_conv_block`.
-      x: images [n, height, width, inputs].
-      stride: step of the convolution, in pixels.
-      pool: whether to max-pool at the end.
-      normalisation: mode of the normalisation.
-      moments: which moments normalise: see `meta_jax.core.MomentsUse`.
+      params, stats: Parameters and moments, from `init_conv_block`.
+      x: Images [n, height, width, inputs].
+      stride: Step of the convolution, in pixels.
+      pool: Whether to max-pool at the end.
+      normalisation: Mode of the normalisation.
+      moments: Which moments normalise: see `meta_jax.core.MomentsUse`.
       mask: bool [n], False for padding, which enters no moment.
       padding: 'SAME' or 'VALID', of the convolution.
-      axis: name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
 
     Returns:
       The features [n, out_height, out_width, features] and the new moments.
@@ -149,14 +149,14 @@ def apply_conv_blocks(
     """Applies one `conv_block` after another.
 
     Args:
-      params, state: parameters and moments of the blocks, by name; moments only where there are.
-      x: images [n, height, width, inputs].
-      blocks: the blocks by name, two or more.
-      normalisation: mode of the normalisation.
-      moments: which moments normalise.
+      params, state: Parameters and moments of the blocks, by name; moments only where there are.
+      x: Images [n, height, width, inputs].
+      blocks: The blocks by name, two or more.
+      normalisation: Mode of the normalisation.
+      moments: Which moments normalise.
       mask: bool [n], False for padding.
-      axis: name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
-      defer: whether the first block may be left to the second, where that is faster.
+      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      defer: Whether the first block may be left to the second, where that is faster.
 
     Returns:
       The last block's features and the new state, of the old one's structure.

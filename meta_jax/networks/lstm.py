@@ -10,10 +10,10 @@ def init_lstm(key: Array, inputs: int, hidden: int, *, recurrent: int | None = N
     """Glorot-uniform kernel [inputs + recurrent, 4 * hidden] and bias [4 * hidden].
 
     Args:
-      key: a random key.
-      inputs: size of the input.
-      hidden: size of the cell and of its output.
-      recurrent: size of what comes back at the next step; `hidden` if None.
+      key: A random key.
+      inputs: Size of the input.
+      hidden: Size of the cell and of its output.
+      recurrent: Size of what comes back at the next step; `hidden` if None.
     """
     rows = inputs + (hidden if recurrent is None else recurrent)
     kernel = jax.nn.initializers.glorot_uniform()(key, (rows, 4 * hidden))
@@ -28,10 +28,10 @@ def lstm(params: PyTree, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
     The gates i, f, u, o are, in this order, the quarters of [x, h] kernel + bias.
 
     Args:
-      params: from `init_lstm`.
-      x: input [..., inputs].
-      h: what came back from the step before [..., recurrent].
-      c: the cell [..., hidden].
+      params: Parameters, from `init_lstm`.
+      x: Input [..., inputs].
+      h: Output of the step before [..., recurrent].
+      c: The cell [..., hidden].
 
     Returns:
       The output and the cell [..., hidden].
@@ -43,8 +43,8 @@ def lstm_gates(gates: Array, c: Array) -> tuple[Array, Array]:
     """`lstm` from its gates on, for where their share of the input is worked out beforehand.
 
     Args:
-      gates: i, f, u and o before their nonlinearities [..., 4 * hidden].
-      c: the cell [..., hidden].
+      gates: I, f, u and o before their nonlinearities [..., 4 * hidden].
+      c: The cell [..., hidden].
 
     Examples:
       >>> h, c = lstm_gates(jnp.array([0.0, 0.0, 100.0, 0.0]), jnp.array([1.0]))

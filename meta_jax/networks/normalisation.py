@@ -115,11 +115,11 @@ def embed_support(
     """Embeds a support set with the moments that the network's mode has for it.
 
     Args:
-      network: the network.
-      params, state: the network's.
-      support: the examples; their targets are not looked at.
-      key: a random key for dropout and the like.
-      train: whether this is meta-training.
+      network: The network.
+      params, state: The network's.
+      support: The examples; their targets are not looked at.
+      key: A random key for dropout and the like.
+      train: Whether this is meta-training.
 
     Returns:
       Embeddings [n, ...] and the network's new state.
@@ -143,12 +143,12 @@ def embed_queries(
     """Embeds queries with the moments that the network's mode has for them.
 
     Args:
-      network: the network.
-      params, state: the network's, the state as `embed_support` left it.
-      x: queries, leaves [m, ...].
-      support: the support set where `queries_need_support`; else it is not looked at.
-      key: a random key for dropout and the like.
-      train: whether this is meta-training.
+      network: The network.
+      params, state: The network's, the state as `embed_support` left it.
+      x: Queries, leaves [m, ...].
+      support: The support set where `queries_need_support`; else it is not looked at.
+      key: A random key for dropout and the like.
+      train: Whether this is meta-training.
       mask: bool [m], False for padding.
 
     Returns:
@@ -204,10 +204,10 @@ def embed_together(
     """Embeds support set and queries as one batch, in training (Snell et al. 2017).
 
     Args:
-      network: the network, of a mode that `may_embed_together`.
-      params, state: the network's.
-      support, query: the examples; their targets are not looked at.
-      key: a random key for dropout and the like.
+      network: The network, of a mode that `may_embed_together`.
+      params, state: The network's.
+      support, query: The examples; their targets are not looked at.
+      key: A random key for dropout and the like.
 
     Returns:
       Embeddings of the support [n, ...] and of the queries [m, ...], and the new state.
@@ -239,8 +239,8 @@ def init_normalisation(
     """Parameters and moments of a normalisation layer.
 
     Args:
-      features: size of the last axis.
-      mode: one of `MODES`; those in `BATCH_MODES` share one structure.
+      features: Size of the last axis.
+      mode: One of `MODES`; those in `BATCH_MODES` share one structure.
       dtype: Type of the parameters; JAX's default if None.
 
     Returns:
@@ -273,10 +273,10 @@ def normalise(
     """scale (x - mean) / sqrt(var + 1e-5) + offset, with the moments that are asked for.
 
     Args:
-      params, stats: from `init_normalisation`.
+      params, stats: Parameters and moments, from `init_normalisation`.
       x: [n, ..., features].
-      mode: the layer's; `layer` and `instance` ignore `moments`.
-      moments: which moments: see `meta_jax.core.MomentsUse`.
+      mode: The layer's; `layer` and `instance` ignore `moments`.
+      moments: Which moments: see `meta_jax.core.MomentsUse`.
       mask: bool [n], False for rows of padding, which enter no moment.
 
     Returns:
@@ -347,9 +347,9 @@ def used_moments(
     """What to normalise with, and the new state.
 
     Args:
-      stats: the state {'mean', 'var', ...}.
-      batch: moments of the inputs at hand; None where `moments` is 'stored'.
-      moments: which moments: see `meta_jax.core.MomentsUse`.
+      stats: The state {'mean', 'var', ...}.
+      batch: Moments of the inputs at hand; None where `moments` is 'stored'.
+      moments: Which moments: see `meta_jax.core.MomentsUse`.
     """
     if moments == "stored" or batch is None:
         return Moments(stats["mean"], stats["var"]), stats

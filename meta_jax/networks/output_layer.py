@@ -5,20 +5,20 @@ from functools import partial
 import jax
 
 from meta_jax.core import Array, MomentsUse, Network, PyTree
-from meta_jax.networks.layers import check_positive, init_linear, linear
+from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 
 
 def with_output_layer(network: Network, outputs: int) -> Network:
     """A network followed by a linear layer of its own: parameters {'network', 'head'}.
 
     Args:
-      network: from [n, ...] to [n, features].
-      outputs: units of the linear layer.
+      network: Network from [n, ...] to [n, features].
+      outputs: Units of the linear layer.
 
     Raises:
       UsageError: outputs below one.
     """
-    check_positive("with_output_layer", outputs=outputs)
+    check_at_least_one("with_output_layer", outputs=outputs)
     init, apply = partial(_init, network, outputs), partial(_apply, network)
     return Network(init, apply, network.normalisation)
 

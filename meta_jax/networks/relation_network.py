@@ -15,7 +15,7 @@ from meta_jax.networks.fused_block import finish_block, pool_moments, scale_sign
 from meta_jax.networks.layers import (
     Block,
     apply_conv_blocks,
-    check_positive,
+    check_at_least_one,
     conv_block,
     init_conv_block,
     is_fused,
@@ -60,7 +60,7 @@ def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batc
       (2, 5, 5, 64)
     """
     check_mode(normalisation)
-    check_positive("relation_encoder", features=features)
+    check_at_least_one("relation_encoder", features=features)
     init = partial(_init_encoder, features, normalisation)
     return Network(init, partial(_apply_encoder, normalisation), normalisation)
 
@@ -110,11 +110,11 @@ def init_relation_module(
     """Parameters and moments of the relation module; 111,505 parameters for 5x5x64 maps.
 
     Args:
-      key: a random key.
-      maps: feature maps [n, height, width, channels], for their shape.
-      features: channels of both convolutions.
+      key: A random key.
+      maps: Feature maps [n, height, width, channels], for their shape.
+      features: Channels of both convolutions.
       padding: 'SAME', as the authors have it on Omniglot, or 'VALID', as on miniImageNet.
-      normalisation: mode of the normalisation layers.
+      normalisation: Mode of the normalisation layers.
 
     Raises:
       UsageError: the inputs are no feature maps, or too small to be pooled twice.
@@ -151,7 +151,6 @@ def relation_module(
     normalisation: Normalisation,
     moments: MomentsUse,
     mask: Array | None = None,
-    class_mask: Array | None = None,
     padding: str = "SAME",
 ) -> tuple[Array, PyTree]:
     """2 x [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], 8 units with ReLU, 1 output.
@@ -159,21 +158,21 @@ def relation_module(
     It looks at the class's map and the query's, concatenated along the channels, for all pairs.
 
     Args:
-      params, stats: from `init_relation_module`.
-      classes: one feature map for each class [ways, height, width, channels].
-      queries: feature maps [m, height, width, channels].
-      normalisation: mode of the normalisation layers.
-      moments: which moments, of the pairs, normalise.
+      params, stats: Parameters and moments, from `init_relation_module`.
+      classes: One feature map for each class [ways, height, width, channels].
+      queries: Feature maps [m, height, width, channels].
+      normalisation: Mode of the normalisation layers.
+      moments: Which moments of the pairs normalise.
       mask: bool [m], False for queries that are padding; their pairs enter no moment.
-      class_mask: bool [ways], False for classes that are padding; their pairs enter no moment.
-      padding: as in `init_relation_module`.
+      padding: As in `init_relation_module`.
 
     Returns:
       The output before its sigmoid [m, ways], and the new moments.
     """
     chex.assert_rank([classes, queries], 4)
     m, ways = queries.shape[0], classes.shape[0]
-    pair_mask = _pair_mask(m, ways, mask, class_mask)
+    # Of all pairs, a query's in a row.
+    pair_mask = None if mask is None else jnp.repeat(mask, ways)
     settings = {"normalisation": normalisation, "moments": moments, "mask": pair_mask}
     x, stats1 = _first_block(
         params["block1"], stats.get("block1", {}), classes, queries, padding=padding, **settings
@@ -223,17 +222,6 @@ def _first_block(
         mask=mask,
     )
     return max_pool(jax.nn.relu(x)), stats
-
-
-def _pair_mask(
-    queries: int, ways: int, mask: Array | None, class_mask: Array | None
-) -> Array | None:
-    """The mask of all pairs, [queries * ways], a query's in a row; None where all are real."""
-    if mask is None and class_mask is None:
-        return None
-    of_query = jnp.ones(queries, bool) if mask is None else mask
-    of_class = jnp.ones(ways, bool) if class_mask is None else class_mask
-    return (of_query[:, None] & of_class).reshape(-1)
 
 
 def _present(stats: dict[str, PyTree]) -> PyTree:

@@ -13,7 +13,7 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
-from meta_jax.networks.layers import check_positive
+from meta_jax.networks.layers import check_at_least_one
 from meta_jax.networks.normalisation import check_mode, init_normalisation, normalise
 
 _LAYERS = ("layer1", "layer2", "layer3")
@@ -67,7 +67,7 @@ def resnet12(
             f"resnet12 needs at least one block, each of at least one channel, not widths "
             f"{widths}: give for example (64, 160, 320, 640)"
         )
-    check_positive("resnet12", drop_block=drop_block)
+    check_at_least_one("resnet12", drop_block=drop_block)
     if not 0 <= drop_rate < 1:
         raise UsageError(f"resnet12 needs a drop_rate from 0 to below 1, not {drop_rate}")
     form = _Form(widths, drop_rate, drop_block, mean, normalisation)
@@ -203,10 +203,10 @@ def drop_block(key: Array, x: Array, *, rate: float, block_size: int) -> Array:
     scaled up by the share of features kept in the whole batch.
 
     Args:
-      key: a random key.
-      x: feature maps [n, height, width, channels].
-      rate: expected share of features dropped, up to overlaps of the squares.
-      block_size: side of the squares, cut down to that of the maps; 1 is plain dropout.
+      key: A random key.
+      x: Feature maps [n, height, width, channels].
+      rate: Expected share of features dropped, up to overlaps of the squares.
+      block_size: Side of the squares, cut down to that of the maps; 1 is plain dropout.
 
     Returns:
       Feature maps of x's shape and type.

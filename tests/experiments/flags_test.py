@@ -98,18 +98,20 @@ def build(*arguments, source=IMAGES):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shots"),
+    ("arguments", "shots", "train_shots"),
     [
-        (["--learner=reptile"], 10),
-        (["--learner=reptile", "--train_shots=3"], 3),
-        (["--learner=fomaml", "--shots=2"], 2),
+        (["--learner=reptile"], 1, 10),
+        (["--learner=reptile", "--train_shots=3"], 1, 3),
+        (["--learner=fomaml", "--shots=2"], 2, 2),
+        (["--learner=fomaml", "--tasks=sinusoid"], 10, 10),
+        (["--learner=fomaml", "--tasks=sinusoid", "--shots=5"], 5, 5),
     ],
 )
-def test_training_has_the_learners_usual_shots(arguments, shots):
-    values = runs.run_values([*arguments, "--eval_every=0", "--tasks=sinusoid"])
+def test_a_run_has_the_usual_settings_of_its_components(arguments, shots, train_shots):
+    values = runs.run_values([*arguments, "--eval_every=0"])
     config = runs.build_run(values, runs.load_tasks(values)).config
-    assert config["run"]["train_shots"] == shots
-    assert config["run"]["shots"] == values.shots
+    assert config["run"]["shots"] == shots
+    assert config["run"]["train_shots"] == train_shots
 
 
 class TestSettings:
