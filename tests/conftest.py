@@ -1,5 +1,6 @@
 """Fixtures that many tests share: double precision, and where the real data lies."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,12 @@ import pytest
 
 # The scripts that made the golden files need libraries that the tests do not.
 collect_ignore_glob = ["golden/*.py"]
+
+
+def pytest_sessionstart() -> None:
+    """Garbage is collected seldom: what tests trace is large and lives long."""
+    gc.freeze()
+    gc.set_threshold(200_000, 10, 10)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -192,8 +192,8 @@ def _explicit(function: Callable, *arguments: PyTree) -> tuple[Callable, list, J
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     treedef, jaxpr = jax.tree.structure(shape), closed.jaxpr
-
-    # It must not hold `closed`, whose values are tracers: it outlives the trace.
+    # The function outlives the trace, so it must not hold the values, which are tracers.
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     impls = [_key_impl(value) for value in closed.consts]
 
     def explicit(consts: list, *arguments: PyTree) -> PyTree:
@@ -201,7 +201,7 @@ def _explicit(function: Callable, *arguments: PyTree) -> tuple[Callable, list, J
             value if impl is None else jax.random.wrap_key_data(value, impl=impl)
             for value, impl in zip(consts, impls, strict=True)
         ]
-        found = jax.core.eval_jaxpr(jaxpr, values, *jax.tree.leaves(arguments))
+        found = jax.core.eval_jaxpr(jaxpr, [], *values, *jax.tree.leaves(arguments))
         return jax.tree.unflatten(treedef, found)
 
     consts = [

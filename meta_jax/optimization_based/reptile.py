@@ -137,7 +137,7 @@ def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> 
     network="flat_strided_conv4",
     normalisation="batch",
     optimizer="sgd",
-    run={"train_shots": 10},
+    run={"train_shots": 10, "train_queries": 5},
 )
 def reptile(
     network: Network,

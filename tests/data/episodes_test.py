@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from meta_jax.data.dataset import DataError, dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
+from tests.checkers import key_and_leak_checks
 
 SIDE = 4
 COUNTS = (6, 2, 5, 6, 4, 6, 3, 5)
@@ -267,7 +268,7 @@ def test_the_leaves_of_an_example_stay_together():
 )
 def test_no_key_is_used_twice_and_no_tracer_leaks(spec):
     dataset, key = labelled_dataset(), jax.random.key(0)
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         jax.jit(lambda k, d: sample_episode(k, d, spec))(key, dataset)
         sample_sinusoid(jax.random.key(0), 3, 3)
 

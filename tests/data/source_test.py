@@ -22,6 +22,7 @@ from meta_jax.data.source import (
     source_from_splits,
 )
 from meta_jax.lookup import UsageError
+from tests.checkers import key_and_leak_checks
 
 KEY = jax.random.key(0)
 SIZE = EpisodeSize(2, 1, 2)
@@ -277,5 +278,5 @@ def test_every_setting_of_every_source_has_a_sentence():
 def test_no_key_is_used_twice_and_no_tracer_leaks():
     source = source_from_splits({"train": pictures()}, augment="affine", rotations="per_class")
     tasks = source.tasks("train", SIZE, train=True)
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         jax.jit(tasks.sample)(jax.random.key(1), tasks.data)

@@ -189,19 +189,6 @@ def test_bfloat16_gives_finite_bfloat16(name):
         assert np.isfinite(np.float32(leaf)).all()
 
 
-@every_learner
-def test_keys_are_used_once_and_nothing_leaks(name):
-    learner = build(name, "running")
-    jax.config.update("jax_debug_key_reuse", True)
-    try:
-        with jax.checking_leaks():
-            params, state = learner.init(jax.random.key(1), episode())
-            jax.jit(learner.loss)(params, state, episode(), jax.random.key(2))
-            jax.jit(learner.evaluate)(params, state, episode(), jax.random.key(3))
-    finally:
-        jax.config.update("jax_debug_key_reuse", False)
-
-
 def with_noise():
     """A network whose every call draws: for a key that is used twice to be seen."""
 

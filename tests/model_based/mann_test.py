@@ -403,20 +403,6 @@ def test_bfloat16_gives_finite_bfloat16(name):
         assert np.isfinite(np.float32(leaf)).all()
 
 
-def test_keys_are_used_once_and_nothing_leaks():
-    learner = mann(normalised("running"), **SMALL)
-    x, y, _ = sequence()
-    task = Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
-    jax.config.update("jax_debug_key_reuse", True)
-    try:
-        with jax.checking_leaks():
-            params, state = jax.jit(learner.init)(jax.random.key(1), task)
-            jax.jit(learner.loss)(params, state, task, jax.random.key(2))
-            jax.jit(learner.evaluate)(params, state, task, jax.random.key(3))
-    finally:
-        jax.config.update("jax_debug_key_reuse", False)
-
-
 def test_what_cannot_be_read_is_refused():
     x, y, _ = sequence()
     learner, params = LEARNERS["lstm"], params_of("lstm")

@@ -12,6 +12,7 @@ from meta_jax.networks.conv4 import conv4, flat_strided_conv4, strided_conv4
 from meta_jax.networks.fused_block import Deferred, deferred_conv_block, fused_conv_block
 from meta_jax.networks.layers import conv_block, init_conv_block
 from meta_jax.networks.normalisation import MODES, init_normalisation, normalise
+from tests.checkers import key_and_leak_checks
 
 
 def size(tree):
@@ -307,7 +308,7 @@ def test_padding_changes_nothing_in_any_mode(x64, mode):
 def test_no_leaks_and_no_key_used_twice(mode):
     network = conv4(2, normalisation=mode)
     x = jnp.ones((3, 16, 16, 1))
-    with jax.checking_leaks(), jax.debug_key_reuse(True):
+    with key_and_leak_checks():
         params, state = jax.jit(network.init)(jax.random.key(0), x)
 
         @jax.jit

@@ -6,6 +6,7 @@ from jax import lax
 
 from meta_jax import registry
 from meta_jax.networks.resnet12 import drop_block, resnet12
+from tests.checkers import key_and_leak_checks
 
 X = jax.random.normal(jax.random.key(1), (4, 8, 9, 2))
 
@@ -105,7 +106,7 @@ def test_it_drops_features_while_training_alone():
     assert abs(apply(keys[0], True) - apply(keys[1], True)).max() > 0.01
     with pytest.raises(ValueError, match=r"needs a key while training, for its drop_rate is 0\.5"):
         network.apply(params, state, X, key=None, train=True)
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         jax.jit(network.init)(jax.random.key(0), X)
         jax.jit(lambda key: network.apply(params, state, X, key=key, train=True))(keys[0])
 

@@ -18,8 +18,8 @@ from meta_jax.optimization_based.lstm_meta_learner import lstm_meta_learner
 from meta_jax.optimization_based.maml import first_order_maml, maml
 from meta_jax.optimization_based.maml_plus_plus import maml_plus_plus
 from meta_jax.optimization_based.meta_sgd import meta_sgd
-from meta_jax.optimization_based.protomaml import protomaml
 from meta_jax.optimization_based.reptile import reptile
+from tests.checkers import key_and_leak_checks
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
@@ -231,14 +231,9 @@ def test_each_inner_step_draws_its_own_dropout_and_a_test_draws_none():
 @pytest.mark.parametrize(
     "build",
     [
-        maml,
         functools.partial(maml, adjoint="checkpointed", steps=3),
         functools.partial(maml, adjoint="mixed_mode"),
-        imaml,
-        protomaml,
-        reptile,
         functools.partial(maml_plus_plus, multi_step_steps=3, first_order_steps=3),
-        functools.partial(lstm_meta_learner, steps=2),
     ],
 )
 def test_keys_are_used_once_and_no_tracer_leaks_from_the_outer_gradient(build):
@@ -250,7 +245,7 @@ def test_keys_are_used_once_and_no_tracer_leaks_from_the_outer_gradient(build):
         gradient = jax.grad(learner.loss, has_aux=True)(params, state, vectors(), loss_key)
         return gradient, learner.evaluate(params, state, vectors(), test_key)
 
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         jax.eval_shape(jax.jit(step), KEY)
 
 

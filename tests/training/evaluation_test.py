@@ -20,6 +20,7 @@ from meta_jax.training.evaluation import (
 )
 from meta_jax.training.optimizers import average_params
 from meta_jax.training.outer_step import init_train_state
+from tests.checkers import key_and_leak_checks
 
 LEARNER = prototypical(mlp((6,)))
 EPISODES = 5
@@ -111,7 +112,7 @@ def test_the_learner_says_what_is_measured():
     def sample_goal(key, data):
         return {"goal": data + jax.random.normal(key)}
 
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         metrics = make_evaluate(learner, sample_goal, episodes=4)(
             jnp.float32(2.0), {}, jnp.float32(10.0), jax.random.key(0)
         )

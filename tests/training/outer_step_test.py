@@ -28,6 +28,7 @@ from meta_jax.training.outer_step import (
     task_gradients,
     task_mesh,
 )
+from tests.checkers import key_and_leak_checks
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -331,7 +332,7 @@ def test_a_metric_that_is_no_scalar_is_named():
 
 def test_random_keys_are_used_once_and_nothing_leaks():
     step = make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=2, task_chunk=1)
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
         train_state = fresh_state(seed=5)
         train_state, _, finite = make_train_loop(step)(train_state, dataset(), 2)
     assert isinstance(train_state, TrainState)
@@ -381,6 +382,7 @@ from meta_jax.optimization_based.maml import maml
 from meta_jax.training.outer_step import (
     init_train_state, make_outer_step, make_train_loop, task_mesh
 )
+from tests.checkers import key_and_leak_checks
 
 jax.config.update("jax_disable_most_optimizations", True)
 data = dataset_from_classes(np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8))

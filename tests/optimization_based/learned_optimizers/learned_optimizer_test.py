@@ -44,6 +44,7 @@ from meta_jax.optimization_based.learned_optimizers.quadratics import (
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_learning_rate
 from meta_jax.optimization_based.learner import gradient_learner
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from tests.checkers import key_and_leak_checks
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
@@ -300,7 +301,7 @@ def test_all_is_finite_and_in_the_precision_of_what_comes_in(dtype):
     "estimator", [full_unroll(1), truncated_gradient(2, 1), persistent_es(2, 1)]
 )
 def test_a_loss_uses_no_key_twice_and_leaks_no_tracer(estimator):
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
 
         def gradient(key):
             # Built here too: what a factory computes once must not stay in a trace.
@@ -316,7 +317,7 @@ def test_a_loss_uses_no_key_twice_and_leaks_no_tracer(estimator):
 @pytest.mark.usefixtures("x64")
 def test_a_test_uses_no_key_twice_and_leaks_no_tracer():
     learner = learned_optimizer(network_family(mlp((2,)), minibatch=2), SMALL, full_unroll(1))
-    with jax.debug_key_reuse(True), jax.checking_leaks():
+    with key_and_leak_checks():
 
         def test(key):
             keys = jax.random.split(key, 4)
