@@ -90,9 +90,7 @@ def mann_cell(
     return Cell(init, start, input_projection, step, hidden_size + num_heads * slot_size)
 
 
-@registry.learner(
-    "mann", network="strided_conv4", normalisation="running", run={"task_batch": 16}
-)
+@registry.learner("mann", network="strided_conv4", normalisation="running", run={"task_batch": 16})
 def mann(
     network: Network,
     *,

@@ -1,6 +1,7 @@
 """Flags to components, runs and their records, inside one process."""
 
 import doctest
+import functools
 import json
 from typing import Literal
 
@@ -13,7 +14,7 @@ from experiments import command_line, runs
 from experiments.command_line import Chosen, read_setting
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, MetaLearner, Network
-from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
+from meta_jax.data.source import EpisodeSize, TaskSource, load_source, source_from_sampler
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.objectives import as_objective
@@ -97,6 +98,11 @@ def build(*arguments, source=IMAGES):
     return runs.build_run(runs.run_values(list(arguments)), source)
 
 
+@functools.cache
+def load_once(name):
+    return load_source(name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "shots", "train_shots"),
     [
@@ -109,9 +115,22 @@ def build(*arguments, source=IMAGES):
 )
 def test_a_run_has_the_usual_settings_of_its_components(arguments, shots, train_shots):
     values = runs.run_values([*arguments, "--eval_every=0"])
-    config = runs.build_run(values, runs.load_tasks(values)).config
+    config = runs.build_run(values, load_once(values.tasks)).config
     assert config["run"]["shots"] == shots
     assert config["run"]["train_shots"] == train_shots
+
+
+@pytest.mark.parametrize("name", registry.names("learner"))
+def test_a_learners_flag_alone_makes_a_run(name):
+    for tasks in ("glyphs", "sinusoid"):
+        values = runs.run_values([f"--learner={name}", f"--tasks={tasks}"])
+        try:
+            run = runs.build_run(values, load_once(tasks))
+        except UsageError as error:
+            assert tasks == "sinusoid"
+            assert f"{name} is for classification" in str(error)
+        else:
+            assert run.config["learner"]["name"] == name
 
 
 class TestSettings:
