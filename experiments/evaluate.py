@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import runs, testing
+from experiments import run_flags, testing
 from experiments.command_line import Chosen, given_settings, run_main
 from meta_jax import registry
 from meta_jax.lookup import UsageError
@@ -33,7 +33,7 @@ flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.")
 flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
 flags.DEFINE_string(
-    "tasks", None, f"Source of the tasks, by default the run's: {runs.choices('tasks')}."
+    "tasks", None, f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}."
 )
 for _name, _what in (
     ("ways", "Classes of an episode"),
@@ -60,7 +60,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
 
 
 def _tasks_chosen(name: str, defaults: Mapping[str, Any]) -> Chosen:
-    chosen = runs.tasks_chosen(name)
+    chosen = run_flags.tasks_chosen(name)
     reserved = (*chosen.reserved, "objective")  # it is the learner's
     return chosen._replace(reserved=reserved, defaults=_without_lists(defaults))
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import runs
+from experiments import records, run_flags, runs
 from experiments.command_line import (
     Chosen,
     RunError,
@@ -101,7 +101,7 @@ def define_flags(values: flags.FlagValues) -> None:
     string(
         "tasks",
         None,
-        f"Source of the tasks, by default the family's own: {runs.choices('tasks')}.",
+        f"Source of the tasks, by default the family's own: {run_flags.choices('tasks')}.",
     )
     integer("ways", 10, "Classes that a network learns to tell apart.")
     integer("shots", 15, "Training examples of each class.")
@@ -122,7 +122,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def _text(what: str, kind: Kind) -> str:
-    return f"{what}, by default {_USUAL[kind]}: {runs.choices(kind)}."
+    return f"{what}, by default {_USUAL[kind]}: {run_flags.choices(kind)}."
 
 
 def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
@@ -294,7 +294,7 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    runs.claim_workdir(workdir, experiment.config, given)
+    records.claim_workdir(workdir, experiment.config, given)
     data = tasks.data
     if mesh is not None:
         initial, data = place(initial, data, mesh, per_task=True)
@@ -428,7 +428,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(FLAGS.workdir or FLAGS.weights)
     experiment, meta = build_experiment(FLAGS), None
     if FLAGS.workdir:
-        trained = train(experiment, folder, runs.given_flags(FLAGS))
+        trained = train(experiment, folder, records.given_flags(FLAGS))
         if not trained.finished:
             return
         meta = averaged_params(trained.train_state)

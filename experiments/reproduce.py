@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, runs, testing
+from experiments import ledger, records, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.rows import ROWS, Row
 from meta_jax.lookup import UsageError
@@ -69,9 +69,9 @@ def _trained(model: str, workdir: Path) -> dict:
     ]
     path = workdir / "result.json"
     if path.exists():
-        values = runs.run_values(train)
+        values = run_flags.run_values(train)
         config = runs.build_run(values, runs.load_tasks(values)).config
-        runs.claim_workdir(workdir, config, runs.given_flags(values))
+        records.claim_workdir(workdir, config, records.given_flags(values))
     else:
         # A process of its own: flags are global, and the training's memory is given back.
         command = [sys.executable, "-m", "experiments.train", *train, f"--workdir={workdir}"]

@@ -1,7 +1,6 @@
-"""A training run: its flags, what they build, and the record of it in config.json."""
+"""What a training run is made of, built from its flags."""
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,147 +8,16 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments.command_line import (
-    Chosen,
-    given_settings,
-    parse,
-    resolved_settings,
-)
+from experiments import run_flags
+from experiments.command_line import Chosen, given_settings, resolved_settings
 from meta_jax import registry
 from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
-from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
+from meta_jax.data.source import EpisodeSize, TaskSource, load_source
 from meta_jax.lookup import UsageError
-from meta_jax.registry import Component, Kind
+from meta_jax.registry import Component
 from meta_jax.training.loop import LoopConfig
 from meta_jax.training.outer_step import task_mesh
-from meta_jax.training.trained import make_config, read_config, write_config
-
-SELECTIONS = ("learner", "network", "tasks", "optimizer")
-_NETWORK_OF_VECTORS = "mlp"
-
-
-# ---- Flags.
-
-
-def define_run_flags(values: flags.FlagValues) -> None:
-    """Defines the flags that make a run what it is, but for the settings of its components."""
-
-    def string(name: str, default: str | None, text: str) -> None:
-        flags.DEFINE_string(name, default, text, values)
-
-    def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
-        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
-
-    string("learner", "prototypical", f"Meta-learning method: {choices('learner')}.")
-    string(
-        "network",
-        None,
-        f"Network that embeds inputs, by default the learner's own: {choices('network')}.",
-    )
-    string("tasks", "glyphs", f"Source of the tasks: {choices('tasks')}.")
-    string(
-        "optimizer",
-        None,
-        f"Outer optimizer, by default the learner's usual one: {choices('optimizer')}.",
-    )
-    integer("ways", 5, "Classes of a test episode.")
-    integer("shots", 1, "Support examples of each class in a test episode.")
-    integer("queries", 15, "Query examples of each class in a test episode.")
-    integer("train_ways", None, "Classes of a training episode, by default as in tests.")
-    integer("train_shots", None, "Support examples in training, by default as in tests.")
-    integer("train_queries", None, "Query examples in training, by default as in tests.")
-    string("train_split", "train", "Split to train on, such as train or trainval.")
-    integer("task_batch", 1, "Tasks of an outer step.")
-    integer("task_chunk", None, "Tasks vmapped at a time, by default 1 on a CPU, all elsewhere.")
-    integer("steps", 1000, "Outer steps; an old workdir goes on where there are more now.")
-    integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
-    integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
-    integer("checkpoint_every", 500, "Outer steps between checkpoints.")
-    integer("val_episodes", 200, "Episodes of a validation.")
-    integer("seed", 0, "Seed of the initial parameters and of the training tasks.", None)
-
-
-def choices(kind: Kind) -> str:
-    """The names of all components of a kind, and how somebody's own is named."""
-    known = (_with_argument(kind, name) for name in registry.names(kind))
-    return f"{', '.join(known)}, or package.module:function"
-
-
-def _with_argument(kind: Kind, name: str) -> str:
-    """A task source's name with what must follow it, as 'folder:PATH'."""
-    parameters = registry.parameters(registry.find(kind, name).factory).values()
-    argument = [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    return ":".join([name, *argument]) if kind == "tasks" else name
-
-
-def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
-    """The components that a run's flags choose.
-
-    Raises:
-      UsageError: an unknown name, or a network for a learner that has its own.
-    """
-    learner = registry.find("learner", selected["learner"] or "")
-    tasks = tasks_chosen(selected["tasks"])
-    return [
-        Chosen("learner", learner, reserved=("objective",), run=learner.run),
-        *network_candidates(learner, selected["network"]),
-        tasks._replace(run=tasks.component.run),
-        optimizer_chosen(selected["optimizer"] or learner.optimizer or "adam"),
-    ]
-
-
-def tasks_chosen(name: str | None) -> Chosen:
-    """A task source by the name that a flag gives; `--data_dir` is a flag of its own."""
-    return Chosen("tasks", find_source(name or "")[0], reserved=("data_dir",))
-
-
-def optimizer_chosen(name: str) -> Chosen:
-    """An outer optimizer by its name; the number of steps is the run's."""
-    return Chosen("optimizer", registry.find("optimizer", name), reserved=("steps",))
-
-
-def network_candidates(learner: Component, name: str | None) -> list[Chosen]:
-    """The networks that a learner may be used with: one that is named, or else which fits.
-
-    Raises:
-      UsageError: an unknown name, or one given to a learner that has networks of its own.
-    """
-    if learner.network is None:
-        if name is not None:
-            raise UsageError(f"{learner.name} has networks of its own: leave --network out")
-        return []
-    if name is not None or learner.network == _NETWORK_OF_VECTORS:
-        return [_network_chosen(learner, name or learner.network)]
-    return [
-        _network_chosen(learner, learner.network, "by default"),
-        _network_chosen(learner, _NETWORK_OF_VECTORS, f"where {learner.network} does not fit"),
-    ]
-
-
-def _network_chosen(learner: Component, name: str, note: str = "") -> Chosen:
-    component = registry.find("network", name)
-    usual = {"normalisation": learner.normalisation}
-    follows = learner.normalisation and "normalisation" in registry.parameters(component.factory)
-    return Chosen("network", component, defaults=usual if follows else {}, note=note)
-
-
-def run_values(arguments: list[str]) -> flags.FlagValues:
-    """A run's flags from arguments, flagfiles among them, without the global flags.
-
-    Raises:
-      UsageError: they are no flags of a run.
-    """
-    values = flags.FlagValues()
-    define_run_flags(values)
-    flags.DEFINE_string("data_dir", None, "Folder of the data.", values)
-    try:
-        parse(values, ["", *arguments], selections=SELECTIONS, choose=choose)
-    except flags.Error as error:
-        raise UsageError(str(error)) from error
-    return values
-
-
-# ---- What flags build.
+from meta_jax.training.trained import make_config
 
 
 class Run(NamedTuple):
@@ -183,7 +51,7 @@ def load_tasks(values: flags.FlagValues) -> TaskSource:
     Raises:
       UsageError: a setting that it does not have, or data that is not there.
     """
-    chosen = tasks_chosen(values.tasks)
+    chosen = run_flags.tasks_chosen(values.tasks)
     given = given_settings(values, chosen)
     return load_source(values.tasks, **given, **data_dir_setting(chosen.component, values.data_dir))
 
@@ -254,7 +122,7 @@ def _run_record(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _source_record(values: flags.FlagValues) -> dict[str, Any]:
-    chosen = tasks_chosen(values.tasks)
+    chosen = run_flags.tasks_chosen(values.tasks)
     settings = resolved_settings(chosen, given_settings(values, chosen))
     return {"name": values.tasks, **settings}
 
@@ -279,7 +147,7 @@ def build_optimizer(
       ValueError: settings that it does not have, or that do not fit each other.
     """
     name = values.optimizer or registry.find("learner", values.learner).optimizer or "adam"
-    chosen = optimizer_chosen(name)
+    chosen = run_flags.optimizer_chosen(name)
     given = given_settings(values, chosen)
     optimizer = chosen.component.factory(values.steps, **given)
     return optimizer, {"name": name, **resolved_settings(chosen, given)}
@@ -295,7 +163,9 @@ def fitting_network(values: flags.FlagValues, tasks: Tasks) -> Chosen | None:
     Returns:
       The component; None where the learner has networks of its own.
     """
-    candidates = network_candidates(registry.find("learner", values.learner), values.network)
+    candidates = run_flags.network_candidates(
+        registry.find("learner", values.learner), values.network
+    )
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     usual, of_vectors = candidates
@@ -439,80 +309,3 @@ def shape_difference(first: PyTree, second: PyTree) -> str:
         if there != here:
             return f"{there} and {here} at {path}"
     return ""
-
-
-# ---- The record.
-
-
-def claim_workdir(
-    workdir: Path, config: Mapping[str, Any], given: Collection[str] | None = None
-) -> None:
-    """Writes config.json into a new workdir, or checks that an old one is of the same run.
-
-    The steps of an old run may grow. A setting that is newer than its record has the default that
-    it was trained with, unless it is given.
-
-    Args:
-      workdir: The folder.
-      config: The record of the run.
-      given: Flags that were given; all may have been if None.
-
-    Raises:
-      UsageError: the workdir holds something else, or was trained with other settings.
-    """
-    if (workdir / "config.json").exists():
-        found = read_config(workdir)
-        changed = differences(found, config, given)
-        if changed:
-            raise UsageError(
-                f"{workdir} was trained with other settings ({', '.join(changed)}): "
-                "name another workdir, or give the settings of its config.json"
-            )
-        if config["run"]["steps"] == found["run"]["steps"]:
-            return
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UsageError(f"{workdir} is not empty and no workdir of ours: name another one")
-    write_config(workdir, config)
-
-
-def differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], given: Collection[str] | None = None
-) -> list[str]:
-    """Names of the flags in which two records differ, where this matters.
-
-    Args:
-      found: The older record.
-      wanted: The newer one.
-      given: Names of the flags that were given; all may have been if None.
-    """
-    old, new = as_flags(found), as_flags(wanted)
-    changed = []
-    for name in sorted({*old, *new}):
-        newer = name not in old and given is not None and name not in given
-        grown = name == "steps" and name in old and old[name] <= new[name]
-        if old.get(name) != new.get(name) and not newer and not grown:
-            changed.append(name)
-    return changed
-
-
-def as_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A record by the flags that give it: 'learner', 'learner.inner_lr', 'ways'."""
-    found = dict(config["run"])
-    for kind in ("learner", "tasks", "optimizer"):
-        found |= _component_flags(kind, config[kind] or {})
-    return found
-
-
-def _component_flags(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping) and "name" in value:  # a network in its learner
-            found |= _component_flags(name, value)
-        else:
-            found[kind if name == "name" else f"{kind}.{name}"] = value
-    return found
-
-
-def given_flags(values: flags.FlagValues) -> set[str]:
-    """Names of the flags that were given."""
-    return {name for name in values if values[name].present}

@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import runs, testing
+from experiments import records, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.testing import Asked, Tested
 from meta_jax.core import Array, Episode, MetaLearner, PyTree, Tasks
@@ -36,7 +36,7 @@ from meta_jax.training.trained import load_parameters
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
-runs.define_run_flags(FLAGS)
+run_flags.define_run_flags(FLAGS)
 flags.DEFINE_string("workdir", None, "Folder where everything is written; an old one is resumed.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
 flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the final test.", 2)
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
         program = build_program(run)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    runs.claim_workdir(workdir, run.config, runs.given_flags(FLAGS))
+    records.claim_workdir(workdir, run.config, records.given_flags(FLAGS))
     fitted = train(run, program, workdir)
     if fitted.finished:
         report(run, program, fitted, workdir, Asked("test", FLAGS.eval_episodes))
@@ -170,4 +170,4 @@ def _draw_episode(learner: MetaLearner, learned: tuple, tasks: Tasks, path: Path
 
 
 if __name__ == "__main__":
-    run_main(main, selections=runs.SELECTIONS, choose=runs.choose)
+    run_main(main, selections=run_flags.SELECTIONS, choose=run_flags.choose)

@@ -22,7 +22,7 @@ from docs.extending import (
     svm_head,
     warm_optimizer,
 )
-from experiments import runs
+from experiments import run_flags, runs
 
 ROOT = Path(__file__).parents[1]
 PATH = "docs.extending"
@@ -63,7 +63,7 @@ FLAGS = {
 
 @functools.cache
 def built(name):
-    values = runs.run_values([*FLAGS[name], *SMALL])
+    values = run_flags.run_values([*FLAGS[name], *SMALL])
     return runs.build_run(values, runs.load_tasks(values))
 
 

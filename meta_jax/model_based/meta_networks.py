@@ -118,10 +118,10 @@ def meta_networks(
       >>> learner = meta_networks(features=2, hidden=4)
       >>> x = jnp.linspace(0, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
       >>> support = Batch(x, jnp.eye(2))
-      >>> params, state = learner.init(jax.random.key(0), Episode(support, support))
-      >>> adapted = learner.adapt(params, state, support, jax.random.key(1), train=False)
-      >>> learner.predict(params, adapted, x, jax.random.key(2), train=False)[0].shape
-      (2, 2)
+      >>> params, state = jax.eval_shape(learner.init, jax.random.key(0), Episode(support, support))
+      >>> adapt = functools.partial(learner.adapt, train=False)
+      >>> jax.eval_shape(adapt, params, state, support, jax.random.key(1)).keys.shape
+      (2, 4)
     """
     check_kind(objective, "classification", "meta_networks")
 

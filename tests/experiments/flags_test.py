@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from experiments import command_line, runs
+from experiments import command_line, records, run_flags, runs
 from experiments.command_line import Chosen, read_setting
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, MetaLearner, Network
@@ -18,6 +18,7 @@ from meta_jax.data.source import EpisodeSize, TaskSource, load_source, source_fr
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.objectives import as_objective
+from meta_jax.training.trained import read_config
 
 FLAGFILES = sorted(
     path
@@ -95,7 +96,7 @@ CURVES = source(1, objective="squared_error")
 
 
 def build(*arguments, source=IMAGES):
-    return runs.build_run(runs.run_values(list(arguments)), source)
+    return runs.build_run(run_flags.run_values(list(arguments)), source)
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def load_once(name):
     ],
 )
 def test_a_run_has_the_usual_settings_of_its_components(arguments, shots, train_shots):
-    values = runs.run_values([*arguments, "--eval_every=0"])
+    values = run_flags.run_values([*arguments, "--eval_every=0"])
     config = runs.build_run(values, load_once(values.tasks)).config
     assert config["run"]["shots"] == shots
     assert config["run"]["train_shots"] == train_shots
@@ -123,7 +124,7 @@ def test_a_run_has_the_usual_settings_of_its_components(arguments, shots, train_
 @pytest.mark.parametrize("name", registry.names("learner"))
 def test_a_learners_flag_alone_makes_a_run(name):
     for tasks in ("glyphs", "sinusoid"):
-        values = runs.run_values([f"--learner={name}", f"--tasks={tasks}"])
+        values = run_flags.run_values([f"--learner={name}", f"--tasks={tasks}"])
         try:
             run = runs.build_run(values, load_once(tasks))
         except UsageError as error:
@@ -153,8 +154,10 @@ class TestSettings:
             read_setting(setting(str, ("a", "b")), "none")
 
     def test_only_what_is_given_reaches_the_factory(self):
-        values = runs.run_values(["--learner=prototypical", "--network.features=8"])
-        _, network, *_ = runs.choose({name: values[name].value for name in runs.SELECTIONS})
+        values = run_flags.run_values(["--learner=prototypical", "--network.features=8"])
+        _, network, *_ = run_flags.choose(
+            {name: values[name].value for name in run_flags.SELECTIONS}
+        )
         given = command_line.given_settings(values, network)
         assert given == {"features": 8, "normalisation": "running"}  # the learner's usual one
         resolved = command_line.resolved_settings(network, given)
@@ -167,7 +170,7 @@ class TestSettings:
             ("--nolearner.joint_encoding", False),
             ("--learner.joint_encoding=false", False),
         ):
-            values = runs.run_values([flag])
+            values = run_flags.run_values([flag])
             assert values["learner.joint_encoding"].value is value
 
     def test_a_setting_without_a_default_is_asked_for(self):
@@ -206,7 +209,7 @@ class TestSettings:
 )
 def test_a_mistake_in_the_flags_is_named(arguments, culprit):
     with pytest.raises(UsageError, match=culprit):
-        runs.run_values(arguments)
+        run_flags.run_values(arguments)
 
 
 @pytest.mark.parametrize(
@@ -289,19 +292,19 @@ class TestRecord:
 
     @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
     def test_every_flagfile_builds_its_run(self, path):
-        values = runs.run_values([f"--flagfile={path}"])
+        values = run_flags.run_values([f"--flagfile={path}"])
         side = values["tasks.image_size"].value if "tasks.image_size" in values else None
         fake = CURVES if values.tasks == "sinusoid" else source(*[side or 28] * 2, 1)
         config = runs.build_run(values, fake).config
         for name in values:
             if values[name].present and name != "flagfile":
-                recorded = runs.as_flags(config)[name]
+                recorded = records.as_flags(config)[name]
                 assert recorded == values[name].value, name
 
 
 def test_somebodys_own_components_need_nothing_of_ours():
     config = runs.build_run(
-        runs.run_values(
+        run_flags.run_values(
             [
                 f"--tasks={__name__}:own_tasks",
                 "--tasks.level=0.25",
@@ -348,7 +351,7 @@ def test_devices_share_the_images_of_a_lone_task_where_the_network_can(monkeypat
 
 
 def test_the_outer_optimizer_has_the_runs_steps():
-    values = runs.run_values(
+    values = run_flags.run_values(
         [
             *("--optimizer=sgd", "--optimizer.learning_rate=0.5", "--optimizer.schedule=linear"),
             "--steps=4",
@@ -367,15 +370,15 @@ def test_the_outer_optimizer_has_the_runs_steps():
 class TestHelp:
     def text(self, *arguments):
         values = flags.FlagValues()
-        runs.define_run_flags(values)
+        run_flags.define_run_flags(values)
         _, chosen = command_line.parse(
-            values, ["", *arguments], selections=runs.SELECTIONS, choose=runs.choose
+            values, ["", *arguments], selections=run_flags.SELECTIONS, choose=run_flags.choose
         )
         return command_line.help_text(values, chosen, "Trains.", "python -m experiments.train")
 
     def test_it_has_every_run_flag_with_a_sentence(self):
         values = flags.FlagValues()
-        runs.define_run_flags(values)
+        run_flags.define_run_flags(values)
         text = self.text()
         for name in values:
             assert f"  --{name}=" in text
@@ -430,49 +433,49 @@ class TestClaimWorkdir:
         return {**config, **{part: {**config[part], **new} for part, new in parts.items()}}
 
     def test_a_new_one_is_made(self, tmp_path, config):
-        runs.claim_workdir(tmp_path / "a" / "b", config)
-        assert runs.read_config(tmp_path / "a" / "b") == config
+        records.claim_workdir(tmp_path / "a" / "b", config)
+        assert read_config(tmp_path / "a" / "b") == config
 
     def test_the_same_settings_may_come_back(self, tmp_path, config):
-        runs.claim_workdir(tmp_path, config)
-        runs.claim_workdir(tmp_path, {**config, "version": "0.2.0"})
-        assert runs.read_config(tmp_path) == config
+        records.claim_workdir(tmp_path, config)
+        records.claim_workdir(tmp_path, {**config, "version": "0.2.0"})
+        assert read_config(tmp_path) == config
 
     def test_other_settings_are_refused_by_name(self, tmp_path, config):
-        runs.claim_workdir(tmp_path, config)
+        records.claim_workdir(tmp_path, config)
         other = self.changed(config, learner={"inner_lr": 1.0}, run={"seed": 1})
         with pytest.raises(UsageError, match=r"other settings \(learner\.inner_lr, seed\)"):
-            runs.claim_workdir(tmp_path, other)
+            records.claim_workdir(tmp_path, other)
         network = self.changed(config, learner={"network": {"name": "mlp", "widths": [8]}})
         with pytest.raises(UsageError, match=r"other settings \(network\.widths\)"):
-            runs.claim_workdir(tmp_path, network)
-        assert runs.read_config(tmp_path) == config
+            records.claim_workdir(tmp_path, network)
+        assert read_config(tmp_path) == config
 
     def test_its_steps_may_grow(self, tmp_path, config):
-        runs.claim_workdir(tmp_path, config)
+        records.claim_workdir(tmp_path, config)
         more = self.changed(config, run={"steps": 20})
-        runs.claim_workdir(tmp_path, more)
-        assert runs.read_config(tmp_path) == more
+        records.claim_workdir(tmp_path, more)
+        assert read_config(tmp_path) == more
         with pytest.raises(UsageError, match=r"other settings \(steps\)"):
-            runs.claim_workdir(tmp_path, config)
+            records.claim_workdir(tmp_path, config)
 
     def test_a_setting_that_is_newer_than_the_workdir_had_its_default(self, tmp_path, config):
-        runs.claim_workdir(tmp_path, config)
+        records.claim_workdir(tmp_path, config)
         newer = self.changed(config, learner={"reduction": "mean"})
-        runs.claim_workdir(tmp_path, newer, given={"learner", "seed"})
+        records.claim_workdir(tmp_path, newer, given={"learner", "seed"})
         with pytest.raises(UsageError, match=r"other settings \(learner\.reduction\)"):
-            runs.claim_workdir(tmp_path, newer, given={"learner.reduction"})
+            records.claim_workdir(tmp_path, newer, given={"learner.reduction"})
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path, config):
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(UsageError, match="not empty"):
-            runs.claim_workdir(tmp_path, config)
+            records.claim_workdir(tmp_path, config)
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
     def test_a_damaged_record_is_named(self, tmp_path):
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(UsageError, match=r"config\.json is damaged"):
-            runs.claim_workdir(tmp_path, {})
+            records.claim_workdir(tmp_path, {})
 
 
 def test_the_examples_in_the_docstrings_are_true():

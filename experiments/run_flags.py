@@ -1,0 +1,132 @@
+"""The flags of a training run, and the components that they choose."""
+
+from collections.abc import Mapping
+
+from absl import flags
+
+from experiments.command_line import Chosen, parse
+from meta_jax import registry
+from meta_jax.data.source import find_source
+from meta_jax.lookup import UsageError
+from meta_jax.registry import Component, Kind
+
+SELECTIONS = ("learner", "network", "tasks", "optimizer")
+_NETWORK_OF_VECTORS = "mlp"
+
+
+def define_run_flags(values: flags.FlagValues) -> None:
+    """Defines the flags that make a run what it is, but for the settings of its components."""
+
+    def string(name: str, default: str | None, text: str) -> None:
+        flags.DEFINE_string(name, default, text, values)
+
+    def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
+        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
+
+    string("learner", "prototypical", f"Meta-learning method: {choices('learner')}.")
+    string(
+        "network",
+        None,
+        f"Network that embeds inputs, by default the learner's own: {choices('network')}.",
+    )
+    string("tasks", "glyphs", f"Source of the tasks: {choices('tasks')}.")
+    string(
+        "optimizer",
+        None,
+        f"Outer optimizer, by default the learner's usual one: {choices('optimizer')}.",
+    )
+    integer("ways", 5, "Classes of a test episode.")
+    integer("shots", 1, "Support examples of each class in a test episode.")
+    integer("queries", 15, "Query examples of each class in a test episode.")
+    integer("train_ways", None, "Classes of a training episode, by default as in tests.")
+    integer("train_shots", None, "Support examples in training, by default as in tests.")
+    integer("train_queries", None, "Query examples in training, by default as in tests.")
+    string("train_split", "train", "Split to train on, such as train or trainval.")
+    integer("task_batch", 1, "Tasks of an outer step.")
+    integer("task_chunk", None, "Tasks vmapped at a time, by default 1 on a CPU, all elsewhere.")
+    integer("steps", 1000, "Outer steps; an old workdir goes on where there are more now.")
+    integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
+    integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
+    integer("checkpoint_every", 500, "Outer steps between checkpoints.")
+    integer("val_episodes", 200, "Episodes of a validation.")
+    integer("seed", 0, "Seed of the initial parameters and of the training tasks.", None)
+
+
+def choices(kind: Kind) -> str:
+    """The names of all components of a kind, and how somebody's own is named."""
+    known = (_with_argument(kind, name) for name in registry.names(kind))
+    return f"{', '.join(known)}, or package.module:function"
+
+
+def _with_argument(kind: Kind, name: str) -> str:
+    """A task source's name with what must follow it, as 'folder:PATH'."""
+    parameters = registry.parameters(registry.find(kind, name).factory).values()
+    argument = [p.name.upper() for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    return ":".join([name, *argument]) if kind == "tasks" else name
+
+
+def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
+    """The components that a run's flags choose.
+
+    Raises:
+      UsageError: an unknown name, or a network for a learner that has its own.
+    """
+    learner = registry.find("learner", selected["learner"] or "")
+    tasks = tasks_chosen(selected["tasks"])
+    return [
+        Chosen("learner", learner, reserved=("objective",), run=learner.run),
+        *network_candidates(learner, selected["network"]),
+        tasks._replace(run=tasks.component.run),
+        optimizer_chosen(selected["optimizer"] or learner.optimizer or "adam"),
+    ]
+
+
+def tasks_chosen(name: str | None) -> Chosen:
+    """A task source by the name that a flag gives; `--data_dir` is a flag of its own."""
+    return Chosen("tasks", find_source(name or "")[0], reserved=("data_dir",))
+
+
+def optimizer_chosen(name: str) -> Chosen:
+    """An outer optimizer by its name; the number of steps is the run's."""
+    return Chosen("optimizer", registry.find("optimizer", name), reserved=("steps",))
+
+
+def network_candidates(learner: Component, name: str | None) -> list[Chosen]:
+    """The networks that a learner may be used with: one that is named, or else which fits.
+
+    Raises:
+      UsageError: an unknown name, or one given to a learner that has networks of its own.
+    """
+    if learner.network is None:
+        if name is not None:
+            raise UsageError(f"{learner.name} has networks of its own: leave --network out")
+        return []
+    if name is not None or learner.network == _NETWORK_OF_VECTORS:
+        return [_network_chosen(learner, name or learner.network)]
+    return [
+        _network_chosen(learner, learner.network, "by default"),
+        _network_chosen(learner, _NETWORK_OF_VECTORS, f"where {learner.network} does not fit"),
+    ]
+
+
+def _network_chosen(learner: Component, name: str, note: str = "") -> Chosen:
+    component = registry.find("network", name)
+    usual = {"normalisation": learner.normalisation}
+    follows = learner.normalisation and "normalisation" in registry.parameters(component.factory)
+    return Chosen("network", component, defaults=usual if follows else {}, note=note)
+
+
+def run_values(arguments: list[str]) -> flags.FlagValues:
+    """A run's flags from arguments, flagfiles among them, without the global flags.
+
+    Raises:
+      UsageError: they are no flags of a run.
+    """
+    values = flags.FlagValues()
+    define_run_flags(values)
+    flags.DEFINE_string("data_dir", None, "Folder of the data.", values)
+    try:
+        parse(values, ["", *arguments], selections=SELECTIONS, choose=choose)
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    return values

@@ -1,0 +1,23 @@
+"""The checkers of JAX that tests turn on."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def key_and_leak_checks() -> Iterator[None]:
+    """Fails where a random key is used twice, or a tracer outlives its trace.
+
+    For every trace that is over, the checker of leaks looks through all objects of the process:
+    those that were there before, a second's worth each time, are put aside.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        with jax.debug_key_reuse(True), jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
