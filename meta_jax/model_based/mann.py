@@ -113,9 +113,11 @@ def mann(
     of [h_t, r_t].
 
     The defaults are those of the shipped weights, which were trained for 20,000 outer steps of 16
-    tasks; with one task a step it is at chance for more than a thousand. The paper has raw pixels
-    (network flatten), an LSTM of 200 units, 128 slots, key_strength 1, write_values False and
-    nca_weight 0, and trains for 100,000.
+    tasks; with one task a step it is at chance for more than a thousand steps. The paper has raw
+    pixels (network flatten), an LSTM of 200 units, 128 slots, key_strength 1, write_values False
+    and nca_weight 0, and trains for 100,000.
+
+    With its flag alone, 1000 outer steps give 80.3 % on glyphs (untrained 20.0 %).
 
     Args:
       network: Embedding network.
@@ -186,7 +188,7 @@ def lstm_cell(hidden_size: int) -> Cell:
     return Cell(init, start, input_projection, step, hidden_size)
 
 
-@registry.learner("lstm", network="strided_conv4", normalisation="running")
+@registry.learner("lstm", network="strided_conv4", normalisation="running", run={"task_batch": 16})
 def lstm_learner(
     network: Network,
     *,
