@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-# Tests compile thousands of small programs, and XLA's older code generator for CPUs takes a third of
-# the time. A jaxlib without it ignores the option.
+# Tests compile thousands of small programs, and XLA's older code generator for CPUs takes a third
+# of the time. A jaxlib without it ignores the option.
 _FAST_COMPILATION = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILATION}".strip()
 
