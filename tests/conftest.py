@@ -62,15 +62,20 @@ def forget_compiled_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def unoptimized() -> None:
+    """Compilation is most of a test's time, and what is tested holds however XLA optimises."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def optimized(unoptimized: None) -> None:
+    """Programs as users have them: for long computations, and where XLA errs without."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """Double precision for one test: two correct float32 forms may differ by a ReLU's flip.
-
-    Compilation is most of such a test's time, and an identity holds however XLA optimises.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    """Double precision for one test: two correct float32 forms may differ by a ReLU's flip."""
+    with jax.enable_x64(True):
+        yield

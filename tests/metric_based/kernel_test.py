@@ -131,7 +131,7 @@ def test_every_head_learns_sinusoids(name):
     @jax.jit
     def error_after_training(key):
         train_key, test_key = jax.random.split(key)
-        keys = jax.random.split(train_key, 400)
+        keys = jax.random.split(train_key, 600)
         (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), keys)
         keys = jax.random.split(test_key, (2, 200))
         episodes = jax.vmap(lambda key: sinusoids(key, 20))(keys[0])

@@ -171,12 +171,10 @@ def test_fast_weights_of_the_base_are_those_of_each_example_s_own_gradient():
         np.testing.assert_allclose(adapted.values[group][leaf][1], 0.01 * x[..., 0], atol=1e-10)
 
 
+# Without optimisations, XLA's CPU library (jaxlib 0.10.2) gets one product of the second program
+# wrong, and right where --xla_cpu_experimental_ynn_fusion_type= takes that library out.
+@pytest.mark.usefixtures("optimized")
 def test_there_are_no_second_order_terms(monkeypatch):
-    # Compiled as users have it: without optimisations, XLA's CPU library (jaxlib 0.10.2) gets one
-    # product of the second program wrong, and right where --xla_cpu_experimental_ynn_fusion_type=
-    # takes that library out.
-    jax.config.update("jax_disable_most_optimizations", False)
-
     def loss(params, episode):
         return LEARNER.loss(params, {}, episode, KEY)[0]
 

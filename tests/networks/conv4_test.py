@@ -92,6 +92,8 @@ def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, mome
     assert_equal_with_two_derivatives(ours, plain, params, x)
 
 
+# Without optimisations, jaxlib 0.10.2 gets one second derivative wrong.
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
 @pytest.mark.parametrize("moments", ["batch", "stored"])
 def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, stride, pool, moments):

@@ -114,7 +114,8 @@ def python_loop(params, state, optimizer, steps, gradient_of=lambda g: g):
 OPTIMIZERS = {
     "sgd": optax.sgd(0.3),
     "adam": optax.adam(0.05, b1=0.5),
-    "momentum": optax.sgd(optax.linear_schedule(0.3, 0.1, 3), momentum=0.9),
+    # Rates that are exact in float32, in which schedules are worked out.
+    "momentum": optax.sgd(optax.linear_schedule(0.5, 0.25, 4), momentum=0.9),
 }
 
 
