@@ -164,6 +164,9 @@ def reptile(
     20 ways rate 5e-4, mini-batches of 20 and 10, steps 10 and 50. Its transductive rows are
     normalisation `batch`, the others `one_at_a_time`.
 
+    With its flag alone, 1000 outer steps give 42.5 % on glyphs (untrained 30.3 %) and a squared
+    error of 1.82 on sinusoids (untrained 4.17).
+
     Args:
       network: Body; a linear head with one output for each column of y follows it. All of both is
         adapted, normalisation included.
