@@ -324,10 +324,11 @@ def max_pool(x: Array) -> Array:
     Returns:
       [n, height // 2, width // 2, channels].
     """
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    upper = _larger(x[:, ::2, ::2], x[:, ::2, 1::2])
-    lower = _larger(x[:, 1::2, ::2], x[:, 1::2, 1::2])
-    return _larger(upper, lower)
+    n, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+    rows = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(rows[:, :, :, 0], rows[:, :, :, 1])
 
 
 def _larger(a: Array, b: Array) -> Array:

@@ -107,6 +107,7 @@ def test_the_record_is_that_of_the_layout(tmp_path):
     assert read_config(tmp_path / "new") == config
 
 
+@pytest.mark.usefixtures("optimized")  # as the other process, to the last bit
 def test_components_of_ones_own_are_found_by_their_names(tmp_path):
     """In another process, which has never imported them."""
     network = registry.find("network", f"{OWN}:dense").factory(2, activation="relu")
