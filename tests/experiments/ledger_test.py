@@ -74,7 +74,7 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch, reque
     monkeypatch.setattr(
         testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
     )
-    if rows[0]["learner"] == "reptile":  # its 50 inner steps are worth compiling well
+    if rows[0]["learner"] in ("reptile", "lstm_meta_learner"):  # their inner loops take long
         request.getfixturevalue("optimized")
     first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
     is_sequence = first.metric.startswith("instance_")
