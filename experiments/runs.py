@@ -15,6 +15,7 @@ from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, load_source
 from meta_jax.lookup import UsageError
 from meta_jax.registry import Component
+from meta_jax.shapes import shape_difference
 from meta_jax.training.loop import LoopConfig
 from meta_jax.training.outer_step import task_mesh
 from meta_jax.training.trained import make_config
@@ -291,21 +292,3 @@ def initial_shapes(learner: MetaLearner, tasks: Tasks) -> PyTree:
         raise UsageError(
             f"this learner has no use for tasks of type {type(task).__name__}: choose other tasks"
         ) from error
-
-
-def shape_difference(first: PyTree, second: PyTree) -> str:
-    """The first leaf at which two trees differ in shape or dtype, in words; '' where none does."""
-    sides = [
-        {
-            jax.tree_util.keystr(
-                path, simple=True, separator="/"
-            ): f"{leaf.dtype}{list(leaf.shape)}"
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (first, second)
-    ]
-    for path in {**sides[0], **sides[1]}:
-        there, here = (side.get(path, "nothing") for side in sides)
-        if there != here:
-            return f"{there} and {here} at {path}"
-    return ""

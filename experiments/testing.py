@@ -16,6 +16,7 @@ from meta_jax.core import MetaLearner, Objective, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import is_transductive, support_moments
+from meta_jax.shapes import shape_difference
 from meta_jax.training import trained
 from meta_jax.training.evaluation import MeanCI, confidence_interval, make_evaluate
 from meta_jax.training.outer_step import task_mesh
@@ -147,7 +148,7 @@ def result(
     run, metric = config["run"], tested.objective.metric
     ways, shots, queries = size or runs.test_size(run)
     _check_finite(tested, asked.split)
-    mode = normalisation_of(config["learner"])
+    mode = trained.normalisation_of(config["learner"])
     # In a sequence, moments of the support set are those of inputs yet to come.
     peeks = bool(tested.instances) and support_moments(mode, train=False) != "stored"
     record = {
@@ -183,12 +184,6 @@ def _check_finite(tested: Tested, split: str) -> None:
 
 def _rounded(value: float) -> float:
     return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
-
-
-def normalisation_of(learner: Mapping[str, Any]) -> Any:
-    """The normalisation of a learner's network, by the learner's record."""
-    network = learner.get("network")
-    return registry.build("network", network).normalisation if network else "none"
 
 
 def score_text(score: MeanCI, objective: Objective) -> str:
@@ -329,7 +324,7 @@ def check_fit(loaded: trained.Trained, tasks: Tasks) -> None:
             "name other tasks"
         )
     like = runs.initial_shapes(loaded.learner, tasks)
-    difference = runs.shape_difference((loaded.params, loaded.state), like)
+    difference = shape_difference((loaded.params, loaded.state), like)
     if difference:
         raise UsageError(
             f"{name} was trained with parameters that do not fit these tasks ({difference}): test "

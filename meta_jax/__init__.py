@@ -12,12 +12,23 @@ the learners, the networks and the outer loop; the rest is in namespaces:
 - `learned_optimizers`: optimizers whose update rule is learned.
 - `objectives`: losses, metrics and what is better.
 - `registry`: components by name.
+- `serving`: classifiers of somebody's own classes, and exports.
 - `training`: outer steps, evaluation, checkpoints, optimizers and pictures.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from meta_jax import data, heads, inner_loop, memory, networks, objectives, registry, training
+from meta_jax import (
+    data,
+    heads,
+    inner_loop,
+    memory,
+    networks,
+    objectives,
+    registry,
+    serving,
+    training,
+)
 from meta_jax.core import (
     Batch,
     Episode,
@@ -60,11 +71,13 @@ from meta_jax.optimization_based.maml_plus_plus import maml_plus_plus
 from meta_jax.optimization_based.meta_sgd import meta_sgd
 from meta_jax.optimization_based.protomaml import protomaml
 from meta_jax.optimization_based.reptile import reptile
+from meta_jax.serving import load_exported
 from meta_jax.training import (
     TrainState,
     fit,
     init_train_state,
     load,
+    load_pretrained,
     make_outer_step,
     make_train_loop,
 )
@@ -101,6 +114,8 @@ __all__ = [
     "kernel_learner",
     "learned_optimizers",
     "load",
+    "load_exported",
+    "load_pretrained",
     "lstm_learner",
     "lstm_meta_learner",
     "make_outer_step",
@@ -125,6 +140,7 @@ __all__ = [
     "relation_encoder",
     "reptile",
     "resnet12",
+    "serving",
     "siamese",
     "squared_error",
     "strided_conv4",

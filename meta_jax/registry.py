@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 
+from meta_jax.backend import compiled_when_called
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
@@ -169,12 +170,24 @@ def _configured(
         built = factory(*bound.args, **bound.kwargs)
         if "config" not in getattr(built, "_fields", ()):
             raise UsageError(f"{name} returns a {type(built).__name__}, which has no config")
+        if isinstance(built, MetaLearner):
+            built = _compiled_when_called(built)
         # What follows 'NAME:' belongs to the name, as load_source takes it.
         full_name = ":".join([recorded, *(str(given.pop(one)) for one in positional)])
         # A factory built on another registered one is recorded under its own name.
         return built._replace(config={"name": full_name, **_recorded(given)})
 
     return build
+
+
+def _compiled_when_called(learner: MetaLearner) -> MetaLearner:
+    """A learner whose functions do not run operation by operation in a notebook."""
+    return learner._replace(
+        init=compiled_when_called(learner.init),
+        adapt=compiled_when_called(learner.adapt, static=("train",)),
+        predict=compiled_when_called(learner.predict, static=("train",)),
+        evaluate=compiled_when_called(learner.evaluate),
+    )
 
 
 def _recorded_name(factory: Callable[..., Any], name: str) -> str:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from meta_jax.backend import on_cpu
 from meta_jax.core import Array
-from meta_jax.networks.backend import on_cpu
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _SMALL_PATCH = 36  # numbers; 3x3 windows of up to four channels

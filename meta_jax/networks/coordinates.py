@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from meta_jax.backend import on_cpu
 from meta_jax.core import Array, PyTree
-from meta_jax.networks.backend import on_cpu
 from meta_jax.networks.lstm import lstm_gates
 
 _CHUNK = 512

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from meta_jax.backend import on_cpu
 from meta_jax.core import Array, MomentsUse, PyTree
-from meta_jax.networks.backend import on_cpu
 from meta_jax.networks.convolution import (
     chunks_within,
     convolve,

@@ -19,7 +19,15 @@ from meta_jax.training.outer_step import (
     task_gradients,
     task_mesh,
 )
-from meta_jax.training.trained import Trained, load, make_config, save_trained, write_config
+from meta_jax.training.trained import (
+    Trained,
+    load,
+    load_pretrained,
+    make_config,
+    pretrained_names,
+    save_trained,
+    write_config,
+)
 from meta_jax.training.writers import MetricsWriter, read_metrics
 
 __all__ = [
@@ -38,6 +46,7 @@ __all__ = [
     "fit",
     "init_train_state",
     "load",
+    "load_pretrained",
     "load_rule",
     "make_config",
     "make_evaluate",
@@ -47,6 +56,7 @@ __all__ = [
     "optimizers",
     "pictures",
     "place",
+    "pretrained_names",
     "read_metrics",
     "save_trained",
     "task_gradients",

@@ -5,10 +5,11 @@ preprocessing, and the shapes of a task. So a trained learner is built again fro
 without its data and its optimizer.
 """
 
+import functools
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax import registry
-from meta_jax.core import Config, MetaLearner, Objective, PyTree, Tasks
+from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree, Tasks
 from meta_jax.lookup import UsageError, load_attribute
-from meta_jax.networks.normalisation import BATCH_MODES
+from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
+from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
+from meta_jax.serving.inputs import Polarity
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_path
 from meta_jax.training.writers import write_text
@@ -37,6 +40,59 @@ class Trained(NamedTuple):
     preprocessing: Mapping[str, Any] | None  # what was done to the inputs, such as the image size
     config: Mapping[str, Any]  # the contents of config.json
     metadata: Mapping[str, Any] = {}  # what else the checkpoint says, such as 'step' and 'seconds'
+
+    def adapt(
+        self,
+        inputs: Any,
+        labels: Sequence[Any],
+        *,
+        normalisation: Normalisation | None = None,
+        polarity: Polarity | None = None,
+    ) -> Classifier:
+        """Builds a classifier of somebody's own classes from a few labelled examples.
+
+        Args:
+          inputs: Images (paths, Pillow images, arrays of any size; see `meta_jax.serving.prepare`),
+            or other inputs of the shape trained on, [n, ...].
+          labels: Name or integer of each input's class.
+          normalisation: Mode of the network's normalisation, by default that of the training. A
+            learner trained in the mode 'batch' must be told: 'support' or 'one_at_a_time' make each
+            answer independent of the other queries, 'batch' does not.
+          polarity: Polarity of the images that come, 'ink_light' or 'ink_dark', where the learner
+            was trained on one; by default the border of each image tells.
+
+        Raises:
+          UsageError: inputs, labels or a mode that do not fit the learner.
+
+        Examples:
+          >>> model = load_pretrained("glyphs-prototypical")
+          >>> images = np.random.default_rng(0).integers(0, 2, (4, 28, 28)).astype(bool)
+          >>> classifier = model.adapt(images, ["a", "a", "b", "b"], polarity="ink_light")
+          >>> classifier(images).shape, classifier.classes
+          ((4, 2), ('a', 'b'))
+        """
+        learner, name = self.learner, (self.config["learner"] or {}).get("name", "the learner")
+        if normalisation is not None:
+            learner = _with_normalisation(json.dumps(self.config["learner"]), normalisation)
+        mode = normalisation_of(learner.config)
+        if normalisation is None and is_transductive(mode):
+            raise UsageError(
+                f"{name} was trained with normalisation 'batch', in which an answer depends on the "
+                "other queries: choose normalisation 'support', 'one_at_a_time', or 'batch' itself"
+            )
+        return adapt_classifier(
+            learner,
+            self.params,
+            self.state,
+            self.objective,
+            inputs,
+            labels,
+            form=form_of(self.config, task_like(self.config["example"]))._replace(
+                polarity=polarity
+            ),
+            name=name,
+            normalisation=mode,
+        )
 
 
 # ---- The record.
@@ -230,7 +286,8 @@ def load(
       example: A task, where the record has none: one whose type is no tuple or dictionary.
 
     Returns:
-      The learner, its parameters (the averaged ones, where the optimizer averaged) and state.
+      The learner, its parameters (the averaged ones, where the optimizer averaged) and state; its
+      `adapt` builds a classifier of somebody's own classes.
 
     Raises:
       UsageError: there is no record, a setting does not exist or must not change, or the learner
@@ -279,6 +336,13 @@ def _build(
     return registry.build("learner", config)
 
 
+@functools.lru_cache(maxsize=8)  # the same functions again, so that nothing is compiled anew
+def _with_normalisation(record: str, mode: Normalisation) -> MetaLearner:
+    """The learner of a record, as JSON, with another mode of its network's normalisation."""
+    config = json.loads(record)
+    return _build(Path((config or {}).get("name", "")), config, None, {"normalisation": mode})
+
+
 def _checked(
     component: registry.Component, settings: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
@@ -291,6 +355,12 @@ def _checked(
                 f"{', '.join(others)}"
             )
     return settings or {}
+
+
+def normalisation_of(record: Config | None) -> Normalisation:
+    """The normalisation of a learner's network, by the learner's record; 'none' without one."""
+    network = (record or {}).get("network")
+    return registry.build("network", network).normalisation if network else "none"
 
 
 def _changed_network(recorded: Config, settings: Mapping[str, Any]) -> Config:
@@ -308,6 +378,11 @@ def _changed_network(recorded: Config, settings: Mapping[str, Any]) -> Config:
             raise UsageError(
                 f"{recorded['name']} was trained with normalisation={was}, which a test cannot "
                 f"change to {value}: only {', '.join(BATCH_MODES)} share their parameters"
+            )
+        if value == "running":
+            raise UsageError(
+                f"{recorded['name']} was trained with normalisation={was}, which keeps no running "
+                "averages: choose batch, support or one_at_a_time"
             )
     return {**recorded, **settings}
 
@@ -376,3 +451,32 @@ def _parameters(
         return params, jax.jit(learner.init)(key, zeros)[1]
     kept = {name: leaf for name, leaf in contents.leaves.items() if name.startswith("state")}
     return params, checkpoints.unflatten(path, kept, {"state": state})["state"]
+
+
+# ---- Weights that come with the library.
+
+_PRETRAINED = Path(__file__).parent.parent / "pretrained"
+
+
+def pretrained_names() -> list[str]:
+    """Names of the weights that come with the library."""
+    return sorted(path.parent.name for path in _PRETRAINED.glob("*/config.json"))
+
+
+def load_pretrained(name: str) -> Trained:
+    """Loads weights that come with the library.
+
+    Args:
+      name: One of `pretrained_names()`, such as 'glyphs-prototypical': what it was trained on, and
+        the method.
+
+    Raises:
+      UsageError: an unknown name.
+
+    Examples:
+      >>> load_pretrained("glyphs-prototypical").config["learner"]["name"]
+      'prototypical'
+    """
+    if name not in pretrained_names():
+        raise UsageError(f"no weights '{name}': choose one of {', '.join(pretrained_names())}")
+    return load(_PRETRAINED / name)

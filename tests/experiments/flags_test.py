@@ -5,7 +5,6 @@ import functools
 import json
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
@@ -481,11 +480,3 @@ class TestClaimWorkdir:
 def test_the_examples_in_the_docstrings_are_true():
     found = doctest.testmod(command_line)
     assert (found.failed, found.attempted) == (0, 2)
-
-
-def test_shapes_are_compared_by_path():
-    one = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    other = {"a": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
-    assert runs.shape_difference(one, one) == ""
-    assert runs.shape_difference(one, other) == "float32[2, 3] and float32[2, 4] at a"
-    assert runs.shape_difference(one, {}) == "float32[2, 3] and nothing at a"

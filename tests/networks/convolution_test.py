@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from meta_jax.backend import on_cpu, use_backend
 from meta_jax.networks import convolution
-from meta_jax.networks.backend import on_cpu, use_backend
 from meta_jax.networks.convolution import (
     chunks_within,
     convolve,

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.networks.backend import use_backend
+from meta_jax.backend import use_backend
 from meta_jax.networks.coordinates import (
     join_coordinates,
     linear_across,

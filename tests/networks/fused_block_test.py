@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax import lax
 
+from meta_jax.backend import use_backend
 from meta_jax.networks import convolution, fused_block
-from meta_jax.networks.backend import use_backend
 from meta_jax.networks.convolution import max_pool
 from meta_jax.networks.fused_block import convolve_pool_moments, first_moments, prepared_chunks
 

@@ -1,0 +1,32 @@
+"""Trees compared by the shapes of their leaves, in words."""
+
+import jax
+
+from meta_jax.core import PyTree
+
+
+def shape_difference(first: PyTree, second: PyTree) -> str:
+    """The first leaf at which two trees differ in shape or dtype, in words; '' where none does.
+
+    Args:
+      first, second: Trees of arrays or of `jax.ShapeDtypeStruct`s.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> shape_difference({"w": jnp.zeros(2)}, {"w": jnp.zeros(3)})
+      'float32[2] and float32[3] at w'
+    """
+    sides = [
+        {
+            jax.tree_util.keystr(
+                path, simple=True, separator="/"
+            ): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (first, second)
+    ]
+    for path in {**sides[0], **sides[1]}:
+        there, here = (side.get(path, "nothing") for side in sides)
+        if there != here:
+            return f"{there} and {here} at {path}"
+    return ""
