@@ -53,7 +53,7 @@ def learning_curve(
     panels = _panels(metrics, objective)
     if not panels:
         raise ValueError(f"there is no loss or {objective.metric} to draw in these metrics")
-    figure = _figure(5.2 * len(panels), 3.6)
+    figure = new_figure(5.2 * len(panels), 3.6)
     for axes, (label, curves) in zip(
         np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True
     ):
@@ -69,7 +69,7 @@ def learning_curve(
             )
         axes.set(xlabel="outer step", ylabel=label)
         _finish(axes)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 # Split -> (steps, values).
@@ -125,7 +125,7 @@ def episode_picture(episode: Episode, predictions: Array | None, path: Path | st
         draw = _draw_curve
     else:
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
-    _write(draw(_examples(episode.support), _examples(episode.query), predicted), path)
+    write_figure(draw(_examples(episode.support), _examples(episode.query), predicted), path)
 
 
 def _examples(batch: Batch) -> _Examples:
@@ -145,7 +145,7 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
     """
     if not any(curves.values()):
         raise ValueError("there are no instances to draw")
-    figure = _figure(5.2, 3.6)
+    figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     for (name, scores), colour in zip(curves.items(), cycle(_COLOURS.values()), strict=False):
         axes.errorbar(
@@ -159,7 +159,7 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
         )
     axes.set(xlabel="instance of a class", ylabel="accuracy (%)", ylim=(0, 100))
     _finish(axes)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:
@@ -174,7 +174,7 @@ def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> Non
     """
     if not any(curves.values()):
         raise ValueError("there are no losses to draw")
-    figure = _figure(5.8, 4.0)
+    figure = new_figure(5.8, 4.0)
     axes = figure.subplots()
     for name, scores in curves.items():
         steps = range(1, len(scores) + 1)
@@ -185,7 +185,7 @@ def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> Non
         axes.fill_between(steps, low, mean + ci95, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     _finish(axes)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_images(support: _Examples, query: _Examples, predicted: np.ndarray | None) -> "Figure":
@@ -199,7 +199,7 @@ def _draw_images(support: _Examples, query: _Examples, predicted: np.ndarray | N
 
     # One pair of axes for all: 300 of them would take matplotlib ten seconds.
     gap, pitch = 0.4, 1.2
-    figure = _figure(0.85 * (columns + gap + 1), 0.85 * (pitch * ways + 0.5), layout=None)
+    figure = new_figure(0.85 * (columns + gap + 1), 0.85 * (pitch * ways + 0.5), layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.text(0, -0.35, "support", va="center", fontsize=11)
@@ -263,7 +263,7 @@ def _draw_curve(support: _Examples, query: _Examples, predicted: np.ndarray | No
     rows = np.flatnonzero(query.mask)
     rows = rows[query.x[rows, 0].argsort()]
     x, y = query.x[rows, 0], query.y[rows, 0]
-    figure = _figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     axes.plot(x, y, color=_COLOURS["train"], linewidth=2, label="task")
     if predicted is not None:
@@ -291,15 +291,17 @@ def _finish(axes: "Axes") -> None:
     axes.legend(frameon=False)
 
 
-def _figure(
+def new_figure(
     width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> "Figure":
+    """A figure of a size in inches, without pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout=layout)
 
 
-def _write(figure: "Figure", path: Path | str) -> None:
+def write_figure(figure: "Figure", path: Path | str) -> None:
+    """Writes a figure as PNG, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
