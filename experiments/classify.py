@@ -228,7 +228,9 @@ def predictions(
             "margin": round(float(best[-1] - best[-2]), 6),
         }
         rows.append(row | ({} if label is None else {"true": label}))
-        rows[-1]["probabilities"] = dict(zip(classifier.classes, p.astype(float).round(6).tolist(), strict=True))
+        rows[-1]["probabilities"] = dict(
+            zip(classifier.classes, p.astype(float).round(6).tolist(), strict=True)
+        )
     return rows
 
 

@@ -40,6 +40,7 @@ from meta_jax.core import (
     supervised_evaluate,
     supervised_loss,
 )
+from meta_jax.data import dataset_from_arrays
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.kernel import kernel_learner
 from meta_jax.metric_based.matching import matching, matching_fce
@@ -102,6 +103,7 @@ __all__ = [
     "conv4",
     "cross_entropy",
     "data",
+    "dataset_from_arrays",
     "first_order_maml",
     "fit",
     "from_functions",

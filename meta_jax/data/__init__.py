@@ -1,5 +1,6 @@
 """Where tasks come from: datasets, episodes and task sources."""
 
+from meta_jax.data.arrays import dataset_from_arrays, embedded, split_from_arrays
 from meta_jax.data.augmentation import augmented, random_affine
 from meta_jax.data.dataset import (
     DataError,
@@ -13,6 +14,7 @@ from meta_jax.data.dataset import (
     split_from_classes,
 )
 from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
+from meta_jax.data.features import load_features
 from meta_jax.data.glyphs import load_glyphs
 from meta_jax.data.image_folder import load_image_folder
 from meta_jax.data.omniglot import load_omniglot
@@ -37,8 +39,11 @@ __all__ = [
     "augmented",
     "check_spec",
     "class_examples",
+    "dataset_from_arrays",
     "dataset_from_classes",
+    "embedded",
     "lazy_splits",
+    "load_features",
     "load_glyphs",
     "load_image_folder",
     "load_omniglot",
@@ -51,5 +56,6 @@ __all__ = [
     "sample_sinusoid",
     "source_from_sampler",
     "source_from_splits",
+    "split_from_arrays",
     "split_from_classes",
 ]

@@ -3,6 +3,7 @@
 from meta_jax.networks.conv4 import conv4, flat_strided_conv4, strided_conv4
 from meta_jax.networks.convolution import convolve, max_pool
 from meta_jax.networks.flatten import flatten
+from meta_jax.networks.frozen import frozen
 from meta_jax.networks.functions import from_functions
 from meta_jax.networks.koch import koch
 from meta_jax.networks.layers import conv_block, init_conv_block, init_linear, linear
@@ -40,6 +41,7 @@ __all__ = [
     "from_functions",
     "from_linen",
     "from_nnx",
+    "frozen",
     "init_conv_block",
     "init_linear",
     "init_lstm",

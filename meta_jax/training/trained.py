@@ -9,16 +9,18 @@ import functools
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree, Tasks
 from meta_jax.lookup import UsageError, load_attribute
+from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
@@ -93,6 +95,23 @@ class Trained(NamedTuple):
             name=name,
             normalisation=mode,
         )
+
+    def freeze(self) -> Callable[[PyTree], np.ndarray]:
+        """Builds the function that embeds inputs with the trained network.
+
+        Returns:
+          A function from inputs as in training, [n, ...], to embeddings: see
+          `meta_jax.networks.frozen`.
+
+        Raises:
+          UsageError: the learner trains no embedding network of its own, or its normalisation makes
+            an embedding depend on other inputs.
+        """
+        record = (self.config["learner"] or {}).get("network")
+        if not record or "network" not in self.params:
+            raise UsageError("this learner has no embedding network that could be frozen")
+        network = registry.build("network", record)
+        return frozen(network, self.params["network"], self.state["network"])
 
 
 # ---- The record.
