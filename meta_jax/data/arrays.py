@@ -63,7 +63,7 @@ def _names(values: Sequence[Any] | np.ndarray, what: str) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1 or array.dtype.kind not in "iuUSb":
         raise DataError(
-            f"{what} are {array.dtype}{list(array.shape)}: give one name or integer for each example"
+            f"{what} are {array.dtype}{list(array.shape)}: give one name or integer each"
         )
     return array.astype(str) if array.dtype.kind == "S" else array
 

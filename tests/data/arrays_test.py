@@ -30,8 +30,8 @@ def test_integers_are_labels_in_their_own_order():
     ("x", "labels", "groups", "message"),
     [
         (np.zeros((3, 2)), [0, 1], None, r"x has shape \[3, 2\], and there are 2 labels"),
-        (np.zeros((2, 2)), np.eye(2), None, "one name or integer"),
-        (np.zeros((2, 2)), [0.5, 1], None, "one name or integer"),
+        (np.zeros((2, 2)), np.eye(2), None, "one name or integer each"),
+        (np.zeros((2, 2)), [0.5, 1], None, "one name or integer each"),
         (np.zeros((0, 2)), np.zeros(0, int), None, "at least one example"),
         (np.zeros((2, 2)), [0, 1], [0], "1 groups were given for 2"),
         (np.zeros((2, 2)), [0, 0], [0, 1], "class 0 has examples of the groups 0, 1"),
