@@ -15,11 +15,13 @@ import pytest
 import meta_jax as mj
 from docs.extending import (
     absolute_error,
+    mixed_inputs,
     neural_process,
     nnx_network,
     resnet12_backbone,
     signal_tasks,
     svm_head,
+    token_tasks,
     warm_optimizer,
 )
 from experiments import run_flags, runs
@@ -53,6 +55,15 @@ FLAGS = {
         f"--tasks.objective={PATH}.absolute_error:absolute_error",
     ],
     "signal_tasks": [f"--tasks={PATH}.signal_tasks:signals", "--network.widths=8"],
+    "token_tasks": [
+        f"--tasks={PATH}.token_tasks:sentences",
+        f"--network={PATH}.token_tasks:token_network",
+    ],
+    "mixed_inputs": [
+        f"--tasks={PATH}.mixed_inputs:measured_glyphs",
+        f"--network={PATH}.mixed_inputs:mixed_network",
+        "--network.features=4",
+    ],
     "warm_optimizer": [
         f"--optimizer={PATH}.warm_optimizer:warm_lion",
         "--optimizer.ema=0.5",
@@ -87,10 +98,8 @@ def test_it_trains_through_the_flags(name):
 def test_its_record_names_it(name):
     record = json.loads(json.dumps(built(name).config))
     text = json.dumps(record)
-    (path,) = {flag.split("=")[1] for flag in FLAGS[name] if PATH in flag} - {
-        f"{PATH}.neural_process:gaussian_likelihood"
-    }
-    assert path in text
+    paths = {flag.split("=")[1] for flag in FLAGS[name] if PATH in flag}
+    assert all(path in text for path in paths)
 
 
 def test_the_svm_separates_and_its_gradient_is_right(x64):
@@ -179,6 +188,31 @@ def test_signals_of_a_class_are_alike():
             spectra[same], jnp.broadcast_to(one, spectra[same].shape), atol=1e-3
         )
         assert (abs(spectra[~same] - one).max(1) > 1).all()
+
+
+def test_padding_of_a_sentence_does_not_count():
+    examples = token_tasks.make_split(3, seed=0).dataset.examples
+    lengths = examples["real"].sum(1)
+    assert lengths.min() < lengths.max()
+    network = token_tasks.token_network(5)
+    params, state = network.init(jax.random.key(0), examples)
+    z, _ = network.apply(params, state, examples, key=None, train=False)
+    longest = {**examples, "ids": jnp.where(examples["real"], examples["ids"], 7)}
+    np.testing.assert_array_equal(
+        network.apply(params, state, longest, key=None, train=False)[0], z
+    )
+    words = params["embeddings"][examples["ids"][0, : lengths[0]]]
+    np.testing.assert_allclose(z[0], words.mean(0), rtol=1e-5)
+
+
+def test_the_picture_and_the_numbers_stay_together():
+    images = np.zeros((3, 4, 4, 1), np.uint8)
+    images[1, :, 2] = 255
+    images[2] = 255
+    split = mixed_inputs.measured(mj.data.split_from_arrays(images, ["b", "a", "a"]))
+    numbers = split.dataset.examples["numbers"]
+    np.testing.assert_allclose(numbers, [[0.25, 0.25], [1, 1], [0, 0]])
+    assert split.dataset.examples["image"][1].min() == 255
 
 
 def test_the_average_of_the_weights_is_what_tests_use():
