@@ -14,10 +14,11 @@ import meta_jax as mj
 from meta_jax.data import TaskSource
 
 VOCABULARY = 200
+COMMON = 20  # words that say nothing, such as "the": the first ids
 
 
 def make_split(classes: int, seed: int, length: int = 12) -> mj.data.Split:
-    """Draws 20 sentences of each class; a class uses a few words far more than the others do.
+    """Draws 20 sentences of each class; a class has six words of its own, between common ones.
 
     Args:
       classes: Number of classes.
@@ -29,10 +30,10 @@ def make_split(classes: int, seed: int, length: int = 12) -> mj.data.Split:
     """
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), 20)
-    favourites = rng.integers(0, VOCABULARY, (classes, 8))
-    own = favourites[labels[:, None], rng.integers(0, 8, (len(labels), length))]
-    other = rng.integers(0, VOCABULARY, own.shape)
-    ids = np.where(rng.random(own.shape) < 0.5, own, other).astype(np.int32)
+    words = rng.integers(COMMON, VOCABULARY, (classes, 6))
+    own = words[labels[:, None], rng.integers(0, 6, (len(labels), length))]
+    common = rng.integers(0, COMMON, own.shape)
+    ids = np.where(rng.random(own.shape) < 0.4, own, common).astype(np.int32)
     real = np.arange(length) < rng.integers(length // 2, length + 1, len(labels))[:, None]
     return mj.data.split_from_arrays({"ids": ids * real, "real": real}, labels)
 
