@@ -53,11 +53,12 @@ def from_linen(
         under names of their own.
 
     Returns:
-      The network; randomness of any collection draws from the `key` given to `apply`.
+      The network; randomness of any stream (`self.make_rng("noise")`) draws from the `key` given to
+      `apply`, in tests too: let the module ask its switch.
 
     Raises:
       UsageError: a mode that the module cannot have, or a parameter of `__call__` whose meaning is
-        not known.
+        not known; and when it is applied without a key, a module that draws at random.
 
     Examples:
       >>> import flax.linen as nn
@@ -144,16 +145,26 @@ def _apply(
         rngs = {"params": params_key, "dropout": dropout_key}  # other collections take the former
     control = _Control(train=train, moments=moments, mask=mask, name=adapter.name)
     switches: dict[str, Any] = adapter.switches(train, moments)
-    with nn.intercept_methods(control):
+    variables = {"params": merge_tree(params), **state}
+    with nn.intercept_methods(control), _randomness_needs_a_key(adapter.name):
         y, new_state = adapter.module.apply(
-            {"params": merge_tree(params), **state},
-            x,
-            rngs=rngs,
-            mutable=list(state),
-            **switches,
+            variables, x, rngs=rngs, mutable=list(state), **switches
         )
     changes = train or moments in ("update", "replace")
     return y, keep_types(dict(new_state), dict(state)) if changes else state
+
+
+@contextlib.contextmanager
+def _randomness_needs_a_key(name: str) -> Iterator[None]:
+    import flax.errors
+
+    try:
+        yield
+    except flax.errors.InvalidRngError as error:
+        raise UsageError(
+            f"{name} draws at random ({str(error).split(' (http')[0]}), and no key was given: give "
+            "apply a key, or let the module draw while training alone"
+        ) from error
 
 
 class _Control:

@@ -26,8 +26,12 @@ def with_output_layer(network: Network, outputs: int) -> Network:
 def _init(network: Network, outputs: int, key: Array, x: PyTree) -> tuple[PyTree, PyTree]:
     network_key, head_key = jax.random.split(key)
     params, state = network.init(network_key, x)
-    embed = partial(network.apply, key=None, train=False)
-    z, _ = jax.eval_shape(embed, params, state, x)
+
+    def embed(params: PyTree, state: PyTree, x: PyTree) -> Array:
+        # Looked at for its shape alone; some networks draw at random in tests too.
+        return network.apply(params, state, x, key=jax.random.key(0), train=False)[0]
+
+    z = jax.eval_shape(embed, params, state, x)
     return {"network": params, "head": init_linear(head_key, z.shape[-1], outputs)}, state
 
 

@@ -230,7 +230,7 @@ def init_learner(
     if not head:
         return {"network": params}, state
     z, _ = jax.eval_shape(
-        lambda: embed_support(network, params, state, support, key=None, train=False)
+        lambda: embed_support(network, params, state, support, key=jax.random.key(0), train=False)
     )
     if len(z.shape) != 2:
         raise UsageError(

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_jax.core import Batch, Episode
+from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.linen import from_linen, mentions_batch_norm
 from meta_jax.networks.normalisation import is_normalisation
+from meta_jax.optimization_based.maml import maml
 
 X = jax.random.normal(jax.random.key(1), (6, 3))
 MOMENTS = ("stored", "batch", "update", "replace")
@@ -364,3 +367,30 @@ def test_it_works_under_vmap_and_jit(train):
     assert jax.tree.structure(states) == jax.tree.structure(state)
     for i in (0, 1):
         np.testing.assert_allclose(batched[i], apply(tasks[i])[0], atol=1e-5)
+
+
+class Noisy(nn.Module):
+    """Draws from a stream of its own, and has a collection called as a part of learners is."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        scale = self.variable("head", "scale", lambda: jnp.full(3, 2.0))
+        y = scale.value * nn.Dense(3)(x)
+        return y + jax.random.normal(self.make_rng("noise"), y.shape)
+
+
+def test_streams_and_collections_of_any_name_are_supported():
+    network = from_linen(Noisy())
+    params, state = network.init(jax.random.key(0), X)
+    assert state["head"]["scale"].tolist() == [2.0] * 3
+    one, two = (
+        network.apply(params, state, X, key=jax.random.key(seed), train=True)[0] for seed in (0, 1)
+    )
+    assert (one != two).all()
+    with pytest.raises(ValueError, match=r"draws at random .*noise.*give apply a key"):
+        network.apply(params, state, X, key=None, train=False)
+    support = Batch(X, jnp.eye(6)[:, :2] + jnp.eye(6)[:, 2:4] + jnp.eye(6)[:, 4:])
+    for learner in (maml(network, steps=1), prototypical(network)):
+        task = Episode(support, support)
+        start = jax.jit(learner.init)(jax.random.key(0), task)
+        assert np.isfinite(jax.jit(learner.loss)(*start, task, jax.random.key(1))[0])
