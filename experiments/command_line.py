@@ -88,10 +88,11 @@ def read_setting(setting: Setting, text: Any) -> Any:
     if not isinstance(text, str):
         return text
     if setting.choices:
-        if text in setting.choices:
-            return text
+        values = {str(choice): choice for choice in setting.choices}
+        if text in values:
+            return values[text]
         if not (setting.optional and text.lower() == "none"):
-            raise ValueError(f"choose one of {', '.join(setting.choices)}")
+            raise ValueError(f"choose one of {', '.join(values)}")
     if setting.optional and text.lower() == "none":
         return None
     if setting.type is bool:
@@ -99,9 +100,12 @@ def read_setting(setting: Setting, text: Any) -> Any:
     try:
         if setting.type is tuple:
             return tuple(int(part) for part in text.split(",") if part.strip())
-        return setting.type(text)
+        value = setting.type(text)
     except ValueError:
         raise ValueError(f"it takes {_TYPES[setting.type][1]}") from None
+    if value != value:
+        raise ValueError("it takes a number, and nan is none")
+    return value
 
 
 # How a type is called in the help, and in an error.
@@ -325,7 +329,7 @@ def _flag_help(flag: flags.Flag) -> str:
 
 
 def _setting_help(flag: str, setting: Setting) -> str:
-    value = "|".join(setting.choices) or _TYPES[setting.type][0]
+    value = "|".join(map(str, setting.choices)) or _TYPES[setting.type][0]
     # A default of None follows from others, or means that there is none: the sentence says which.
     unsaid = setting.default in (None, inspect.Parameter.empty)
     return _entry(f"  --{flag}={value}", setting.doc, None if unsaid else _as_text(setting.default))
@@ -381,17 +385,25 @@ def run_main(
     app.run(lambda left: guarded(main, left), flags_parser=read)
 
 
+_BAD_PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+
+
 def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
-    """Runs a binary; a user's mistake ends it in one line, as a full disk and divergence do."""
+    """Runs a binary; a user's mistake ends it in one line, as a bad path and divergence do."""
     logging.set_verbosity(logging.WARNING)
     try:
         return main(arguments)
     except (UsageError, CheckpointError) as error:
         _end(error, 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(f"{error}: free some space and run the same command again", 2)
+        if error.errno not in _BAD_PATHS or error.filename is None:
             raise
-        _end(f"{error}: free some space and run the same command again", 2)
+        _end(f"{error.filename}: {error.strerror}: name another path", 2)
     except (TrainingDivergedError, RunError) as error:
         _end(error, 1)
 

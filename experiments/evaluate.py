@@ -29,7 +29,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string("split", "test", "Split to test on.")
 flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the test.", 2)
-flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.")
+flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
 flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
 flags.DEFINE_string(
@@ -78,7 +78,12 @@ def main(arguments: list[str]) -> None:
     """Prints one line; with --output, writes the keys of result.json too."""
     del arguments
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
-        raise UsageError("name what to test: --workdir=W of a training run, or --weights=FOLDER")
+        what = "once" if FLAGS.workdir else "what to test"
+        raise UsageError(f"name {what}: --workdir=W of a training run, or --weights=FOLDER")
+    if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
+        raise UsageError(f"--output={FLAGS.output}: its folder does not exist, make it first")
+    if FLAGS.output and Path(FLAGS.output).is_dir():
+        raise UsageError(f"--output={FLAGS.output} is a folder: name a file")
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
     chosen = choose({name: FLAGS[name].value for name in ("workdir", "weights", "tasks")})
     found = testing.evaluate(

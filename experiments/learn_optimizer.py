@@ -210,8 +210,10 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
             chosen[kind].component.factory(**given_settings(values, chosen[kind]))
             for kind in _PARTS
         )
-        optimizer = chosen["optimizer"].component.factory(
-            run["steps"], **given_settings(values, chosen["optimizer"])
+        optimizer = registry.build_optimizer(
+            chosen["optimizer"].component,
+            run["steps"],
+            given_settings(values, chosen["optimizer"]),
         )
         name = values.tasks or recorded["tasks"].get("name") or family.tasks
         source = _load_source(values, chosen["tasks"], name)

@@ -12,6 +12,7 @@ from meta_jax.registry import Component, Kind
 
 SELECTIONS = ("learner", "network", "tasks", "optimizer")
 _NETWORK_OF_VECTORS = "mlp"
+_LARGEST = 2**31 - 1  # steps and seeds are counted in 32 bits
 
 
 def define_run_flags(values: flags.FlagValues) -> None:
@@ -21,7 +22,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, text, values)
 
     def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
-        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
+        flags.DEFINE_integer(name, default, text, lower_bound, _LARGEST, flag_values=values)
 
     string("learner", "prototypical", f"Meta-learning method: {choices('learner')}.")
     string(
@@ -49,7 +50,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
     integer("val_episodes", 200, "Episodes of a validation.")
-    integer("seed", 0, "Seed of the initial parameters and of the training tasks.", None)
+    integer("seed", 0, "Seed of the initial parameters and of the training tasks.", 0)
 
 
 def choices(kind: Kind) -> str:

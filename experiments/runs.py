@@ -18,7 +18,7 @@ from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
 from meta_jax.training.loop import LoopConfig
 from meta_jax.training.outer_step import task_mesh
-from meta_jax.training.trained import make_config
+from meta_jax.training.trained import describe_task, make_config
 
 
 class Run(NamedTuple):
@@ -150,7 +150,7 @@ def build_optimizer(
     name = values.optimizer or registry.find("learner", values.learner).optimizer or "adam"
     chosen = run_flags.optimizer_chosen(name)
     given = given_settings(values, chosen)
-    optimizer = chosen.component.factory(values.steps, **given)
+    optimizer = registry.build_optimizer(chosen.component, values.steps, given)
     return optimizer, {"name": name, **resolved_settings(chosen, given)}
 
 
@@ -173,7 +173,11 @@ def fitting_network(values: flags.FlagValues, tasks: Tasks) -> Chosen | None:
     x = example_inputs(tasks)
     if x is None or takes(usual.component.factory(**usual.defaults), x):
         return usual
-    return of_vectors
+    if takes(of_vectors.component.factory(**of_vectors.defaults), x):
+        return of_vectors
+    raise UsageError(
+        f"no network of ours takes inputs {describe_task(x)}: name your own with --network"
+    )
 
 
 def example_inputs(tasks: Tasks) -> PyTree | None:

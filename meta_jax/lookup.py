@@ -20,9 +20,11 @@ def load_attribute(path: str) -> Any:
       3.141592653589793
     """
     module, _, attribute = path.partition(":")
+    if not module or not attribute or module.startswith("."):
+        raise UsageError(f"'{path}' names no function: write package.module:function")
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UsageError(
             f"{path}: module '{module}' cannot be imported ({error}): correct the name, or run "
             "where Python finds it"

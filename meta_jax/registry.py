@@ -6,6 +6,7 @@ and its docstring, and are listed nowhere else. Somebody's own component needs n
 is named 'package.module:function'.
 """
 
+import enum
 import functools
 import inspect
 import os
@@ -34,7 +35,7 @@ class Setting(NamedTuple):
     name: str
     type: type  # bool, int, float, str, or tuple for several ints
     default: Any  # inspect.Parameter.empty where it must be given
-    choices: tuple[str, ...]  # of a Literal, else ()
+    choices: tuple[Any, ...]  # of a Literal, else ()
     optional: bool  # whether None is a value
     doc: str  # the sentences of the docstring
 
@@ -55,7 +56,22 @@ _REGISTERED: dict[tuple[Kind, str], Component] = {}
 
 
 def _register(component: Component) -> None:
+    _check_parameters(component)
     _REGISTERED[component.kind, component.name] = component
+
+
+def _check_parameters(component: Component) -> None:
+    """Refuses a setting called as the component itself is in a record.
+
+    Raises:
+      UsageError: there is one.
+    """
+    parameter = parameters(component.factory).get("name")
+    if parameter is not None and parameter.kind is not parameter.POSITIONAL_ONLY:
+        raise UsageError(
+            f"{component.name} has a setting called 'name', by which records call the component: "
+            "rename it"
+        )
 
 
 def learner(
@@ -137,7 +153,7 @@ def tasks(
 
 
 def optimizer(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Registers a factory of outer optimizers; it takes the number of outer steps first."""
+    """Registers a factory of outer optimizers; its `steps` gets the number of outer steps."""
     return component("optimizer", name)
 
 
@@ -150,8 +166,13 @@ def _configured(
 ) -> Callable[..., Any]:
     """A factory that fills in the defaults that depend on others, and records its settings."""
     signature = inspect.signature(factory)
-    positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    positional = [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind is p.POSITIONAL_ONLY and not (takes_network and p.name == "network")
+    ]
     recorded = _recorded_name(factory, name)
+    variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
     @functools.wraps(factory)
     def build(*arguments: Any, **settings: Any) -> Any:
@@ -169,15 +190,24 @@ def _configured(
         bound.arguments.update(given)
         built = factory(*bound.args, **bound.kwargs)
         if "config" not in getattr(built, "_fields", ()):
-            raise UsageError(f"{name} returns a {type(built).__name__}, which has no config")
+            raise UsageError(
+                f"{name} returns {_described(built)}, not a meta_jax MetaLearner, Network or "
+                "TaskSource: build one, a flax module with from_linen or from_nnx"
+            )
         if isinstance(built, MetaLearner):
             built = _compiled_when_called(built)
         # What follows 'NAME:' belongs to the name, as load_source takes it.
         full_name = ":".join([recorded, *(str(given.pop(one)) for one in positional)])
+        for others in variadic:
+            given |= given.pop(others, {})
         # A factory built on another registered one is recorded under its own name.
         return built._replace(config={"name": full_name, **_recorded(given)})
 
     return build
+
+
+def _described(value: Any) -> str:
+    return "nothing" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _compiled_when_called(learner: MetaLearner) -> MetaLearner:
@@ -221,6 +251,8 @@ def _record(value: Any) -> Any:
         return None  # where something is computed is no part of what it is
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, enum.Enum):  # text is of another type than the factory asks for
+        return {"python": str(value)}
     if isinstance(getattr(value, "name", None), str):  # an objective, an adjoint
         return value.name or None
     if isinstance(value, list | tuple):
@@ -261,11 +293,13 @@ def find(kind: Kind, name: str) -> Component:
     for registered in _REGISTERED.values():
         if registered.kind == kind and registered.factory is factory:
             return registered._replace(name=name)
+    takes_network = kind == "learner" and "network" in parameters(factory)
     if kind in ("learner", "network", "tasks"):
-        takes_network = kind == "learner" and "network" in inspect.signature(factory).parameters
         factory = _configured(factory, name, takes_network=takes_network)
-        return Component(kind, name, factory, "conv4" if takes_network else None, None, "adam")
-    return Component(kind, name, factory, None, None, None)
+    network, optimizer = ("conv4" if takes_network else None), ("adam" if takes_network else None)
+    found = Component(kind, name, factory, network, None, optimizer)
+    _check_parameters(found)
+    return found
 
 
 def build(kind: Kind, config: Config) -> Any:
@@ -281,11 +315,12 @@ def build(kind: Kind, config: Config) -> Any:
     """
     found = find(kind, config["name"])
     known = parameters(found.factory)
+    passes_others = any(one.kind is one.VAR_KEYWORD for one in known.values())
     arguments: dict[str, Any] = {}
     for name, value in config.items():
         if name == "name":
             continue
-        if name not in known:
+        if name not in known and not passes_others:
             raise UsageError(
                 f"{config['name']} has no setting '{name}' in this version of meta_jax: it has "
                 f"{', '.join(known)}"
@@ -293,7 +328,7 @@ def build(kind: Kind, config: Config) -> Any:
         if name == "network":
             arguments[name] = build("network", value)
         elif isinstance(value, dict):
-            if value != _record(known[name].default):
+            if name not in known or value != _record(known[name].default):
                 raise UsageError(
                     f"{config['name']} was built in Python with {name}={value.get('python')}, "
                     "which a record cannot hold: build the learner as it was, and restore its "
@@ -301,7 +336,8 @@ def build(kind: Kind, config: Config) -> Any:
                 )
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
-    return found.factory(**arguments)
+    by_position = [n for n, one in known.items() if one.kind is one.POSITIONAL_ONLY]
+    return found.factory(*(arguments.pop(n) for n in by_position if n in arguments), **arguments)
 
 
 def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[str, Setting]:
@@ -315,13 +351,15 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
       reserved: Names of parameters that somebody else gives, such as 'objective'.
     """
     factory = component.factory
-    hints = typing.get_type_hints(inspect.unwrap(factory))
+    hints = _type_hints(component)
     docs = argument_docs(factory)
     found = {}
     for name, parameter in parameters(factory).items():
-        if name in reserved or parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+        of_python = parameter.kind in _NO_SETTING or (component.network and name == "network")
+        if name in reserved or of_python:
             continue
-        read = _read_type(hints.get(name, str))
+        usual = str if parameter.default in (None, inspect.Parameter.empty) else None
+        read = _read_type(hints.get(name, usual or type(parameter.default)))
         if read is not None:
             kind, choices, optional = read
             found[name] = Setting(
@@ -330,12 +368,53 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
     return found
 
 
+_NO_SETTING = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+)
+
+
+def _type_hints(component: Component) -> dict[str, Any]:
+    factory = inspect.unwrap(component.factory)
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    try:
+        return typing.get_type_hints(factory)
+    except (NameError, TypeError) as error:
+        raise UsageError(
+            f"the annotations of {component.name} cannot be read ({error}): correct them"
+        ) from error
+
+
 def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """A factory's parameters by name."""
     return dict(inspect.signature(factory).parameters)
 
 
-def _read_type(annotation: Any) -> tuple[type, tuple[str, ...], bool] | None:
+def build_optimizer(found: Component, steps: int, given: Mapping[str, Any]) -> Any:
+    """Builds an outer optimizer.
+
+    Args:
+      found: Component, from `find`; where its factory has a parameter `steps`, it gets them.
+      steps: Number of outer steps.
+      given: Settings.
+
+    Raises:
+      UsageError: what it builds is no optax transformation.
+    """
+    parameter = parameters(found.factory).get("steps")
+    by_position = parameter is not None and parameter.kind is parameter.POSITIONAL_ONLY
+    own = {} if parameter is None or by_position else {"steps": steps}
+    optimizer = found.factory(*([steps] if by_position else []), **own, **given)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise UsageError(
+            f"{found.name} returns {_described(optimizer)}, not an optax.GradientTransformation"
+        )
+    return optimizer
+
+
+def _read_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool] | None:
     """(type, choices, whether None is allowed) of an annotation; None where no flag can say it."""
     members = [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -343,7 +422,7 @@ def _read_type(annotation: Any) -> tuple[type, tuple[str, ...], bool] | None:
     optional = type(None) in members
     for member in members:
         if typing.get_origin(member) is Literal:
-            return str, tuple(map(str, typing.get_args(member))), optional
+            return str, typing.get_args(member), optional
         if member in (bool, int, float, str):
             return member, (), optional
         if typing.get_origin(member) is tuple and set(typing.get_args(member)) <= {int, ...}:

@@ -1,9 +1,11 @@
 """Components by name: settings from signatures, defaults that depend on others, records."""
 
+import enum
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from meta_jax import registry
@@ -163,3 +165,93 @@ def test_a_learner_that_ignores_its_argument_is_still_a_function():
         "Builds a learner that does nothing."
     )
     assert jax.tree.leaves(factory(wide()).init(None, None)) == []
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+def unannotated(network, *, objective=cross_entropy, depth=2, scale=0.5, level: Literal[1, 2] = 1):
+    return method(network, objective=objective)
+
+
+def positional(network: Network, /, *, objective=cross_entropy, colour: Colour = Colour.RED):
+    return method(network, objective=objective)._replace(state_scope=colour.name.lower())
+
+
+def passing(network: Network, *, objective=cross_entropy, **others):
+    return method(network, objective=objective, **others)
+
+
+def named(network: Network, *, objective=cross_entropy, name: str = "cub"):
+    return method(network, objective=objective)
+
+
+def test_settings_of_ones_own_learner_need_no_annotations():
+    component = registry.find("learner", f"{__name__}:unannotated")
+    settings = registry.settings(component, reserved=("objective",))
+    assert {name: each.type for name, each in settings.items()} == {
+        "depth": int,
+        "scale": float,
+        "level": str,
+    }
+    assert settings["level"].choices == (1, 2)
+
+
+def test_keywords_that_are_passed_on_are_no_settings_but_recorded():
+    component = registry.find("learner", f"{__name__}:passing")
+    assert registry.settings(component, reserved=("objective",)) == {}
+    network = registry.find("network", f"{__name__}:wide").factory()
+    built = component.factory(network, rate=0.5)
+    assert built.config["rate"] == 0.5
+    assert registry.build("learner", built.config).config == built.config
+
+
+def test_a_record_builds_the_same_values_again():
+    component = registry.find("learner", f"{__name__}:positional")
+    network = registry.find("network", f"{__name__}:wide").factory()
+    built = component.factory(network)
+    assert built.config["name"] == f"{__name__}:positional"
+    assert built.config["network"] == network.config
+    assert registry.build("learner", built.config).state_scope == "red"
+    other = component.factory(network, colour=Colour.BLUE)
+    with pytest.raises(UsageError, match=r"built in Python with colour=Colour\.BLUE"):
+        registry.build("learner", other.config)
+
+
+def test_a_setting_called_name_is_refused():
+    with pytest.raises(UsageError, match=r"has a setting called 'name'.*rename it"):
+        registry.find("learner", f"{__name__}:named")
+
+
+@pytest.mark.parametrize("path", [":x", ".own:x", "own:"])
+def test_a_path_that_names_nothing_is_refused(path):
+    with pytest.raises(UsageError, match="names no function"):
+        registry.find("learner", path)
+
+
+def plain_sgd(learning_rate: float = 0.1):
+    return optax.sgd(learning_rate)
+
+
+def counted_sgd(steps, /, *, learning_rate: float = 0.1):
+    return optax.sgd(optax.linear_schedule(learning_rate, 0, steps))
+
+
+def no_optimizer():
+    return None
+
+
+def test_an_optimizer_gets_the_steps_where_it_has_them():
+    def first_update(name, **given):
+        found = registry.find("optimizer", f"{__name__}:{name}")
+        optimizer = registry.build_optimizer(found, 1000, given)
+        return float(optimizer.update(jnp.ones(()), optimizer.init(jnp.ones(())))[0])
+
+    assert first_update("plain_sgd") == pytest.approx(-0.1)
+    assert first_update("counted_sgd", learning_rate=0.2) == pytest.approx(-0.2)
+    with pytest.raises(UsageError, match="returns nothing, not an optax"):
+        first_update("no_optimizer")
+    found = registry.find("optimizer", "optax:adam")
+    assert registry.build_optimizer(found, 1000, {"learning_rate": 0.1}).update
