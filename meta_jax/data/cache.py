@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,6 +92,25 @@ def store_cached(key: str, array: np.ndarray) -> None:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial.name)
+
+
+def cached(key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Reads an entry, or makes and writes it.
+
+    Args:
+      key: Name of the entry, from `cache_key`.
+      make: Function that makes the array where there is none.
+    """
+    array = load_cached(key)
+    if array is None:
+        array = make()
+        store_cached(key, array)
+    return array
+
+
+def file_hash(path: str | Path) -> str:
+    """A hash of a file's content, for `cache_key`."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def _path(folder: Path, key: str) -> Path:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meta_jax.data import pixels
-from meta_jax.data.cache import cache_key, load_cached, store_cached
+from meta_jax.data.cache import cache_key, cached, file_hash, load_cached, store_cached
 from meta_jax.data.dataset import Split, Splits, lazy_splits, split_from_array
 from meta_jax.data.decoding import Decoded, Encoded, decode_images
 from meta_jax.data.images import broken_image, check_image_size
@@ -62,12 +62,9 @@ class ImagePool:
         if self._grey is not None:
             return 1 if self._grey else 3
         key = self._key(*self._classes)
-        if key and (known := load_cached(key)) is not None:
-            return known.item()
-        channels = self._find_channels()
-        if key:
-            store_cached(key, np.array(channels))
-        return channels
+        if key is None:
+            return self._find_channels()
+        return cached(key, lambda: np.array([self._find_channels()])).item()
 
     def splits(self) -> Splits:
         """The splits, each decoded when it is asked for."""
@@ -105,7 +102,7 @@ class ImagePool:
         if self._identity is None:
             return None
         identities = [self._identity(part) for part in parts if isinstance(part, str)]
-        return cache_key("images", pixels.VERSION, self._image_size, parts, identities)
+        return cache_key(*_decoder(), self._image_size, parts, identities)
 
     def _images(self, split: str) -> list[Encoded]:
         return [image for one in self._classes[split] for image in one.images]
@@ -129,6 +126,14 @@ class ImagePool:
                 self._decoded.clear()
                 return 3
         return 1
+
+
+@functools.cache
+def _decoder() -> tuple[str, str]:
+    """What the pixels of an image depend on beside its file."""
+    import PIL
+
+    return PIL.__version__, file_hash(pixels.__file__)
 
 
 def any_colour(images: Iterable[Encoded], image_size: int) -> bool:

@@ -19,8 +19,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a change of this file does to pixels must not be hidden by a cache: count it up.
-VERSION = 1
 _DEPTHS = (8, 12, 16)  # bits that a sample of a grey image may have
 _EXIF_ORIENTATION = 0x0112
 
