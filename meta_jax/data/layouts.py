@@ -90,24 +90,30 @@ def _names(paths: Sequence[Path]) -> str:
 
 def _scan(folder: Path) -> _Folder:
     found = _Folder(folder, [], [], [])
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            path = folder / entry.name
-            if entry.is_dir():
-                found.folders.append(path)
-            elif is_image_file(entry.name) and entry.is_file():
-                found.images.append(path)
-            else:
-                found.others.append(path)
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be read ({error.strerror}): correct its rights"
+        ) from error
+    for entry in sorted(visible, key=lambda entry: entry.name):
+        path = folder / entry.name
+        if entry.is_dir():
+            found.folders.append(path)
+        elif is_image_file(entry.name) and entry.is_file():
+            found.images.append(path)
+        else:
+            found.others.append(path)
     return found
 
 
 def _files_below(folders: Sequence[Path]) -> list[Path]:
-    """All files in folders, at any depth; hidden ones are passed over."""
+    """All files in folders, at any depth; hidden ones and links to folders are passed over."""
     found = []
     for folder in folders:
+        if folder.is_symlink():
+            continue  # it may lead back
         inside = _scan(folder)
         found += inside.images + inside.others + _files_below(inside.folders)
     return found

@@ -65,6 +65,17 @@ def test_images_are_decoded_here_where_no_process_can_start(two_processes, monke
     assert not two_processes
 
 
+def test_a_bar_shows_on_a_terminal_where_there_is_enough_to_wait_for(two_processes, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    decode_images([Encoded(_image(i), "x") for i in range(3)], 2, 1)
+    assert shown.getvalue() == ""
+    decode_images([Encoded(_image(i), "x") for i in range(9)], 2, 1)
+    assert "decoding:   0%" in shown.getvalue()
+    assert "0/9" in shown.getvalue()
+
+
 def test_a_process_that_is_ended_is_an_error_in_one_line(two_processes, monkeypatch):
     start = decoding._Process.__init__
 

@@ -185,6 +185,23 @@ def test_cifar_fs_with_its_lists(put, tmp_path):
         load_image_folder(tmp_path)
 
 
+def test_a_folder_that_cannot_be_read_is_named_and_a_link_that_leads_back_passed_over(
+    put, tmp_path, monkeypatch
+):
+    put("a/1.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert find_layout(tmp_path).left_out == []
+
+    def no_rights(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", no_rights)
+    with pytest.raises(
+        DataError, match=r"cannot be read \(Permission denied\): correct its rights"
+    ):
+        find_layout(tmp_path)
+
+
 def test_an_unknown_layout_is_described_with_those_that_are_known(put, tmp_path):
     put("1.png")
     put("2.png")
