@@ -11,6 +11,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,8 @@ from meta_jax.data.dataset import aligned_empty
 
 _DIGEST_SIZE = 32
 _warned: set[str] = set()  # folders that cannot be used, each named once
+_writer = ThreadPoolExecutor(1)  # Python waits for it at the end
+_writing: dict[str, Future] = {}
 
 
 def cache_folder() -> Path | None:
@@ -63,6 +66,7 @@ def load_cached(key: str) -> np.ndarray | None:
     folder = cache_folder()
     if folder is None:
         return None
+    finish_writing(key)
     try:
         with open(_path(folder, key), "rb") as file:
             return _read(file)
@@ -71,16 +75,26 @@ def load_cached(key: str) -> np.ndarray | None:
 
 
 def store_cached(key: str, array: np.ndarray) -> None:
-    """Writes an entry, whole or not at all; a warning says where that is impossible.
+    """Writes an entry in the background, whole or not at all; a warning says where it cannot.
 
     Args:
       key: Name of the entry, from `cache_key`.
-      array: Content, of numbers.
+      array: Content, of numbers; not to be changed afterwards.
     """
     folder = cache_folder()
     if folder is None:
         _warn("there is no home folder")
-        return
+    else:
+        _writing[key] = _writer.submit(_store, folder, key, array)
+
+
+def finish_writing(key: str) -> None:
+    """Waits until an entry that is being written is there."""
+    if key in _writing:
+        wait([_writing.pop(key)])
+
+
+def _store(folder: Path, key: str, array: np.ndarray) -> None:
     partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +169,6 @@ def _read(file: io.BufferedReader) -> np.ndarray:
 
 
 def _digest(header: dict[str, Any], array: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(repr(sorted(header.items())).encode(), digest_size=_DIGEST_SIZE)
+    digest = hashlib.sha256(repr(sorted(header.items())).encode())
     digest.update(array.data)
     return digest.digest()

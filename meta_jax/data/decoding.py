@@ -21,7 +21,7 @@ from meta_jax.data import pixels
 from meta_jax.data.dataset import DataError, aligned_empty
 
 _FEW = 500  # so many images are decoded sooner than processes start
-_CHUNK = 32  # images that a process is asked for at a time
+_CHUNK = 64  # images that a process is asked for at a time
 _MOST_PROCESSES = 16
 
 
@@ -39,7 +39,7 @@ class Decoded(NamedTuple):
     """Images of one size."""
 
     pixels: np.ndarray  # uint8 [n, image_size, image_size, channels], 0 where one is broken
-    colour: bool  # whether any of them had a colour before it got its channels
+    colour: bool  # whether any of them had a colour before it got its one channel
     broken: list[tuple[int, str]]  # index and reason of each that does not decode, in order
 
 

@@ -145,7 +145,7 @@ class Chunk(NamedTuple):
     """Some images of one size, decoded."""
 
     pixels: np.ndarray  # uint8 [n, image_size, image_size, channels], 0 where one is broken
-    colour: bool  # whether any of them had a colour before it got its channels
+    colour: bool  # whether any of them had a colour before it got its one channel
     broken: list[tuple[int, str]]  # index and reason of each that does not decode
 
 
@@ -165,7 +165,7 @@ def read_chunk(sources: Sequence[bytes | str], image_size: int, channels: int) -
         except ImageError as error:
             broken.append((index, str(error)))
             continue
-        colour = colour or has_colour(image)
+        colour = colour or (channels == 1 and has_colour(image))
         pixels[index] = with_channels(image, channels)
     return Chunk(pixels, colour, broken)
 

@@ -3,7 +3,7 @@ import pytest
 from absl import logging
 
 from meta_jax.data import cache
-from meta_jax.data.cache import cache_folder, cache_key, load_cached, store_cached
+from meta_jax.data.cache import cache_folder, cache_key, finish_writing, load_cached, store_cached
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def test_arrays_come_back_as_they_were(folder, array):
 def test_every_damage_counts_as_absent(folder):
     array = np.arange(200, dtype=np.uint8)
     store_cached("a", array)
+    finish_writing("a")
     path = folder / "a.npy"
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):

@@ -142,6 +142,7 @@ def test_glyphs_are_drawn_once_and_again_where_the_copy_is_damaged(monkeypatch, 
     monkeypatch.setenv("META_JAX_CACHE", str(tmp_path))
     first = load_glyphs(image_size=7, examples=1)
     expected = np.asarray(first.datasets["val"].examples)
+    load_glyphs(image_size=7, examples=1).datasets["val"]  # which waits until all is written
     with monkeypatch.context() as patch:
         patch.setattr(glyphs, "_draw_letters", None)
         again = load_glyphs(image_size=7, examples=1)
