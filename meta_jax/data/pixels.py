@@ -63,11 +63,6 @@ def upright(image: "Image") -> "Image":
     return image
 
 
-def is_grey_mode(mode: str) -> bool:
-    """Whether a Pillow mode has no colour."""
-    return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
-
-
 def to_eight_bits(image: "Image") -> "Image":
     """Turns an image of any mode into one of mode 'L' (grey) or 'RGB'.
 
