@@ -140,7 +140,7 @@ def report(run: runs.Run, program: Program, fitted: FitResult, workdir: Path, as
     scores = {name: tested.score._asdict() for name, tested in beside.items()}
     write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")
-    print(text)
+    print("\n".join([text, *(f"note: {note}" for note in run.source.notes)]))
 
 
 def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:

@@ -56,6 +56,17 @@ def omniglot_tfds() -> Path:
     return _real_data("tensorflow_datasets")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs goes to a folder that all workers of one test session share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("META_JAX_CACHE", str(folder / "meta_jax_cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled_programs() -> Iterator[None]:
     """Thousands of programs kept by one process exhaust its memory maps; Linux allows 65,530."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax.core import PyTree
+from meta_jax.data.notes import some
 from meta_jax.lookup import UsageError
 
 T = TypeVar("T")
+_ALIGNMENT = 64  # bytes
+_FRACTIONS = (0.64, 0.16, 0.20)
+_EVALUATED_CLASSES = 5  # a usual number of ways
 
 
 class DataError(UsageError):
@@ -122,16 +127,40 @@ def dataset_from_classes(classes: Sequence[PyTree], groups: Sequence[int] | None
     groups = [0] * len(classes) if groups is None else groups
     if len(groups) != len(classes):
         raise DataError(f"{len(groups)} groups were given for {len(classes)} classes")
-    counts = np.array(
-        [_count(examples, classes[0], index) for index, examples in enumerate(classes)], np.int32
-    )
+    counts = [_count(examples, classes[0], index) for index, examples in enumerate(classes)]
+    return _dataset(jax.tree.map(_concatenate, *classes), counts, groups)
+
+
+def _dataset(examples: PyTree, counts: Sequence[int], groups: Sequence[int]) -> Dataset:
+    """A dataset of arrays that nobody else changes, [all, ...], one class after another."""
+    sizes = np.array(counts, np.int32)
     return Dataset(
-        jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *classes),
-        jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
-        jnp.asarray(counts),
+        # Without a copy where the device is the host and the array aligned.
+        jax.device_put(examples),
+        jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
+        jnp.asarray(sizes),
         jnp.asarray(np.asarray(groups, np.int32)),
-        largest=int(counts.max()),
+        largest=int(sizes.max()),
     )
+
+
+def _concatenate(*arrays: np.ndarray) -> np.ndarray:
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    return np.concatenate(arrays, out=aligned_empty(shape, arrays[0].dtype))
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """An array of undefined content, at an address that JAX can use on a CPU without a copy.
+
+    Args:
+      shape: Shape of the array.
+      dtype: Type of its elements.
+    """
+    dtype = np.dtype(dtype)
+    size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _count(examples: PyTree, first: PyTree, index: int) -> int:
@@ -193,18 +222,38 @@ def split_from_classes(
     )
 
 
+def split_from_array(
+    examples: np.ndarray,
+    counts: Sequence[int],
+    class_names: Sequence[str],
+    groups: Sequence[str],
+) -> Split:
+    """Builds a `Split` from one array, without a copy of it where the device is the host.
+
+    Args:
+      examples: Examples [all, ...], one class after another; not to be changed afterwards.
+      counts: Number of examples of each class, at least 1.
+      class_names: Name of each class, unique.
+      groups: Name of each class's group.
+    """
+    group_names = sorted(set(groups))
+    rows = [group_names.index(group) for group in groups]
+    return Split(_dataset(examples, counts, rows), tuple(class_names), tuple(group_names))
+
+
 def random_class_split(
-    n_classes: int, seed: int, fractions: tuple[float, float, float] = (0.64, 0.16, 0.20)
+    n_classes: int, seed: int, fractions: tuple[float, float, float] | None = None
 ) -> dict[str, np.ndarray]:
     """Splits class indices at random into disjoint 'train', 'val' and 'test' that cover them all.
 
-    The default fractions are those of miniImageNet's 64/16/20 classes (Ravi and Larochelle 2017).
+    The default fractions are those of miniImageNet's 64/16/20 classes (Ravi and Larochelle 2017),
+    but val and test get at least 5 classes each, or a third of all where there are fewer than 15.
 
     Args:
       n_classes: Number of classes, at least 3.
       seed: Seed of the split: the same always gives the same.
-      fractions: Shares of train, val and test, positive, summing to 1; every split gets at least
-        one class.
+      fractions: Shares of train, val and test, positive, summing to 1, which are then kept as they
+        are; every split gets at least one class.
 
     Returns:
       By split, the sorted indices, int [classes of the split].
@@ -216,12 +265,67 @@ def random_class_split(
         raise DataError(
             f"{n_classes} class(es) cannot be split into train, val and test: at least 3 are needed"
         )
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"split fractions must be three positive numbers of sum 1: {fractions}")
-    n_val, n_test = (max(1, round(f * n_classes)) for f in fractions[1:])
+    least = 1 if fractions else min(_EVALUATED_CLASSES, n_classes // 3)
+    shares = fractions or _FRACTIONS
+    if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise DataError(f"split fractions must be three positive numbers of sum 1: {shares}")
+    n_val, n_test = (max(least, round(share * n_classes)) for share in shares[1:])
     # Small sets round up to more than all classes; train, then val, is served first.
     n_test = min(n_test, n_classes - 2)
     n_val = min(n_val, n_classes - n_test - 1)
     order = np.random.default_rng(seed).permutation(n_classes)
     test, val, train = np.split(order, [n_test, n_test + n_val])
     return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
+
+
+def read_fractions(text: str | None) -> tuple[float, float, float] | None:
+    """Reads shares of train, val and test, separated by commas.
+
+    Raises:
+      DataError: they are not three numbers.
+
+    Examples:
+      >>> read_fractions("0.6,0.1,0.3")
+      (0.6, 0.1, 0.3)
+    """
+    if text is None:
+        return None
+    try:
+        train, val, test = map(float, text.split(","))
+    except ValueError as error:
+        raise DataError(
+            f"split_fractions '{text}' are not three numbers: write such as 0.6,0.1,0.3"
+        ) from error
+    return train, val, test
+
+
+def split_advice(splits: Mapping[str, Sequence[Any]]) -> str:
+    """What to do where a random split gives a split too few classes, for the end of an error."""
+    sizes = ", ".join(f"{len(classes)} {split}" for split, classes in splits.items())
+    total = sum(map(len, splits.values()))
+    return (
+        f" ({total} classes were split at random into {sizes}: split_fractions=TRAIN,VAL,TEST "
+        "changes the shares, and a class list or folders train, val and test replace the random "
+        "split)"
+    )
+
+
+def check_disjoint(class_names: Mapping[str, Sequence[str]], where: str) -> None:
+    """Refuses classes that are in two splits.
+
+    Args:
+      class_names: Names of the classes of each split.
+      where: Name of the data in the error.
+
+    Raises:
+      DataError: some class is in two splits.
+    """
+    for first, second in itertools.combinations(class_names, 2):
+        others = set(class_names[second])
+        shared = [name for name in class_names[first] if name in others]
+        if shared:
+            raise DataError(
+                f"{len(shared)} classes of {where} are in {first} and in {second}: {some(shared)}; "
+                "tests would ask for classes trained on: move or rename them, or set "
+                "allow_shared_classes"
+            )

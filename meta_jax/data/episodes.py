@@ -49,13 +49,16 @@ def are_images(examples: PyTree) -> bool:
     return len(leaves) == 1 and jnp.ndim(leaves[0]) == 4
 
 
-def check_spec(spec: EpisodeSpec, dataset: Dataset, split: str = "the dataset") -> None:
+def check_spec(
+    spec: EpisodeSpec, dataset: Dataset, split: str = "the dataset", advice: str = ""
+) -> None:
     """Refuses, before anything is compiled, an episode that the data cannot serve.
 
     Args:
       spec: What an episode is made of.
       dataset: Where it is to come from.
       split: Name used in messages.
+      advice: Further remedy for too few classes, added to the message.
 
     Raises:
       DataError: for unknown rotations, numbers below one, more ways than there are classes with
@@ -82,8 +85,13 @@ def check_spec(spec: EpisodeSpec, dataset: Dataset, split: str = "the dataset") 
     if spec.ways > available:
         raise DataError(
             f"{spec.ways} ways are more than the {available} classes of {where} that have "
-            f"{needed} examples (shots + queries): lower ways, shots or queries"
+            f"{needed} examples (shots + queries): {_fewer_ways(available)}{advice}"
         )
+
+
+def _fewer_ways(available: int) -> str:
+    remedy = "lower shots or queries"
+    return f"set ways={available}, or {remedy}" if available > 1 else f"{remedy}, or add classes"
 
 
 def _check_square_images(examples: PyTree, split: str) -> None:

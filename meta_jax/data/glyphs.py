@@ -10,14 +10,15 @@ one of meta-learning: at 5-way 1-shot on the test split the nearest neighbour in
 import functools
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Objective
 from meta_jax.data.augmentation import Augment
-from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.data.cache import cache_key, cached, file_hash
+from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_array
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import check_image_size
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
@@ -96,6 +97,9 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
     Of letters that look alike in any face, one is kept: that of the test split before that of the
     validation split before that of the training split, so that no shape is in two splits.
 
+    They are drawn once: what was drawn is kept in a folder that may be deleted at any time (see
+    `meta_jax.data.cache`).
+
     Args:
       image_size: Side in pixels.
       examples: Number of images of each class.
@@ -115,15 +119,48 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
     prepare = functools.cache(_drawings_and_members)
 
     def draw(split: str) -> Split:
-        drawings, members = prepare()
-        letters = members[split]
-        return split_from_classes(
-            [_distort(letter, drawings[letter], image_size, examples, seed) for letter in letters],
+        state = _state()
+        codes = cached(
+            cache_key("letters", split, state),
+            lambda: np.array([ord(letter) for letter in prepare()[1][split]]),
+        )
+        letters = [chr(code) for code in codes]
+        images = cached(
+            cache_key("glyphs", split, image_size, examples, seed, state),
+            lambda: np.concatenate(
+                [_distort(c, prepare()[0][c], image_size, examples, seed) for c in letters]
+            ),
+        )
+        return split_from_array(
+            images,
+            [examples] * len(letters),
             class_names=[unicodedata.name(letter) for letter in letters],
             groups=[str(_script(letter)) for letter in letters],
         )
 
     return lazy_splits({split: functools.partial(draw, split) for split in SCRIPTS})
+
+
+def _state() -> tuple[Any, ...]:
+    """What the images depend on, beside the settings: this file, the fonts and the libraries."""
+    from PIL import features
+
+    distortions = (ROTATION, SHEAR, SCALE, SHIFT)
+    versions = (np.__version__, *(features.version(name) for name in ("pil", "freetype2")))
+    hashes = [file_hash(path) for path in (__file__, *_font_files().values())]
+    return distortions, versions, unicodedata.unidata_version, hashes
+
+
+def _font_files() -> dict[str, Path]:
+    """The font of each face."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    files = {face: folder / f"DejaVu{face}.ttf" for face in _FACES}
+    for path in files.values():
+        if not path.is_file():
+            raise DataError(f"the font {path} is missing: install matplotlib from PyPI again")
+    return files
 
 
 def _drawings_and_members() -> tuple[dict[str, dict[str, "Image"]], dict[str, list[str]]]:
@@ -152,15 +189,11 @@ def _letters(drawings: dict[str, dict[str, "Image"]], split: str) -> list[str]:
 
 def _draw_letters() -> dict[str, dict[str, "Image"]]:
     """By letter and face, the letter in white on black, cropped to its ink."""
-    import matplotlib
     from matplotlib.ft2font import FT2Font
     from PIL import Image, ImageDraw, ImageFont
 
     drawings: dict[str, dict[str, Image.Image]] = {}
-    for face in _FACES:
-        path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
-        if not path.is_file():
-            raise DataError(f"the font {path} is missing: install matplotlib from PyPI again")
+    for face, path in _font_files().items():
         # The basic layout draws the same everywhere; the other needs an optional library.
         font = ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
         for letter in filter(_is_wanted, map(chr, FT2Font(path).get_charmap())):

@@ -6,8 +6,10 @@ Somebody's own source is a function of keyword settings that returns a `TaskSour
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Array, Config, Objective, PyTree, Sample, Tasks
@@ -22,6 +24,7 @@ from meta_jax.data.episodes import (
     check_spec,
     sample_episode,
 )
+from meta_jax.data.notes import Notes, some
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
 
@@ -61,6 +64,7 @@ class TaskSource(NamedTuple):
     baselines: tuple[str, ...] = ()  # learners shown beside a result, such as 'nearest_neighbour'
     config: Config | None = None  # which source it is: its name and settings
     preprocessing: Config | None = None  # how an input must look, in what JSON can hold
+    notes: Iterable[str] = ()  # what a user should know of the data; grows as splits are loaded
 
 
 def source_from_sampler(
@@ -129,6 +133,8 @@ def source_from_splits(
     objective: Objective | str = "cross_entropy",
     baselines: tuple[str, ...] = (),
     preprocessing: Config | None = None,
+    notes: Notes | None = None,
+    advice: str = "",
 ) -> TaskSource:
     """Builds a source of episodes of labelled examples.
 
@@ -141,6 +147,8 @@ def source_from_splits(
       objective: Objective of the tasks, or its name.
       baselines: Names of learners shown beside a result.
       preprocessing: Record of how an input must look.
+      notes: Notes about the data, to which others are added.
+      advice: Further remedy where a split has too few classes, added to the error.
 
     Raises:
       DataError: unknown rotations or augmentation. The source's `tasks` raises one for a split
@@ -164,6 +172,7 @@ def source_from_splits(
     if augment not in AUGMENTATIONS:
         raise DataError(f"unknown augment '{augment}': choose one of {', '.join(AUGMENTATIONS)}")
     datasets = splits.datasets if isinstance(splits, Splits) else splits
+    notes = Notes() if notes is None else notes
 
     @functools.cache
     def load(split: str) -> Dataset:
@@ -175,14 +184,30 @@ def source_from_splits(
         dataset = load(split)
         drawers = within_group and not train
         spec = EpisodeSpec(*size, rotations, within_group, shared_drawers=drawers)
-        check_spec(spec, dataset, f"split {split}")
+        check_spec(spec, dataset, f"split {split}", advice)
+        names = splits.class_names[split] if isinstance(splits, Splits) else ()
+        _note_small_classes(notes, split, dataset, names, size.shots + size.queries)
         sample: Sample = functools.partial(_sample_of_spec, spec)
         if train and augment == "affine":
             _check_images(dataset, split)
             sample = augmented(sample, random_affine)
         return Tasks(sample, dataset, objective)
 
-    return TaskSource(tasks, tuple(datasets), baselines, preprocessing=preprocessing)
+    return TaskSource(tasks, tuple(datasets), baselines, preprocessing=preprocessing, notes=notes)
+
+
+def _note_small_classes(
+    notes: Notes, split: str, dataset: Dataset, names: Sequence[str], needed: int
+) -> None:
+    """Notes the classes that have too few examples to be drawn."""
+    counts = np.asarray(dataset.counts)
+    small = np.flatnonzero(counts < needed)
+    if small.size:
+        shown = some([names[i] if names else f"class {i}" for i in small.tolist()])
+        notes.add(
+            f"{small.size} of the {counts.size} classes of split {split} have fewer than {needed} "
+            f"examples (shots + queries) and are never drawn: {shown}"
+        )
 
 
 def _sample_of_spec(spec: EpisodeSpec, key: Array, data: Dataset, /) -> Any:
@@ -209,6 +234,8 @@ def image_source(
     augment: Augment,
     objective: Objective | str,
     within_group: bool = False,
+    notes: Notes | None = None,
+    advice: str = "",
 ) -> TaskSource:
     """Builds a source of images, with the nearest neighbour beside its results."""
     objective = as_objective(objective)
@@ -220,6 +247,8 @@ def image_source(
         objective=objective,
         baselines=("nearest_neighbour",) if objective.kind == "classification" else (),
         preprocessing=preprocessing,
+        notes=notes,
+        advice=advice,
     )
 
 

@@ -1,43 +1,36 @@
 """Any prepared image-classification set of TensorFlow Datasets (TFDS), read without TensorFlow."""
 
-import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Objective
 from meta_jax.data.augmentation import Augment
+from meta_jax.data.class_lists import class_members
 from meta_jax.data.dataset import (
     DataError,
-    Split,
     Splits,
-    lazy_splits,
     random_class_split,
-    split_from_classes,
+    read_fractions,
+    split_advice,
 )
+from meta_jax.data.decoding import Encoded
 from meta_jax.data.episodes import Rotations
-from meta_jax.data.images import (
-    any_colour,
-    check_image_size,
-    image_pixels,
-    open_image,
-    unify_channels,
-)
+from meta_jax.data.image_pool import ImageClass, ImagePool
+from meta_jax.data.images import check_image_size
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
 
-class _Pool(NamedTuple):
+class _Set(NamedTuple):
     """The examples of all splits of a set, by class."""
 
-    name: str
-    class_names: list[str]
-    encoded: list[dict[bytes, str]]  # of each class, its images' bytes and what to call them
+    folder: Path  # of this version
+    classes: list[ImageClass]
 
 
 @registry.tasks("tfds")
@@ -50,7 +43,10 @@ def tfds(
     rotations: Rotations = "none",
     augment: Augment = "none",
     objective: Objective | str = "cross_entropy",
+    class_split: str | None = None,
     split_seed: int = 0,
+    split_fractions: str | None = None,
+    cache: bool = True,
 ) -> TaskSource:
     """Builds the source of a prepared image-classification set of TensorFlow Datasets (TFDS).
 
@@ -64,18 +60,28 @@ def tfds(
         shift).
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
+      class_split: List that says which class is in which split: 'miniimagenet', 'cifar_fs',
+        'fc100', 'cub', or the path of a CSV, JSON or text file, or of a folder with one for each
+        split. By default a random split.
       split_seed: Seed of the random split of classes. Give the same in training and in tests, or
         classes trained on turn up in the test split.
+      split_fractions: Shares of train, val and test in the random split, such as 0.6,0.1,0.3; by
+        default 0.64,0.16,0.2, with at least 5 classes (or a third) in val and in test.
+      cache: Whether decoded images are kept for the next start, in $META_JAX_CACHE or
+        ~/.cache/meta_jax, which may be deleted at any time.
     """
     check_image_size(image_size)
-    pool = _read_pool(name, data_dir)
-    channels = _channels(pool, image_size)
+    found = _read_set(name, data_dir)
+    fractions = read_fractions(split_fractions)
+    members, advice = _members(found, class_split, split_seed, fractions)
+    pool = _pool(found, members, image_size, cache)
     return image_source(
-        _split_pool(pool, image_size, channels, random_class_split(len(pool.encoded), split_seed)),
-        image_preprocessing(image_size, channels, polarity="as_is", resample="lanczos"),
+        pool.splits(),
+        image_preprocessing(image_size, pool.channels, polarity="as_is", resample="lanczos"),
         rotations=rotations,
         augment=augment,
         objective=objective,
+        advice=advice,
     )
 
 
@@ -85,7 +91,9 @@ def load_tfds_images(
     data_dir: str | os.PathLike | None = None,
     image_size: int = 28,
     seed: int = 0,
-    fractions: tuple[float, float, float] = (0.64, 0.16, 0.20),
+    fractions: tuple[float, float, float] | None = None,
+    class_split: str | None = None,
+    cache: bool = False,
 ) -> Splits:
     """Loads a prepared TFDS set, uint8 [all, image_size, image_size, 1 or 3].
 
@@ -100,7 +108,11 @@ def load_tfds_images(
       data_dir: Data folder of TFDS; if empty, $TFDS_DATA_DIR or ~/tensorflow_datasets.
       image_size: Side in pixels after resizing.
       seed: Seed of the class split.
-      fractions: Shares of the classes in train, val and test.
+      fractions: Shares of the classes in train, val and test; if None, as `random_class_split` has
+        them.
+      class_split: Name or path of a list of classes that replaces the random split, as
+        `class_members` takes it; classes that are not listed are left out.
+      cache: Whether decoded images are kept for the next time, and read back.
 
     Returns:
       The splits; the images of each are decoded when it is asked for.
@@ -111,13 +123,14 @@ def load_tfds_images(
         where one of its images does not decode.
     """
     check_image_size(image_size)
-    pool = _read_pool(name, data_dir)
-    members = random_class_split(len(pool.encoded), seed, fractions)
-    return _split_pool(pool, image_size, _channels(pool, image_size), members)
+    found = _read_set(name, data_dir)
+    members, _ = _members(found, class_split, seed, fractions)
+    return _pool(found, members, image_size, cache).splits()
 
 
-def _read_pool(name: str, data_dir: str | os.PathLike | None) -> _Pool:
-    builder = open_builder(find_prepared(name, tfds_data_dir(data_dir)))
+def _read_set(name: str, data_dir: str | os.PathLike | None) -> _Set:
+    folder = find_prepared(name, tfds_data_dir(data_dir))
+    builder = open_builder(folder)
     features = builder.info.features
     image_key, label_key = _image_key(builder), _label_key(builder)
     n_classes = features[label_key].num_classes
@@ -130,31 +143,39 @@ def _read_pool(name: str, data_dir: str | os.PathLike | None) -> _Pool:
             # Some sets mark the examples of an unlabelled split by -1.
             if 0 <= label < n_classes:
                 by_class[label].setdefault(record[image_key], f"tfds:{name}, {split}[{position}]")
-    present = [label for label, encoded in enumerate(by_class) if encoded]
     int2str = features[label_key].int2str
-    return _Pool(name, [int2str(label) for label in present], [by_class[i] for i in present])
+    classes = [
+        ImageClass(int2str(label), name, [Encoded(*item) for item in encoded.items()])
+        for label, encoded in enumerate(by_class)
+        if encoded
+    ]
+    return _Set(folder, classes)
 
 
-def _channels(pool: _Pool, image_size: int) -> int:
-    images = (item for encoded in pool.encoded for item in encoded.items())
-    return 3 if any_colour(images, image_size) else 1
-
-
-def _split_pool(
-    pool: _Pool, image_size: int, channels: int, members: dict[str, np.ndarray]
-) -> Splits:
-    def load(split: str) -> Split:
-        pixels = [
-            [image_pixels(open_image(*item), image_size) for item in pool.encoded[i].items()]
-            for i in members[split]
+def _members(
+    found: _Set, class_split: str | None, seed: int, fractions: tuple[float, float, float] | None
+) -> tuple[dict[str, list[ImageClass]], str]:
+    """The classes of each split, and what to do where they are too few."""
+    if class_split:
+        rows, groups = class_members(class_split, [one.name for one in found.classes])
+        classes = [
+            one._replace(group=groups.get(row, one.group)) for row, one in enumerate(found.classes)
         ]
-        return split_from_classes(
-            unify_channels(pixels, channels),
-            class_names=[pool.class_names[i] for i in members[split]],
-            groups=[pool.name] * len(pixels),
-        )
+        return {split: [classes[row] for row in members] for split, members in rows.items()}, ""
+    members = random_class_split(len(found.classes), seed, fractions)
+    splits = {split: [found.classes[row] for row in rows] for split, rows in members.items()}
+    return splits, split_advice(splits)
 
-    return lazy_splits({split: functools.partial(load, split) for split in members})
+
+def _pool(
+    found: _Set, splits: Mapping[str, Sequence[ImageClass]], image_size: int, cache: bool
+) -> ImagePool:
+    def identity(split: str) -> object:
+        files = sorted(file for file in found.folder.iterdir() if file.is_file())
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return stats, [(one.name, len(one.images)) for one in splits[split]]
+
+    return ImagePool(splits, image_size, identity=identity if cache else None)
 
 
 def tfds_data_dir(data_dir: str | os.PathLike | None) -> Path:

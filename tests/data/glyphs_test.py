@@ -138,6 +138,29 @@ def test_seed_gives_the_distortions_and_not_the_classes(splits):
         assert differs.any(axis=(1, 2, 3)).all()
 
 
+def test_glyphs_are_drawn_once_and_again_where_the_copy_is_damaged(monkeypatch, tmp_path):
+    monkeypatch.setenv("META_JAX_CACHE", str(tmp_path))
+    first = load_glyphs(image_size=7, examples=1)
+    expected = np.asarray(first.datasets["val"].examples)
+    load_glyphs(image_size=7, examples=1).datasets["val"]  # which waits until all is written
+    with monkeypatch.context() as patch:
+        patch.setattr(glyphs, "_draw_letters", None)
+        again = load_glyphs(image_size=7, examples=1)
+        np.testing.assert_array_equal(again.datasets["val"].examples, expected)
+        assert again.class_names["val"] == first.class_names["val"]
+        for others in ({"seed": 1}, {"examples": 2}, {"image_size": 8}):
+            settings = {"image_size": 7, "examples": 1, **others}
+            with pytest.raises(TypeError):
+                load_glyphs(**settings).datasets["val"]
+    for path in tmp_path.iterdir():
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 255
+        path.write_bytes(content)
+    redrawn = load_glyphs(image_size=7, examples=1)
+    np.testing.assert_array_equal(redrawn.datasets["val"].examples, expected)
+    assert redrawn.class_names["val"] == first.class_names["val"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"), [({"examples": 0}, "at least 1 example"), ({"image_size": 0}, "pixel")]
 )

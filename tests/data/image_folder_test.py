@@ -1,8 +1,12 @@
+import shutil
+
+import jax
 import numpy as np
 import pytest
 from absl import logging
 from PIL import Image
 
+from meta_jax.data import image_pool
 from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.image_folder import load_image_folder
 from meta_jax.data.source import EpisodeSize, load_source
@@ -56,9 +60,14 @@ def test_the_source_passes_the_path_and_settings(folder):
         "image_size": 5,
         "grey": None,
         "rotations": "none",
+        "within_group": False,
         "augment": "none",
         "objective": "cross_entropy",
+        "class_split": None,
         "split_seed": 3,
+        "split_fractions": None,
+        "allow_shared_classes": False,
+        "cache": True,
     }
     assert source.preprocessing == {
         "kind": "image",
@@ -123,52 +132,165 @@ def test_one_colour_image_makes_the_set_colour(folder):
     np.testing.assert_array_equal(by_class["c0"][:, 0, 0, 0], [0, 60])
 
 
-def test_jpeg_bmp_and_gif_are_read(folder):
-    for extension in ("jpg", "jpeg", "bmp", "gif"):
+def test_every_extension_is_read_in_either_case(folder):
+    for extension in ("jpg", "JPEG", "bmp", "gif", "WebP", "tif", "TIFF"):
         _save(folder / "c0" / f"x.{extension}", 128)
     images = _images_by_class(load_image_folder(folder))["c0"]
     assert images.shape[-1] == 1
     np.testing.assert_allclose(images[1:, 0, 0, 0], 128, atol=1)
-    assert len(images) == 5
+    assert len(images) == 8
 
 
-def test_stray_and_hidden_files_are_left_out_with_one_warning_each(folder, monkeypatch):
+def test_stray_files_are_left_out_with_one_warning_and_hidden_ones_without(folder, monkeypatch):
     expected = _images_by_class(load_image_folder(folder))
     (folder / "README.txt").write_text("stray")
     (folder / ".hidden").write_text("hidden")
     (folder / ".git").mkdir()
     (folder / "c1" / "notes.txt").write_text("stray")
     (folder / "c1" / ".DS_Store").write_text("hidden")
+    _save(folder / "c2" / "old" / "deep" / "1.png", 3)
+    _save(folder / "alone.png", 3)
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
     found = _images_by_class(load_image_folder(folder))
     assert found.keys() == expected.keys()
     for name, images in expected.items():
         np.testing.assert_array_equal(found[name], images)
-    assert len(warnings) == 2
-    assert "README.txt" in warnings[0]
-    assert "notes.txt" in warnings[1]
+    assert warnings == [
+        f"4 of the 19 files in {folder} are left out, because they are no images or lie outside "
+        "the class folders: alone.png, README.txt, c1/notes.txt, ..."
+    ]
+
+
+def test_notes_tell_at_the_start_and_later_what_is_left_out_and_never_drawn(folder, monkeypatch):
+    (folder / "c4" / "notes.txt").write_text("stray")
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    source = load_source(f"folder:{folder}", split_fractions="0.6,0.2,0.2", split_seed=1)
+    assert len(warnings) == 1
+    source.tasks("train", EpisodeSize(1, 2, 2), train=True)
+    source.tasks("train", EpisodeSize(1, 2, 2), train=False)
+    train = load_image_folder(folder, seed=1, fractions=(0.6, 0.2, 0.2)).class_names["train"]
+    small = [name for name in train if name < "c3"]
+    assert len(small) == 2
+    assert warnings[1] == (
+        "2 of the 3 classes of split train have fewer than 4 examples (shots + queries) and are "
+        f"never drawn: {', '.join(small)}"
+    )
+    assert list(source.notes) == warnings[:2]
+
+
+@pytest.mark.parametrize("n_classes", [3, 6, 9, 12, 15])
+def test_few_classes_can_be_trained_and_tested(tmp_path, n_classes):
+    for i in range(n_classes):
+        for j in range(2):
+            _save(tmp_path / f"c{i}" / f"{j}.png", i)
+    source = load_source(f"folder:{tmp_path}", image_size=2)
+    ways = n_classes // 3
+    for split in source.splits:
+        source.tasks(split, EpisodeSize(ways, 1, 1), train=False)
+    with pytest.raises(DataError) as error:
+        source.tasks("val", EpisodeSize(ways + 1, 1, 1), train=False)
+    message = str(error.value)
+    assert f"{ways + 1} ways are more than the {ways} classes of split val" in message
+    assert ("set ways=" in message) == (ways > 1)
+    assert f"{n_classes} classes were split at random into {n_classes - 2 * ways} train" in message
+    assert "split_fractions=" in message
+    assert "\n" not in message
+
+
+def test_fractions_of_the_random_split_can_be_given(tmp_path):
+    for i in range(12):
+        for j in range(2):
+            _save(tmp_path / f"c{i}" / f"{j}.png", i)
+    source = load_source(f"folder:{tmp_path}", split_fractions="0.5,0.08,0.42", image_size=2)
+    with pytest.raises(DataError, match=r"into 6 train, 1 val, 5 test"):
+        source.tasks("test", EpisodeSize(6, 1, 1), train=False)
+    with pytest.raises(DataError, match="'half' are not three numbers"):
+        load_source(f"folder:{tmp_path}", split_fractions="half")
 
 
 def test_folders_named_as_splits_are_the_splits(tmp_path):
-    for split, classes in {"train": "abc", "val": "ab", "test": "z"}.items():
+    for split, classes in {"train": "abc", "val": "de", "test": "z"}.items():
         for name in classes:
             _save(tmp_path / split / name / "0.png", ord(name))
     splits = load_image_folder(tmp_path, seed=5)
-    assert dict(splits.class_names) == {
-        "train": ("train/a", "train/b", "train/c"),
-        "val": ("val/a", "val/b"),
-        "test": ("test/z",),
-    }
-    np.testing.assert_array_equal(splits.datasets["val"].examples[:, 0, 0, 0], [97, 98])
-    (tmp_path / "val" / "a" / "0.png").unlink()
-    (tmp_path / "val" / "a").rmdir()
-    (tmp_path / "val" / "b" / "0.png").unlink()
-    (tmp_path / "val" / "b").rmdir()
+    assert dict(splits.class_names) == {"train": ("a", "b", "c"), "val": ("d", "e"), "test": ("z",)}
+    np.testing.assert_array_equal(splits.datasets["val"].examples[:, 0, 0, 0], [100, 101])
+    shutil.rmtree(tmp_path / "val" / "d")
+    shutil.rmtree(tmp_path / "val" / "e")
     splits = load_image_folder(tmp_path)
-    assert splits.class_names["test"] == ("test/z",)
+    assert splits.class_names["test"] == ("z",)
     with pytest.raises(DataError, match="val has no class folders"):
         splits.datasets["val"]
+
+
+def test_a_class_in_two_splits_is_refused_unless_it_is_allowed(tmp_path):
+    for split, classes in {"train": "abc", "test": "bcd"}.items():
+        for name in classes:
+            _save(tmp_path / split / name / "0.png", ord(name))
+    with pytest.raises(DataError, match=r"2 classes of .* are in train and in test: b, c.*allow_"):
+        load_source(f"folder:{tmp_path}")
+    source = load_source(f"folder:{tmp_path}", allow_shared_classes=True)
+    assert source.splits == ("train", "test")
+
+
+def test_classes_of_all_splits_are_put_together_for_a_list(tmp_path):
+    _save(tmp_path / "train" / "cat" / "0.png", 1)
+    _save(tmp_path / "test" / "cat" / "0.png", 2)
+    for name in ("dog", "Sea Cow", "bus"):
+        _save(tmp_path / "train" / name / "0.png", 3)
+    lists = tmp_path / "lists.csv"
+    lists.write_text("split,class\ntraining,cat\nnovel,sea_cow\nval,dog\n")
+    splits = load_image_folder(tmp_path, class_split=str(lists))
+    assert dict(splits.class_names) == {"train": ("cat",), "val": ("dog",), "test": ("Sea Cow",)}
+    np.testing.assert_array_equal(splits.datasets["train"].examples[:, 0, 0, 0], [1, 2])
+
+
+def test_groups_are_the_folders_above_the_classes(tmp_path):
+    for i, name in enumerate(["Greek/alpha", "Greek/beta", "Latin/a", "Latin/b"]):
+        for j in range(2):
+            _save(tmp_path / name / f"{j}.png", 10 * i)
+    source = load_source(f"folder:{tmp_path}", within_group=True, split_fractions="0.5,0.25,0.25")
+    with pytest.raises(DataError, match="largest group of split test"):
+        source.tasks("test", EpisodeSize(2, 1, 1), train=False)
+    splits = load_image_folder(tmp_path)
+    assert {group for groups in splits.group_names.values() for group in groups} == {
+        "Greek",
+        "Latin",
+    }
+    assert _images_by_class(splits)["Latin/b"][0, 0, 0, 0] == 30
+
+
+def test_decoded_images_are_kept_and_redone_when_a_file_changes(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("META_JAX_CACHE", str(tmp_path / ".kept"))
+    first = _images_by_class(load_image_folder(folder, image_size=4, cache=True))
+
+    def no_decoding(*args):
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_pool, "decode_images", no_decoding)
+        patch.setattr(image_pool, "any_colour", no_decoding)
+        again = _images_by_class(load_image_folder(folder, image_size=4, cache=True))
+        with pytest.raises(AssertionError, match="decoded again"):
+            dict(load_image_folder(folder, image_size=5, cache=True).datasets)
+    assert first.keys() == again.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    _save(folder / "c1" / "0.png", 251, size=(5, 5))
+    changed = _images_by_class(load_image_folder(folder, image_size=4, cache=True))
+    assert changed["c1"][0, 0, 0, 0] == 251
+
+
+def test_one_large_class_takes_no_more_memory_than_its_images(tmp_path):
+    for i in range(6):
+        _save(tmp_path / f"small{i}" / "0.png", i)
+    for j in range(300):
+        _save(tmp_path / "large" / f"{j}.png", 9)
+    datasets = load_image_folder(tmp_path, image_size=8).datasets.values()
+    total = sum(leaf.nbytes for data in datasets for leaf in jax.tree.leaves(data))
+    assert total <= 1.3 * 306 * 8 * 8
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -180,7 +302,7 @@ def test_missing_folder_is_refused(tmp_path):
 def test_too_few_classes_are_refused(tmp_path, n_classes):
     for i in range(n_classes):
         _save(tmp_path / f"c{i}" / "0.png", 1)
-    with pytest.raises(DataError, match=f"{n_classes} class folder.*sub-folder"):
+    with pytest.raises(DataError, match=f"{n_classes} class folder"):
         load_image_folder(tmp_path)
 
 

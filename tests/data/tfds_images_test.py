@@ -8,6 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from meta_jax.data import image_pool
 from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.data.tfds_images import load_tfds_images
@@ -104,13 +105,33 @@ def test_the_source_passes_the_name_and_settings(toy):
         "rotations": "none",
         "augment": "none",
         "objective": "cross_entropy",
+        "class_split": None,
         "split_seed": 1,
+        "split_fractions": None,
+        "cache": True,
     }
     assert source.preprocessing["channels"] == 1
     expected = load_tfds_images("toy", data_dir=toy, image_size=5, seed=1)
     split = max(source.splits, key=lambda name: expected.datasets[name].largest)
     data = source.tasks(split, EpisodeSize(1, 1, 1), train=True).data
     np.testing.assert_array_equal(data.examples, expected.datasets[split].examples)
+
+
+def test_a_list_of_classes_divides_the_set(toy):
+    lists = toy / "lists.json"
+    lists.write_text(json.dumps({"train": ["Ant", "cat"], "test": ["dog"]}))
+    splits = load_tfds_images("toy", data_dir=toy, class_split=str(lists))
+    assert dict(splits.class_names) == {"train": ("ant", "cat"), "test": ("dog",)}
+    assert _values_by_class(splits) == {n: _EXPECTED[n] for n in ("ant", "cat", "dog")}
+
+
+def test_decoded_images_are_kept(toy, monkeypatch):
+    monkeypatch.setenv("META_JAX_CACHE", str(toy / "kept"))
+    first = _values_by_class(load_tfds_images("toy", data_dir=toy, cache=True))
+    monkeypatch.setattr(image_pool, "decode_images", None)
+    assert _values_by_class(load_tfds_images("toy", data_dir=toy, cache=True)) == first
+    with pytest.raises(TypeError):
+        _values_by_class(load_tfds_images("toy", data_dir=toy, image_size=9, cache=True))
 
 
 def test_data_folder_from_the_environment(toy, monkeypatch):
