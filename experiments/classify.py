@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from experiments.command_line import run_main
-from meta_jax.data.image_folder import EXTENSIONS
+from meta_jax.data.images import EXTENSIONS, is_image_file
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import BATCH_MODES
 from meta_jax.serving.classifier import Classifier
@@ -169,7 +169,7 @@ def _labelled(folder: Path) -> Found:
 def _images_in(folder: Path) -> list[Path]:
     """The images below a folder; what is none is passed over, and named once."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
-    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    images = [file for file in files if is_image_file(file)]
     if len(files) > len(images):
         others = [file for file in files if file not in images]
         print(
@@ -188,7 +188,7 @@ def _matching(pattern: str) -> list[Path]:
     if path.exists():
         return [path]
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    images = [file for file in found if file.suffix.lower() in EXTENSIONS]
+    images = [file for file in found if is_image_file(file)]
     if not images:
         raise UsageError(f"--query={pattern} matches no image: correct the name or the pattern")
     return images

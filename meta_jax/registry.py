@@ -336,8 +336,9 @@ def build(kind: Kind, config: Config) -> Any:
                 )
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
-    by_position = [n for n, one in known.items() if one.kind is one.POSITIONAL_ONLY]
-    return found.factory(*(arguments.pop(n) for n in by_position if n in arguments), **arguments)
+    first = [n for n, one in known.items() if one.kind is one.POSITIONAL_ONLY and n in arguments]
+    by_position = [arguments.pop(name) for name in first]
+    return found.factory(*by_position, **arguments)
 
 
 def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[str, Setting]:

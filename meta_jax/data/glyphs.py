@@ -21,6 +21,7 @@ from meta_jax.data.cache import cache_key, cached, file_hash
 from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_array
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import check_image_size
+from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def glyphs(
     rotations: Rotations = "none",
     within_group: bool = False,
     augment: Augment = "none",
+    polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
     examples: int = 20,
     distortion_seed: int = 0,
@@ -70,6 +72,7 @@ def glyphs(
         show the same drawers.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
+      polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
       examples: Number of images of each class.
@@ -78,11 +81,12 @@ def glyphs(
     """
     return image_source(
         load_glyphs(image_size=image_size, examples=examples, seed=distortion_seed),
-        image_preprocessing(image_size, 1, polarity="ink_light", resample="box"),
+        image_preprocessing(image_size, 1, polarity=polarity, resample="box"),
         rotations=rotations,
         within_group=within_group,
         augment=augment,
         objective=objective,
+        ink="ink_light",
     )
 
 

@@ -23,6 +23,7 @@ from meta_jax.data.image_pool import ImageClass, ImagePool
 from meta_jax.data.images import EXTENSIONS, check_image_size
 from meta_jax.data.layouts import UNDIVIDED, ClassFiles, Layout, find_layout
 from meta_jax.data.notes import Notes, some
+from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 
@@ -44,6 +45,7 @@ def folder(
     rotations: Rotations = "none",
     within_group: bool = False,
     augment: Augment = "none",
+    polarity: Polarity = "as_is",
     objective: Objective | str = "cross_entropy",
     class_split: str | None = None,
     split_seed: int = 0,
@@ -64,6 +66,8 @@ def folder(
         all of them then show images of the same numbers.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
+      polarity: Polarity that images of characters get: 'ink_light' on dark, or 'ink_dark' on light,
+        told from their borders; or 'as_is'. With weights, it is that of their training.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
       class_split: List that says which class is in which split: 'miniimagenet', 'cifar_fs',
@@ -87,7 +91,7 @@ def folder(
     pool = _pool(divided, image_size, grey, cache)
     return image_source(
         pool.splits(),
-        image_preprocessing(image_size, pool.channels, polarity="as_is", resample="lanczos"),
+        image_preprocessing(image_size, pool.channels, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         within_group=within_group,
         augment=augment,

@@ -28,6 +28,7 @@ from meta_jax.data.augmentation import Augment
 from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size, open_image, resize_image
+from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
 
@@ -69,6 +70,7 @@ def omniglot(
     rotations: Rotations = "none",
     within_group: bool = False,
     augment: Augment = "none",
+    polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
 ) -> TaskSource:
     """Builds the source of Omniglot: 1623 handwritten characters of 50 alphabets.
@@ -87,16 +89,18 @@ def omniglot(
         then show the same drawers.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
+      polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
     """
     return image_source(
         load_omniglot(data_dir, split_rule=split_rule, image_size=image_size),
-        image_preprocessing(image_size, 1, polarity="ink_light", resample="lanczos"),
+        image_preprocessing(image_size, 1, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         within_group=within_group,
         augment=augment,
         objective=objective,
+        ink="ink_light",
     )
 
 

@@ -25,6 +25,7 @@ from meta_jax.data.episodes import (
     sample_episode,
 )
 from meta_jax.data.notes import Notes, some
+from meta_jax.data.polarity import Ink, with_polarity
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
 
@@ -234,13 +235,17 @@ def image_source(
     augment: Augment,
     objective: Objective | str,
     within_group: bool = False,
+    ink: Ink | None = None,
     notes: Notes | None = None,
     advice: str = "",
 ) -> TaskSource:
-    """Builds a source of images, with the nearest neighbour beside its results."""
+    """Builds a source of images, with the nearest neighbour beside its results.
+
+    The images get the polarity that `preprocessing` names; `ink` is that which they have.
+    """
     objective = as_objective(objective)
     return source_from_splits(
-        splits,
+        with_polarity(splits, preprocessing["polarity"], ink),
         rotations=rotations,
         within_group=within_group,
         augment=augment,

@@ -20,6 +20,7 @@ from meta_jax.data.decoding import Encoded
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.image_pool import ImageClass, ImagePool
 from meta_jax.data.images import check_image_size
+from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def tfds(
     image_size: int = 28,
     rotations: Rotations = "none",
     augment: Augment = "none",
+    polarity: Polarity = "as_is",
     objective: Objective | str = "cross_entropy",
     class_split: str | None = None,
     split_seed: int = 0,
@@ -58,6 +60,8 @@ def tfds(
         'per_class', one random turn for each class of an episode; 'per_episode', one for all.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
+      polarity: Polarity that images of characters get: 'ink_light' on dark, or 'ink_dark' on light,
+        told from their borders; or 'as_is'. With weights, it is that of their training.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
       class_split: List that says which class is in which split: 'miniimagenet', 'cifar_fs',
@@ -77,7 +81,7 @@ def tfds(
     pool = _pool(found, members, image_size, cache)
     return image_source(
         pool.splits(),
-        image_preprocessing(image_size, pool.channels, polarity="as_is", resample="lanczos"),
+        image_preprocessing(image_size, pool.channels, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         augment=augment,
         objective=objective,

@@ -11,11 +11,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from meta_jax.core import PyTree
+from meta_jax.data.polarity import Ink, ink_of, paper
 from meta_jax.lookup import UsageError
 
-Polarity = Literal["ink_light", "ink_dark"]
 ValueRange = Literal["0..1", "0..255"]
-_PAPER = 0.1  # how far from middle grey an image's border must be to say which side is paper
 
 
 class InputForm(NamedTuple):
@@ -24,7 +23,7 @@ class InputForm(NamedTuple):
     example: PyTree  # one input, leaves with shape and dtype
     preprocessing: Mapping[str, Any] | None  # the record of images; None for other inputs
     value_range: ValueRange | None = None  # of float images; told from the images if None
-    polarity: Polarity | None = None  # of the images that come; told from each image if None
+    polarity: Ink | None = None  # of the images that come; told from each image if None
 
 
 def prepare(inputs: Any, form: InputForm) -> tuple[PyTree, InputForm]:
@@ -55,7 +54,7 @@ def prepare(inputs: Any, form: InputForm) -> tuple[PyTree, InputForm]:
 
 
 def _images(inputs: Any, form: InputForm) -> tuple[np.ndarray, InputForm]:
-    from meta_jax.data.images import unify_channels
+    from meta_jax.data.pixels import with_channels
 
     record = form.preprocessing or {}
     images = _as_list(inputs)
@@ -63,7 +62,7 @@ def _images(inputs: Any, form: InputForm) -> tuple[np.ndarray, InputForm]:
     arrays = [image if _is_file(image) else np.asarray(image) for image in images]
     form = form._replace(value_range=_value_range(arrays, names, form.value_range))
     pixels = [_pixels(*pair, record, form) for pair in zip(arrays, names, strict=True)]
-    (stacked,) = unify_channels([pixels], record["channels"])
+    stacked = np.stack([with_channels(image, record["channels"]) for image in pixels])
     x = stacked.astype(np.float32) / np.float32(255)
     wanted = record.get("polarity")
     if wanted in ("ink_light", "ink_dark"):
@@ -144,7 +143,7 @@ def _pixels(image: Any, name: str, record: Mapping[str, Any], form: InputForm) -
     if isinstance(image, str | os.PathLike):
         image = open_image(os.fspath(image), name)
     if _is_file(image):
-        return image_pixels(image, size)
+        return image_pixels(image, size, name)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
         raise UsageError(
             f"{name} has shape {list(image.shape)}: give [height, width] or [height, width, "
@@ -160,21 +159,19 @@ def _pixels(image: Any, name: str, record: Mapping[str, Any], form: InputForm) -
         picture[..., 0] if ready.shape[2] == 1 and image.ndim == 3 else picture
     )
     if picture.mode == "RGBA":
-        return image_pixels(picture, size)
+        return image_pixels(picture, size, name)
     return resize_image(picture, size, resample)
 
 
-def _polarity(x: np.ndarray, name: str) -> Polarity:
+def _polarity(x: np.ndarray, name: str) -> Ink:
     """Whether an image [size, size, channels] in [0, 1] has light ink on dark, by its border."""
-    grey = x.mean(-1)
-    border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-    paper = float(np.median(border))
-    if abs(paper - 0.5) < _PAPER:
+    found = ink_of(float(paper(x[None])[0]))
+    if found is None:
         raise UsageError(
             f"{name} has a grey border, so that ink and paper cannot be told apart: say "
             "polarity='ink_dark' or 'ink_light'"
         )
-    return "ink_dark" if paper > 0.5 else "ink_light"
+    return found
 
 
 # ---- Other inputs.

@@ -19,12 +19,12 @@ import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree, Tasks
+from meta_jax.data.polarity import Ink
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
-from meta_jax.serving.inputs import Polarity
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_path
 from meta_jax.training.writers import write_text
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
         labels: Sequence[Any],
         *,
         normalisation: Normalisation | None = None,
-        polarity: Polarity | None = None,
+        polarity: Ink | None = None,
     ) -> Classifier:
         """Builds a classifier of somebody's own classes from a few labelled examples.
 
