@@ -8,6 +8,7 @@ alone.
 import functools
 import html
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -49,16 +50,21 @@ training. All stays on this machine.
 """
 
 
-def import_gradio() -> Any:
+def import_gradio(uploads: str) -> Any:
     """Imports Gradio, its telemetry switched off.
+
+    Args:
+      uploads: Folder where it keeps what is uploaded.
 
     Raises:
       UsageError: it is not installed.
     """
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=uploads)
     try:
         import gradio  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
         raise UsageError(
             "the demo page needs Gradio, which is not installed: pip install 'meta_jax[demo]'"
         ) from error
@@ -89,11 +95,11 @@ def serve(choices: Sequence[str], chosen: Settings, port: int) -> None:
     Raises:
       UsageError: Gradio is not installed, or the port is taken.
     """
-    gr = import_gradio()
     check_port(port)
-    # What is uploaded is gone when the page is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What is uploaded is gone when the page is closed, by Ctrl-C or by a signal.
     with tempfile.TemporaryDirectory() as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+        gr = import_gradio(uploads)
         page = build(gr, choices, chosen)
         page.launch(
             server_name=HOST,
@@ -304,7 +310,7 @@ def _listed(examples: list[Picture], mistake: str = "") -> tuple[Any, ...]:
 
 
 def on_drawing(
-    chosen: Settings, drawing: str, examples: list[Picture], *settings: str
+    chosen: Settings, drawing: str, examples: list[Picture], *settings: Any
 ) -> Iterator[tuple[Any, ...]]:
     """Takes a drawing as the new picture, and answers it."""
     try:
@@ -317,7 +323,7 @@ def on_drawing(
 
 
 def on_new_file(
-    chosen: Settings, path: str, examples: list[Picture], *settings: str
+    chosen: Settings, path: str, examples: list[Picture], *settings: Any
 ) -> Iterator[tuple[Any, ...]]:
     """Takes a file as the new picture, and answers it; the pad and the button are made ready."""
     try:
@@ -330,7 +336,7 @@ def on_new_file(
 
 
 def on_change(
-    chosen: Settings, query: Picture | None, examples: list[Picture], *settings: str
+    chosen: Settings, query: Picture | None, examples: list[Picture], *settings: Any
 ) -> Iterator[tuple[Any, ...]]:
     """Answers the new picture, where there is one.
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 CANVAS = 280  # pixels
 _PEN = 12  # pixels
-# White around a cropped drawing, as a share of its longer side: ink then fills 62 % of the box's side,
-# as Omniglot's characters do (60 % in the median).
+# White around a cropped drawing, as a share of its longer side: ink then fills 62 % of the box's
+# side, as Omniglot's characters do (60 % in the median).
 _MARGIN = 0.3
 _SMALLEST = 0.2  # share of the canvas below which a drawing is not enlarged: a dot stays a dot
 
