@@ -246,7 +246,7 @@ def _as_input(picture: Picture, polarity: str | None) -> "Image":
 def speakers(
     examples: Sequence[Picture], influence: np.ndarray, best: str
 ) -> list[tuple["Image", str]]:
-    """The examples that speak most for an answer, with their class and influence as captions.
+    """The examples that speak most for an answer, with their influence and class as captions.
 
     Args:
       examples: The pictures.
@@ -260,6 +260,6 @@ def speakers(
             ranked.append((value, example.label == best, example))
     ranked.sort(key=lambda item: item[:2], reverse=True)
     return [
-        (thumbnail(example), f"{example.label} {value:+.2f}")
+        (thumbnail(example), f"{value:+.2f} {example.label}")
         for value, _, example in ranked[:_SPEAKERS]
     ]

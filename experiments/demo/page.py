@@ -35,10 +35,13 @@ _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'"
 )
-_COLUMNS = 5  # of a gallery, however few pictures it holds
+_COLUMNS = 4  # of a gallery, however few pictures it holds
 _CSS = f"""
 .message p {{ margin: 0; min-height: 1.5em; font-weight: 600; }}
-.pictures .grid-container {{ grid-template-columns: repeat({_COLUMNS}, 1fr) !important; }}
+.pictures .grid-container {{
+  grid-template-columns: repeat({_COLUMNS}, minmax(0, 1fr)) !important;
+}}
+.pictures .caption-label {{ font-size: 0.75em; padding: 0 0.3em; max-width: 100%; }}
 .pictures .grid-container, .pictures .image-container {{ padding-top: 1.7em; }}
 """
 # Of events: not for other programs, and without a veil over what is on the page.
@@ -186,15 +189,15 @@ def _support(gr: Any) -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=200):
             parts["pad"] = sketchpad(gr, "Draw an example", "example")
+            parts["message"] = gr.HTML(elem_id="support_message", elem_classes="message")
         with gr.Column(scale=2, min_width=160):
             parts["label"] = gr.Textbox("A", label="class", elem_id="class", max_lines=1)
-            parts["add"] = gr.Button("Add the drawing", variant="primary", elem_id="add")
+            parts["add"] = gr.Button("Add the drawing", variant="primary", size="md", elem_id="add")
             parts["files"] = gr.UploadButton(
-                "Upload images", file_count="multiple", elem_id="examples"
+                "Upload images", file_count="multiple", size="md", elem_id="examples"
             )
             parts["undo"] = gr.Button("Remove the last", size="sm", elem_id="undo")
             parts["clear"] = gr.Button("Start over", size="sm", elem_id="clear")
-    parts["message"] = gr.HTML(elem_id="support_message", elem_classes="message")
     parts["gallery"] = _gallery(gr, "examples", "gallery")
     return parts
 
@@ -206,8 +209,9 @@ def _query(gr: Any) -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=200):
             parts["pad"] = sketchpad(gr, "Draw a new one", "query")
+            parts["message"] = gr.HTML(elem_id="query_message", elem_classes="message")
         with gr.Column(scale=2, min_width=160):
-            parts["file"] = gr.UploadButton("Upload an image", elem_id="new")
+            parts["file"] = gr.UploadButton("Upload an image", size="md", elem_id="new")
             parts["shown"] = gr.Image(
                 label="the new one",
                 height=130,
@@ -216,7 +220,6 @@ def _query(gr: Any) -> dict[str, Any]:
                 elem_classes="pictures",
             )
             parts["label"] = gr.Label(label="class", num_top_classes=6, elem_id="answer")
-    parts["message"] = gr.HTML(elem_id="query_message", elem_classes="message")
     parts["speakers"] = _gallery(gr, "examples that speak for it, and how much", "speakers")
     return parts
 

@@ -124,7 +124,7 @@ def test_drawn_characters_are_classified(page, requests, address):
         draw(page, "#query", strokes, scale=0.6, shift=0.3)
         wait_for(page, "#query_message", rf"the drawing is {label} \(\d+ %\)")
         wait_for(page, "#answer", rf"{label}.*%.*%.*%")
-        wait_for(page, "#speakers", rf"{label} \+")
+        wait_for(page, "#speakers", rf"\+\d.\d\d {label}")
         page.click("#query [data-pad=clear]")
         wait_for(page, "#query_message", "the drawing is empty")
     outside = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
