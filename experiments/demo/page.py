@@ -63,6 +63,9 @@ def import_gradio(uploads: str) -> Any:
       UsageError: it is not installed.
     """
     os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=uploads)
+    # Gradio asks its own server whether it runs, which no proxy could tell.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
     try:
         import gradio  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError as error:
@@ -108,6 +111,7 @@ def serve(choices: Sequence[str], chosen: Settings, port: int) -> None:
             server_name=HOST,
             server_port=port,
             share=False,
+            mcp_server=False,
             quiet=True,
             prevent_thread_lock=True,
             ssr_mode=False,

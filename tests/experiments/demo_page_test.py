@@ -39,7 +39,8 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "experiments.demo", f"--port={port}"]
     files = tmp_path_factory.mktemp("files")
-    environment = {**os.environ, "TMPDIR": str(files)}
+    # A proxy for the world outside, as many networks have one, does not matter.
+    environment = {**os.environ, "TMPDIR": str(files), "http_proxy": "http://127.0.0.1:9"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None

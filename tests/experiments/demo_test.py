@@ -9,8 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
+from experiments import weights
 from experiments.demo import answers, page, sketchpad
 from experiments.demo.answers import Picture, Settings
 from meta_jax.core import Batch, Episode, Tasks
@@ -204,6 +207,21 @@ def test_mistakes_are_one_line(examples, query, settings, message):
     with pytest.raises(UsageError, match=message) as caught:
         last(answers.answer(examples, query, settings))
     assert "\n" not in str(caught.value)
+
+
+def test_weights_are_named_by_a_folder_or_as_they_are_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = flags.FLAGS
+    if not values.is_parsed():
+        values(["demo"])
+    with flagsaver.flagsaver():
+        assert weights.named_weights() == weights.DEFAULT
+        values.weights = "glyphs-prototypical"
+        assert weights.load_model()[1] == "weights glyphs-prototypical, which come with meta_jax"
+        (tmp_path / "glyphs-prototypical").mkdir()  # a folder that was named is meant
+        assert weights.named_weights() == "./glyphs-prototypical"
+        values.weights, values.workdir = None, "runs/1"
+        assert weights.named_weights() == "runs/1"
 
 
 # ---- The page's functions.
