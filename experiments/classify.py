@@ -23,28 +23,16 @@ import numpy as np
 from absl import flags
 
 from experiments.command_line import run_main
+from experiments.weights import load_model
 from meta_jax.data.images import EXTENSIONS, is_image_file
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import BATCH_MODES
 from meta_jax.serving.classifier import Classifier
 from meta_jax.training.evaluation import confidence_interval
 from meta_jax.training.prediction_pictures import confusion_picture, evidence_picture
-from meta_jax.training.trained import Trained, load, load_pretrained, pretrained_names
 from meta_jax.training.writers import write_text
 
-DEFAULT = "omniglot-prototypical"
-
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of a training run.")
-flags.DEFINE_string(
-    "weights",
-    None,
-    f"Folder of weights, or the name of some that come with meta_jax: "
-    f"{', '.join(pretrained_names())}. Without --workdir, {DEFAULT} by default.",
-)
-flags.DEFINE_enum(
-    "checkpoint", "best", ["best", "latest"], "Checkpoint: best on validation, or the latest."
-)
 flags.DEFINE_string(
     "support", None, "Folder with one sub-folder of labelled images for each class."
 )
@@ -95,21 +83,6 @@ def main(arguments: list[str]) -> None:
     if FLAGS.evaluate:
         print(write_evaluation(folder, classifier, query, probabilities))
     print(f"written to {folder}")
-
-
-def load_model() -> tuple[Trained, str]:
-    """The weights that the flags name, and what to call them.
-
-    Raises:
-      UsageError: two were named, or there are none there.
-    """
-    if FLAGS.workdir and FLAGS.weights:
-        raise UsageError("name what classifies once: --workdir=W or --weights=FOLDER")
-    folder = FLAGS.workdir or FLAGS.weights
-    if folder is None or (folder in pretrained_names() and not Path(folder).exists()):
-        name = folder or DEFAULT
-        return load_pretrained(name), f"weights {name}, which come with meta_jax"
-    return load(folder, checkpoint=FLAGS.checkpoint), f"weights of {folder}"
 
 
 def find_support(folder: str | None) -> Found:

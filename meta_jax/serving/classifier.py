@@ -14,12 +14,13 @@ import numpy as np
 from meta_jax.core import Array, Batch, Episode, MetaLearner, Normalisation, Objective, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import is_transductive
-from meta_jax.objectives import check_kind
+from meta_jax.objectives import check_kind, row_mask
 from meta_jax.serving.exported import write_exported
 from meta_jax.serving.inputs import InputForm, prepare
 from meta_jax.shapes import shape_difference
 
 _CHUNK = 32  # queries answered at a time: one compiled program for any number of them
+_LEAST_SUPPORT = 8  # rows that a support set is padded to at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Classifier:
           Floats [n, support examples] in -1 to 1.
         """
         x = prepare(inputs, self.form)[0]
-        return self._by_chunk(_influence, (self.adapted, self.state, self.support), x)
+        support = _padded_support(self.support)
+        found = self._by_chunk(_influence, (self.adapted, self.state, support), x)
+        return found[:, : len(self.support.y)]
 
     def export(self, folder: str | os.PathLike) -> Path:
         """Writes the classifier as a program of its own, that runs where JAX alone is installed.
@@ -142,7 +145,7 @@ def adapt_classifier(
         )
     support = Batch(x, np.eye(len(classes), dtype=np.float32)[indices])
     _check_ways(learner, params, state, support, name)
-    adapted = _adapted(_hashable(learner), params, state, support, _keys()[0])
+    adapted = _adapted(_hashable(learner), params, state, _padded_support(support), _keys()[0])
     transductive = is_transductive(normalisation)
     return Classifier(learner, params, state, support, adapted, classes, form, transductive)
 
@@ -186,6 +189,14 @@ def _keys() -> Array:
     return jax.random.split(jax.random.key(0))
 
 
+def _padded_support(support: Batch) -> Batch:
+    """A support set padded to one of few sizes, so that another example compiles nothing anew."""
+    n = len(support.y)
+    size = max(_LEAST_SUPPORT, 1 << (n - 1).bit_length())
+    x, y = jax.tree.map(lambda leaf: _padded(leaf, size), (support.x, support.y))
+    return Batch(x, y, jnp.arange(size) < n)
+
+
 def _padded(leaf: np.ndarray, size: int) -> np.ndarray:
     return np.pad(leaf, [(0, size - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)])
 
@@ -221,7 +232,7 @@ def _influence(
 
     def without(left_out: Array) -> Array:
         """Probability [n] of each input's best class, adapted without one example."""
-        kept = jnp.arange(support.y.shape[0]) != left_out
+        kept = row_mask(support) & (jnp.arange(support.y.shape[0]) != left_out)
         fewer = learner.adapt(params, state, support._replace(mask=kept), keys[0], train=False)
         found = _probabilities(learner, params, fewer, x, mask, keys)
         return jnp.take_along_axis(found, best[:, None], 1)[:, 0]
