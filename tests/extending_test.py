@@ -15,6 +15,7 @@ import pytest
 import meta_jax as mj
 from docs.extending import (
     absolute_error,
+    fit_in_python,
     mixed_inputs,
     neural_process,
     nnx_network,
@@ -188,6 +189,15 @@ def test_signals_of_a_class_are_alike():
             spectra[same], jnp.broadcast_to(one, spectra[same].shape), atol=1e-3
         )
         assert (abs(spectra[~same] - one).max(1) > 1).all()
+
+
+def test_training_from_python_is_validated_and_loaded(tmp_path):
+    few = mj.training.LoopConfig(steps=60, log_every=30, eval_every=30, checkpoint_every=30)
+    found = fit_in_python.train(tmp_path, few)
+    assert found.finished
+    assert found.history["val"]["step"].tolist() == [30, 60]
+    assert found.history["val"]["accuracy"][-1] > 0.6  # of five classes
+    assert fit_in_python.classify(tmp_path) > 0.8
 
 
 def test_padding_of_a_sentence_does_not_count():

@@ -4,21 +4,36 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from photo_folder import make_photos
+
+import meta_jax as mj
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-FEW_SHOT, OPTIMIZER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CLASSIFY, FEW_SHOT, OPTIMIZER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def run(code, monkeypatch):
-    """What a block of code defines, run from the repository's root."""
-    monkeypatch.chdir(ROOT)
+def run(code, monkeypatch, folder=ROOT):
+    """What a block of code defines, run in a folder."""
+    monkeypatch.chdir(folder)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     return names
+
+
+def test_photos_of_ones_own_are_classified_in_a_few_lines(monkeypatch, tmp_path):
+    assert len([line for line in CLASSIFY.splitlines() if line.strip()]) <= 8
+    make_photos(tmp_path / "photos", classes=5, photos=3, first=13)
+    names = run(CLASSIFY, monkeypatch, tmp_path)
+    classifier, photos = names["classifier"], names["photos"]
+    assert len(photos) == 15
+    assert classifier.classes == ("nut", "owl", "pear", "quill", "rake")
+    found = mj.load_exported(tmp_path / "classifier")(photos)
+    np.testing.assert_allclose(found, classifier(photos), atol=1e-6)
 
 
 def test_few_shot_code_runs_and_is_short(monkeypatch):
