@@ -4,6 +4,7 @@ A flag such as `--learner=maml` chooses a component, and its settings are then f
 `--learner.inner_lr=0.4`. So arguments are read twice, first for what is chosen, then for all else.
 """
 
+import contextlib
 import difflib
 import errno
 import inspect
@@ -378,8 +379,11 @@ def run_main(
         except (flags.Error, ValueError, OSError) as error:
             _end(error, 2)
         if asks_for_help(arguments):
-            _print_help(arguments, chosen)
-            sys.exit(0)
+            with contextlib.suppress(BrokenPipeError):  # as `--help | head` has it
+                _print_help(arguments, chosen)
+                sys.stdout.flush()
+                sys.exit(0)
+            os._exit(0)  # the interpreter would complain of the pipe once more
         return left
 
     app.run(lambda left: guarded(main, left), flags_parser=read)

@@ -50,6 +50,11 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
         return []
     config = read_config(Path(folder))
     learner, tasks = config["learner"], config["tasks"]
+    if not learner or "name" not in tasks or "ways" not in (config.get("run") or {}):
+        raise UsageError(
+            f"{folder} was trained from Python and does not say how to test it: use mj.load and "
+            "the learner's evaluate"
+        )
     found = [_recorded("learner", learner, ("objective", "network"))]
     if learner.get("network"):
         found.append(_recorded("network", learner["network"]))

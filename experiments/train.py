@@ -1,9 +1,8 @@
 """Meta-trains a learner, resumes where it stopped, and tests it on classes it has never seen.
 
-    python -m experiments.train --workdir=runs/glyphs
-    python -m experiments.train --learner=maml --help
-    python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags \
-        --data_dir=PATH --workdir=runs/prototypical_omniglot
+python -m experiments.train --workdir=runs/glyphs
+python -m experiments.train --learner=maml --help
+python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags
 """
 
 import contextlib

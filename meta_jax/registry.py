@@ -2,8 +2,9 @@
 
 A component is a factory, registered where it is defined. Its settings are its own keyword
 parameters: flags, `--help`, defaults, choices and the record of a run are read from its signature
-and its docstring, and are listed nowhere else. Somebody's own component needs no registration: it
-is named 'package.module:function'.
+and its docstring, and are listed nowhere else. Your own component needs no registration to be named in
+a flag, as 'package.module:function'; where Python code builds it, a record can build it again if
+its factory is registered.
 """
 
 import enum
@@ -89,7 +90,8 @@ def learner(
     them `objective`, which the tasks choose. What it returns says which learner it is, in `config`.
 
     Args:
-      name: Name that `--learner` takes.
+      name: Name that `--learner` takes where the module is imported already, as ours are; yours is
+        'package.module:function' there.
       network: Name of the network that it is used with by default; None where it has its own.
       normalisation: Default mode of that network's normalisation; None for the network's own.
       optimizer: Name of the outer optimizer that it is used with by default.

@@ -200,8 +200,8 @@ def check_config(path: Path | str, saved: Config | None, given: Config | None) -
         )
     if saved is None:
         raise CheckpointError(
-            f"checkpoint {path} does not say which learner it is of: leave config out, if you know "
-            "that it fits"
+            f"checkpoint {path} does not say which learner it is of: train with "
+            "fit(learner_config=learner.config), or leave config out if you know that it fits"
         )
     there, here = _settings(saved), _settings(given)
     for name in sorted(there.keys() | here.keys()):

@@ -101,7 +101,8 @@ def fit(
     A run that was stopped at any moment and started again ends with bitwise the same parameters,
     optimizer state and metrics as one that was not. The workdir gets `metrics.jsonl`,
     `tensorboard/` and `checkpoints/` with the latest two steps and, where there is validation,
-    `best`. SIGTERM and Ctrl-C end the run after the compiled call under way, with a checkpoint.
+    `best`; `config.json`, which `meta_jax.load` needs, is written by `write_config`. SIGTERM and
+    Ctrl-C end the run after the compiled call under way, with a checkpoint.
 
     Args:
       train_state: The state before the first step; the caller may go on using it.
@@ -111,7 +112,8 @@ def fit(
       workdir: Folder in which everything is written.
       tasks_per_step: The task batch, for the progress bar.
       validate: Gives metrics of the present state, such as `make_validate` builds it.
-      objective: Says which metric of `validate` selects the best checkpoint, and which way.
+      objective: Says which metric of `validate` selects the best checkpoint, and which way; needed
+        where `validate` is given.
       learner_config: Settings of the learner, `learner.config`, which go into the checkpoints.
       keep_state: Whether the best checkpoint holds the learner's state beside its parameters.
       say: Takes lines meant for the user.

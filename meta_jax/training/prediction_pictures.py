@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meta_jax.data.images import open_image
+from meta_jax.data.pixels import to_eight_bits
 from meta_jax.training.pictures import new_figure, write_figure
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def evidence_picture(
 def _draw(axes: "Axes", image: Any, title: str, colour: str) -> None:
     if isinstance(image, str | os.PathLike):
         image = open_image(os.fspath(image), os.fspath(image))
-    small = image.convert("RGB")
+    small = to_eight_bits(image).convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     axes.imshow(np.asarray(small))
     axes.set(xticks=[], yticks=[])
