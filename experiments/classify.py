@@ -25,7 +25,7 @@ from absl import flags
 from experiments.command_line import run_main
 from experiments.weights import load_model
 from meta_jax.data.images import EXTENSIONS, is_image_file
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.normalisation import BATCH_MODES
 from meta_jax.serving.classifier import Classifier
 from meta_jax.training.evaluation import confidence_interval
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     rows = predictions(classifier, query, probabilities)
     for row in rows:
         print(f"{row['image']}  {row['class']}  {row['probability']:.3f}  (+{row['margin']:.3f})")
-    folder = Path(FLAGS.output)
+    folder = local_path(FLAGS.output)
     write_predictions(folder, rows, classifier)
     draw_evidence(folder / "predictions.png", classifier, support, query, rows)
     if FLAGS.evaluate:
@@ -93,7 +93,7 @@ def find_support(folder: str | None) -> Found:
     """
     if not folder:
         raise UsageError("--support is missing: name a folder with one sub-folder for each class")
-    found = _labelled(Path(folder))
+    found = _labelled(local_path(folder))
     if len(set(found.labels)) < 2:
         raise UsageError(
             f"--support={folder} has images of {len(set(found.labels))} class(es): put those of "
@@ -119,7 +119,7 @@ def find_queries(patterns: Sequence[str], evaluate: bool) -> Found:
     if evaluate:
         if len(patterns) > 1 or not Path(patterns[0]).is_dir():
             raise UsageError("--evaluate needs one --query folder with a sub-folder for each class")
-        found = _labelled(Path(patterns[0]))
+        found = _labelled(local_path(patterns[0]))
         if not found.paths:
             raise UsageError(f"--query={patterns[0]} has no class folders: leave --evaluate out")
         return found
@@ -152,7 +152,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    path = Path(pattern)
+    path = local_path(pattern)
     if path.is_dir():
         images = _images_in(path)
         if not images:

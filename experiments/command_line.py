@@ -19,7 +19,7 @@ import jax
 from absl import app, flags, logging
 
 from meta_jax import registry
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.registry import Component, Kind, Setting
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import TrainingDivergedError
@@ -226,7 +226,9 @@ def parse(
     Raises:
       UsageError, flags.Error: a mistake in the arguments.
     """
-    chosen = list(choose(selected(values, arguments, selections))) if choose else []
+    names = selected(values, arguments, selections)
+    _check_paths(names)
+    chosen = list(choose(names)) if choose else []
     for each in chosen:
         define_component_flags(values, each)
         for name, default in each.run.items():
@@ -235,7 +237,27 @@ def parse(
         left = values(list(arguments))
     except flags.UnrecognizedFlagError as error:
         raise UsageError(unknown_flag(error.flagname, values, chosen)) from error
+    _check_paths({name: values[name].value for name in values if values[name].present})
+    for argument in left[1:]:
+        local_path(argument)
     return left[1:], chosen
+
+
+def _check_paths(given: Mapping[str, Any]) -> None:
+    """Refuses what is no local path among the values of flags; no flag of ours takes an address.
+
+    Raises:
+      UsageError: the address of a remote store, or '~' where there is no home folder.
+    """
+    for name, value in given.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str):
+                continue
+            kind, _, argument = text.partition(":")
+            try:
+                local_path(argument if kind in registry.names("tasks") else text)
+            except UsageError as error:
+                raise UsageError(f"--{name}: {error}") from error
 
 
 def unknown_flag(name: str, values: flags.FlagValues, chosen: Sequence[Chosen]) -> str:
@@ -367,8 +389,10 @@ def run_main(
       positional: Whether there may be arguments that are not flags.
     """
     _use_all_cores()
-    # A second start of the same program need not compile again.
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/meta_jax/compiled"))
+    # A second start of the same program need not compile again. Without a home folder it must.
+    with contextlib.suppress(UsageError):
+        compiled = local_path("~/.cache/meta_jax/compiled")
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
 
     def read(arguments: list[str]) -> list[str]:
         try:

@@ -1,6 +1,7 @@
 """Tests a trained learner again, from its workdir or from shipped weights.
 
-Settings that are not given are those of the run; --tasks=OTHER tests on tasks of another source.
+Settings that are not given are those of the run; --tasks=OTHER tests on tasks of another source,
+--tasks=folder:PATH on another folder, or where a folder lies now.
 
     python -m experiments.evaluate --workdir=runs/glyphs --shots=5
     python -m experiments.evaluate --workdir=runs/glyphs --help
@@ -9,7 +10,6 @@ Settings that are not given are those of the run; --tasks=OTHER tests on tasks o
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,7 +17,7 @@ from absl import flags
 from experiments import run_flags, testing
 from experiments.command_line import Chosen, given_settings, run_main
 from meta_jax import registry
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.training.trained import read_config
 from meta_jax.training.writers import write_text
 
@@ -28,10 +28,9 @@ flags.DEFINE_enum(
     "checkpoint", "best", ["best", "latest"], "Checkpoint: best on validation, or the latest."
 )
 flags.DEFINE_string("split", "test", "Split to test on.")
-flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the test.", 2)
 flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
 flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
-flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
+run_flags.define_test_flags(FLAGS)
 flags.DEFINE_string(
     "tasks", None, f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}."
 )
@@ -48,7 +47,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     folder = selected["workdir"] or selected["weights"]
     if folder is None:
         return []
-    config = read_config(Path(folder))
+    config = read_config(folder)
     learner, tasks = config["learner"], config["tasks"]
     if not learner or "name" not in tasks or "ways" not in (config.get("run") or {}):
         raise UsageError(
@@ -58,16 +57,11 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     found = [_recorded("learner", learner, ("objective", "network"))]
     if learner.get("network"):
         found.append(_recorded("network", learner["network"]))
-    other = selected["tasks"]
-    if other is None or other == tasks["name"]:
-        return [*found, _tasks_chosen(tasks["name"], tasks)]
-    return [*found, _tasks_chosen(other, tasks["preprocessing"] or {})]
-
-
-def _tasks_chosen(name: str, defaults: Mapping[str, Any]) -> Chosen:
+    name = selected["tasks"] or tasks["name"]
     chosen = run_flags.tasks_chosen(name)
     reserved = (*chosen.reserved, "objective")  # it is the learner's
-    return chosen._replace(reserved=reserved, defaults=_without_lists(defaults))
+    defaults = testing.recorded_settings(tasks, name)
+    return [*found, chosen._replace(reserved=reserved, defaults=defaults)]
 
 
 def _recorded(kind: registry.Kind, record: Mapping[str, Any], reserved: tuple = ()) -> Chosen:
@@ -85,23 +79,24 @@ def main(arguments: list[str]) -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         what = "once" if FLAGS.workdir else "what to test"
         raise UsageError(f"name {what}: --workdir=W of a training run, or --weights=FOLDER")
-    if FLAGS.output and not Path(FLAGS.output).absolute().parent.is_dir():
+    output = local_path(FLAGS.output) if FLAGS.output else None
+    if output and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={FLAGS.output}: its folder does not exist, make it first")
-    if FLAGS.output and Path(FLAGS.output).is_dir():
+    if output and output.is_dir():
         raise UsageError(f"--output={FLAGS.output} is a folder: name a file")
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
     chosen = choose({name: FLAGS[name].value for name in ("workdir", "weights", "tasks")})
     found = testing.evaluate(
-        Path(FLAGS.workdir or FLAGS.weights),
-        testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed),
+        local_path(FLAGS.workdir or FLAGS.weights),
+        testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk),
         checkpoint=FLAGS.checkpoint,
         size={name: value for name, value in sizes.items() if value is not None},
         tasks=FLAGS.tasks,
         settings={each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen},
         data_dir=FLAGS.data_dir,
     )
-    if FLAGS.output:
-        write_text(Path(FLAGS.output), json.dumps(found.record, indent=1) + "\n")
+    if output:
+        write_text(output, json.dumps(found.record, indent=1) + "\n")
     print(testing.line(found))
     if found.tested.instances:
         print(testing.instance_table({found.tested.objective.metric: found.tested.instances}))

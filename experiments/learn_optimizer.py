@@ -31,7 +31,7 @@ from experiments.command_line import (
 from meta_jax import registry
 from meta_jax.core import MetaLearner, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.optimization_based.learned_optimizers.estimators import Estimator
 from meta_jax.optimization_based.learned_optimizers.families import ProblemFamily
 from meta_jax.optimization_based.learned_optimizers.hand_designed import (
@@ -296,7 +296,7 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    records.claim_workdir(workdir, experiment.config, given)
+    records.claim_workdir(workdir, experiment.config, given, params=initial.params)
     data = tasks.data
     if mesh is not None:
         initial, data = place(initial, data, mesh, per_task=True)
@@ -427,7 +427,7 @@ def main(arguments: list[str]) -> None:
     del arguments
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("give either --workdir, to train in, or --weights, to compare alone")
-    folder = Path(FLAGS.workdir or FLAGS.weights)
+    folder = local_path(FLAGS.workdir or FLAGS.weights)
     experiment, meta = build_experiment(FLAGS), None
     if FLAGS.workdir:
         trained = train(experiment, folder, records.given_flags(FLAGS))
@@ -442,7 +442,9 @@ def main(arguments: list[str]) -> None:
     sizes = {"steps": steps, "num_tasks": FLAGS.test_tasks}
     compared = compare(experiment, meta, **sizes, seed=FLAGS.test_seed)
     found = result(experiment, compared, **sizes)
-    path = Path(FLAGS.output) if FLAGS.output else folder / "result.json" if FLAGS.workdir else None
+    path = folder / "result.json" if FLAGS.workdir else None
+    if FLAGS.output:
+        path = local_path(FLAGS.output)
     if path is not None:
         curves = {name: each.scores for name, each in compared.items()}
         pictures.loss_curves(curves, path.with_suffix(".png"))

@@ -51,6 +51,28 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
     integer("val_episodes", 200, "Episodes of a validation.")
     integer("seed", 0, "Seed of the initial parameters and of the training tasks.", 0)
+    string(
+        "init_from",
+        None,
+        "Folder of weights, or another workdir, whose parameters training starts from; random ones "
+        "by default.",
+    )
+
+
+def define_test_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of a test that change nothing of a run."""
+    flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the test.", 2, flag_values=values)
+    flags.DEFINE_integer(
+        "eval_chunk",
+        None,
+        "Episodes that a device evaluates at a time, which changes memory and time alone; by "
+        "default 1 on a CPU, elsewhere up to 32, as many as fit 12 GB.",
+        1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.", values
+    )
 
 
 def choices(kind: Kind) -> str:

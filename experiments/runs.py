@@ -118,7 +118,7 @@ def _run_record(values: flags.FlagValues) -> dict[str, Any]:
         f"train_{name}": values[f"train_{name}"].value or size for name, size in sizes.items()
     }
     others = ("train_split", "task_batch", "task_chunk", "steps", "log_every", "eval_every")
-    others += ("checkpoint_every", "val_episodes", "seed")
+    others += ("checkpoint_every", "val_episodes", "seed", "init_from")
     return run | {name: values[name].value for name in others}
 
 

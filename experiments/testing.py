@@ -8,13 +8,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import runs
 from experiments.command_line import RunError
 from meta_jax import registry
 from meta_jax.core import MetaLearner, Objective, PyTree, Tasks
+from meta_jax.data.dataset import DataError
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.normalisation import is_transductive, support_moments
 from meta_jax.shapes import shape_difference
 from meta_jax.training import trained
@@ -32,6 +34,7 @@ class Asked(NamedTuple):
     split: str = "test"
     episodes: int = 1000
     seed: int = 0
+    chunk: int | None = None  # episodes that a device evaluates at a time; the result is the same
 
 
 class Tested(NamedTuple):
@@ -79,7 +82,9 @@ def make_test(
       A function (params, state) -> what was found.
     """
     mesh = task_mesh(asked.episodes)
-    evaluate = make_evaluate(learner, tasks.sample, episodes=asked.episodes, mesh=mesh)
+    evaluate = make_evaluate(
+        learner, tasks.sample, episodes=asked.episodes, mesh=mesh, chunk=asked.chunk
+    )
     key = jax.random.fold_in(jax.random.key(asked.seed), _split_number(asked.split))
 
     def test(params: PyTree, state: PyTree) -> Tested:
@@ -196,14 +201,76 @@ def score_text(score: MeanCI, objective: Objective) -> str:
 def line(found: Result) -> str:
     """The one human-readable line of a result."""
     tested, record = found
-    shots = f"{record['shots']}-shot"
-    is_classification = tested.objective.kind == "classification"
-    task = f"{record['ways']}-way {shots}" if is_classification else shots
+    task = _task_text(record, tested.objective)
     if tested.instances:
         task = f"sequences of {record['ways']} classes x {len(tested.instances)} instances"
     return (
         f"{record['split']} {tested.objective.metric} {tested.text()} ({task}, "
         f"{record['episodes']} episodes, normalisation {record['normalisation']})"
+    )
+
+
+def _task_text(record: Mapping[str, Any], objective: Objective) -> str:
+    shots = f"{record['shots']}-shot"
+    return f"{record['ways']}-way {shots}" if objective.kind == "classification" else shots
+
+
+def over_seeds(found: Mapping[int, Mapping[str, Any]], objective: Objective) -> dict[str, Any]:
+    """Builds the result of several seeds from that of each: mean, spread and an interval.
+
+    Args:
+      found: Contents of result.json by seed, at least two.
+      objective: What was asked.
+
+    Returns:
+      The keys of one result, in which the metric is its mean over seeds, `ci95` the half-width of
+      Student's 95 % interval of that mean, and `metrics` likewise; besides, `std` (sample standard
+      deviation over seeds) and `seeds`, the metric of each.
+    """
+    first = next(iter(found.values()))
+    metric = objective.metric
+    metrics = {
+        name: [record["metrics"][name][0] for record in found.values()] for name in first["metrics"]
+    }
+    summary = {name: [*map(_rounded, seed_interval(v))] for name, v in metrics.items()}
+    values = {str(seed): record[metric] for seed, record in found.items()}
+    return {
+        **first,
+        metric: summary[metric][0],
+        "ci95": summary[metric][1],
+        "seconds": round(sum(record["seconds"] for record in found.values()), 1),
+        "metrics": summary,
+        "std": _rounded(float(np.std([*values.values()], ddof=1))),
+        "seeds": values,
+    }
+
+
+def seed_interval(values: Sequence[float]) -> MeanCI:
+    """Mean of one value for each seed, and the half-width of Student's 95 % interval of it.
+
+    Args:
+      values: [n], n at least 2.
+
+    Examples:
+      >>> mean, ci95 = seed_interval([1.0, 2.0, 3.0])
+      >>> mean, round(ci95, 4)  # 4.3027 / sqrt(3), as s = 1
+      (2.0, 2.4841)
+    """
+    from scipy import stats
+
+    n, deviation = len(values), np.std(values, ddof=1)
+    half = stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n)
+    return MeanCI(float(np.mean(values)), float(half))
+
+
+def seeds_line(record: Mapping[str, Any], objective: Objective) -> str:
+    """The one human-readable line of a result over seeds."""
+    score = MeanCI(record[objective.metric], record["ci95"])
+    return (
+        f"{record['split']} {objective.metric} {score_text(score, objective)} over "
+        f"{len(record['seeds'])} seeds (standard deviation {record['std']:.2f}; "
+        f"{_task_text(record, objective)}, {record['episodes']} episodes each, normalisation "
+        f"{record['normalisation']})"
     )
 
 
@@ -251,6 +318,11 @@ def evaluate(
       RunError: the result is not finite.
     """
     settings, run = settings or {}, trained.read_config(folder)["run"]
+    if "seeds" in run:
+        one = folder / f"seed_{run['seed']}"
+        raise UsageError(
+            f"{folder} holds trainings of {run['seeds']} seeds: name one of them, such as {one}"
+        )
     if checkpoint == "best" and not run["eval_every"]:
         raise UsageError(
             "the run had no validation, so no best checkpoint: use --checkpoint=latest"
@@ -299,18 +371,55 @@ def load_other_source(
     Raises:
       UsageError: an unknown source or setting, or data that is not there.
     """
-    other = name is not None and name != recorded["name"]
     name = name or recorded["name"]
-    component = find_source(name)[0]
-    known = registry.parameters(component.factory)
+    component, argument = find_source(name)
+    given = {
+        **recorded_settings(recorded, name),
+        **settings,
+        **runs.data_dir_setting(component, data_dir),
+    }
+    try:
+        return load_source(name, **given)
+    except DataError as error:
+        is_path = argument and "data_dir" not in registry.parameters(component.factory)
+        if not is_path or name != recorded["name"] or local_path(argument).exists():
+            raise
+        kind = name.partition(":")[0]
+        raise UsageError(
+            f"{error}; the run was trained on it: if it was moved, give --tasks={kind}:NEWPATH"
+        ) from error
+
+
+def recorded_settings(recorded: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings that a run's record gives to the source of a test.
+
+    Args:
+      recorded: Record of the run's tasks.
+      name: Name of the source. One of the same kind, such as another folder, gets all that it was
+        trained with; others what makes an input: its size and channels.
+    """
+    parameters = registry.parameters(find_source(name)[0].factory).values()
+    known = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
     form = recorded["preprocessing"] or {}
-    kept = (form if other else recorded).items()
-    kept = {key: tuple(v) if isinstance(v, list) else v for key, v in kept if key in known}
-    if not other and "split_fractions" in known and "split_fractions" not in recorded:
+    same_kind = _is_same_kind(name, recorded["name"])
+    found = {**form, **(recorded if same_kind else {})}
+    if found.get("grey") is None and "channels" in form:
+        found["grey"] = form["channels"] == 1  # whatever colours the images of another set have
+    if same_kind and "split_fractions" not in recorded:
         # The rule of random splits when this was recorded: no class that was trained on is tested.
-        kept["split_fractions"] = "0.64,0.16,0.2"
-    given = {**kept, **settings, **runs.data_dir_setting(component, data_dir)}
-    return load_source(name, **given)
+        found["split_fractions"] = "0.64,0.16,0.2"
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in found.items()
+        if key in known
+    }
+
+
+def _is_same_kind(name: str, other: str) -> bool:
+    try:
+        return find_source(name)[0].factory is find_source(other)[0].factory
+    except UsageError:  # a source of somebody's own that is gone
+        return False
 
 
 def check_fit(loaded: trained.Trained, tasks: Tasks) -> None:

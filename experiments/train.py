@@ -1,14 +1,19 @@
 """Meta-trains a learner, resumes where it stopped, and tests it on classes it has never seen.
 
-python -m experiments.train --workdir=runs/glyphs
-python -m experiments.train --learner=maml --help
-python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags
+    python -m experiments.train --workdir=runs/glyphs
+    python -m experiments.train --workdir=runs/five --seeds=5
+    python -m experiments.train --init_from=runs/glyphs --tasks=folder:PATH
+    python -m experiments.train --learner=maml --help
+    python -m experiments.train --flagfile=experiments/flagfiles/prototypical_omniglot.flags
+
+A run that was stopped (exit status 130) goes on with the same command.
 """
 
 import contextlib
 import json
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -16,14 +21,16 @@ from jax.sharding import Mesh
 
 from experiments import records, run_flags, runs, testing
 from experiments.command_line import run_main
-from experiments.testing import Asked, Tested
+from experiments.testing import Asked, Result, Tested
 from meta_jax.core import Array, Episode, MetaLearner, PyTree, Tasks
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
+from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures
+from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.evaluation import make_validate
-from meta_jax.training.loop import FitResult, fit
+from meta_jax.training.loop import FitResult, Validate, fit
 from meta_jax.training.outer_step import (
-    OuterStep,
+    TrainLoop,
     TrainState,
     init_train_state,
     make_outer_step,
@@ -31,45 +38,88 @@ from meta_jax.training.outer_step import (
     place,
     task_mesh,
 )
-from meta_jax.training.trained import load_parameters
+from meta_jax.training.trained import Trained, load, load_parameters, read_config
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
-run_flags.define_run_flags(FLAGS)
-flags.DEFINE_string("workdir", None, "Folder where everything is written; an old one is resumed.")
-flags.DEFINE_string("data_dir", None, "Folder where Omniglot or the prepared TFDS sets lie.")
-flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the final test.", 2)
+_STOPPED = 130  # as a shell has it for Ctrl-C
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of this binary, but for the settings of its components."""
+    run_flags.define_run_flags(values)
+    run_flags.define_test_flags(values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder where everything is written; an old one is resumed. By default runs/LEARNER_TASKS, "
+        "or with a number where that holds another run.",
+        values,
+    )
+    flags.DEFINE_integer(
+        "seeds",
+        1,
+        "Trainings, from --seed on, each in a folder of the workdir; with several, their mean and "
+        "spread are reported.",
+        1,
+        flag_values=values,
+    )
 
 
 class Program(NamedTuple):
-    """What is compiled, and where it begins."""
+    """What is compiled, once for all seeds, and where training begins."""
 
-    outer_step: OuterStep
-    initial: TrainState
+    train_loop: TrainLoop
+    validate: Validate | None  # None without validations
+    test: Callable[[PyTree, PyTree], Tested]
     data: PyTree
     mesh: Mesh | None  # the devices that share the tasks of a step, or else the images of its one
+    untrained: TrainState
+    start: TrainState  # the same, but where --init_from names weights
 
 
-def main(arguments: list[str]) -> None:
-    """Trains, validates, tests; everything it finds out is in the workdir."""
+def main(arguments: list[str]) -> int:
+    """Trains, validates, tests; everything it finds out is in the workdir.
+
+    Returns:
+      The exit status: 0, or 130 where training was stopped by a signal.
+    """
     del arguments
-    if not FLAGS.workdir:
-        raise UsageError("--workdir is missing: name a folder for this run, e.g. --workdir=runs/1")
-    workdir = Path(FLAGS.workdir)
     # Everything that can be refused is refused before anything is written.
     run = runs.build_run(FLAGS, runs.load_tasks(FLAGS))
+    asked = Asked("test", FLAGS.eval_episodes, chunk=FLAGS.eval_chunk)
     try:
-        program = build_program(run)
+        program = build_program(run, asked)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    records.claim_workdir(workdir, run.config, records.given_flags(FLAGS))
-    fitted = train(run, program, workdir)
-    if fitted.finished:
-        report(run, program, fitted, workdir, Asked("test", FLAGS.eval_episodes))
+    given = records.given_flags(FLAGS)
+    config = run.config if FLAGS.seeds == 1 else records.with_seeds(run.config, FLAGS.seeds)
+    workdir = choose_workdir(FLAGS.workdir, config, given)
+    if FLAGS.seeds == 1:
+        program = start_from_weights(run, program, [workdir])
+        result = train_and_test(run, program, workdir, asked, given)
+        return _STOPPED if result is None else 0
+    folders = {seed: workdir / f"seed_{seed}" for seed in records.seeds_of(config)}
+    program = start_from_weights(run, program, list(folders.values()))
+    records.claim_workdir(workdir, config, given)
+    finished = train_seeds(run, program, folders, asked, given)
+    return 0 if finished else _STOPPED
 
 
-def build_program(run: runs.Run) -> Program:
-    """The outer step of a run and its first state, on all devices that share the work.
+def choose_workdir(name: str | None, config: dict[str, Any], given: Collection[str]) -> Path:
+    """The folder that a flag names, or one by the learner and the tasks, which is printed."""
+    if name:
+        return local_path(name)
+    workdir, why = records.default_workdir(config, given)
+    print(f"workdir {workdir} ({why})")
+    return workdir
+
+
+# ---- What is compiled, and where it begins.
+
+
+def build_program(run: runs.Run, asked: Asked) -> Program:
+    """Everything that a run compiles, and its first state, on all devices that share the work.
 
     Raises:
       ValueError: sizes that do not fit each other, the network or the devices.
@@ -84,31 +134,190 @@ def build_program(run: runs.Run) -> Program:
         task_chunk=settings["task_chunk"],
         mesh=mesh,
     )
+    mesh = mesh or run.image_mesh
+    untrained, data = untrained_state(run, settings["seed"], mesh), run.training.data
+    check_functions(run, untrained)
+    if mesh is not None:
+        _, data = place(untrained, data, mesh, per_task=run.learner.state_scope == "task")
+    test = testing.make_test(run.learner, run.testing, asked)
+    validate = _build_validation(run, asked.chunk)
+    loop = make_train_loop(outer_step)
+    return Program(loop, validate, test, data, mesh, untrained, untrained)
+
+
+def check_functions(run: runs.Run, initial: TrainState) -> None:
+    """Refuses, before anything is written, a learner whose functions do not fit the tasks.
+
+    Raises:
+      ValueError: shapes that do not fit, or no metric of the objective's name.
+    """
+    params, state = initial.params, initial.state
+    if run.learner.state_scope == "task":
+        state = jax.tree.map(lambda leaf: leaf[0], state)
+    task, key = runs.example_task(run.training), jax.random.key(0)
+    jax.eval_shape(run.learner.loss, params, state, task, key)
+    metrics = jax.eval_shape(run.learner.evaluate, params, state, task, key)
+    wanted = run.training.objective.metric
+    if wanted not in metrics and not any(name.startswith("instance_") for name in metrics):
+        raise UsageError(
+            f"a test gives {', '.join(metrics)}, and the objective's metric is '{wanted}': "
+            "let the objective's loss return it"
+        )
+
+
+def _build_validation(run: runs.Run, chunk: int | None) -> Validate | None:
+    if run.validation is None:
+        return None
+    episodes = run.config["run"]["val_episodes"]
+    mesh = task_mesh(episodes)
+    return make_validate(run.learner, run.validation, episodes=episodes, mesh=mesh, chunk=chunk)
+
+
+def untrained_state(run: runs.Run, seed: int, mesh: Mesh | None) -> TrainState:
+    """The state before the first step under a seed."""
+    task_batch = run.config["run"]["task_batch"]
     initial = init_train_state(
-        run.learner, run.optimizer, run.training, settings["seed"], task_batch=task_batch
+        run.learner, run.optimizer, run.training, seed, task_batch=task_batch
     )
-    data, devices = run.training.data, mesh or run.image_mesh
-    if devices is not None:
-        per_task = run.learner.state_scope == "task"
-        initial, data = place(initial, data, devices, per_task=per_task)
-    return Program(outer_step, initial, data, devices)
+    return _placed(run, initial, mesh)
+
+
+def _placed(run: runs.Run, train_state: TrainState, mesh: Mesh | None) -> TrainState:
+    if mesh is None:
+        return train_state
+    return place(train_state, (), mesh, per_task=run.learner.state_scope == "task")[0]
+
+
+def start_from_weights(run: runs.Run, program: Program, folders: Sequence[Path]) -> Program:
+    """Puts the weights that --init_from names where training starts.
+
+    They are not read any more where every folder has a checkpoint to go on from.
+
+    Args:
+      run: The run.
+      program: What it compiles.
+      folders: Where it trains.
+
+    Raises:
+      UsageError: there are no such weights, or their parameters have another structure.
+    """
+    folder = run.config["run"]["init_from"]
+    if folder is None or all(latest_step(each / "checkpoints") is not None for each in folders):
+        return program
+    weights = load_weights(folder)
+    check_weights(run, weights, folder)
+    return program._replace(start=with_weights(run, program, weights))
+
+
+def load_weights(folder: str) -> Trained:
+    """The weights of a folder: the best on validation, the latest where there was none.
+
+    Raises:
+      UsageError, CheckpointError: there are none, or they are damaged.
+    """
+    recorded = read_config(folder)["run"] or {}
+    # Folders that were written from Python have the best alone, and may not say how they trained.
+    return load(folder, checkpoint="best" if recorded.get("eval_every", 1) else "latest")
+
+
+def check_weights(run: runs.Run, weights: Trained, folder: str) -> None:
+    """Refuses weights whose structure or shapes are not those of a run.
+
+    Raises:
+      UsageError: they differ.
+    """
+    params, state = runs.initial_shapes(run.learner, run.training)
+    ours, theirs = {"params": params}, {"params": weights.params}
+    if _takes_state(run, weights):
+        ours["state"], theirs["state"] = state, weights.state
+    difference = shape_difference(theirs, ours)
+    if difference:
+        names = [_names(config) for config in (weights.config, run.config)]
+        raise UsageError(
+            f"--init_from={folder} holds weights of {names[0]}, which do not fit {names[1]} "
+            f"({difference}): give the learner, the network and the input size of the weights"
+        )
+
+
+def _takes_state(run: runs.Run, weights: Trained) -> bool:
+    """Whether the state comes with the weights; one of scope 'task' is of tasks trained on."""
+    return run.learner.state_scope == weights.learner.state_scope == "shared"
+
+
+def _names(config: Any) -> str:
+    learner = config["learner"] or {}
+    network = learner.get("network") or {}
+    named = str(learner.get("name"))
+    return f"{named} with {network['name']}" if "name" in network else named
+
+
+def with_weights(run: runs.Run, program: Program, weights: Trained) -> TrainState:
+    """The state before the first step with other parameters, and the learner's state with them."""
+    start = program.untrained._replace(params=weights.params)
+    if _takes_state(run, weights):
+        start = start._replace(state=weights.state)
+    start = start._replace(opt_state=jax.jit(run.optimizer.init)(start.params))
+    return _placed(run, start, program.mesh)
+
+
+# ---- Training and testing.
+
+
+def train_and_test(
+    run: runs.Run, program: Program, workdir: Path, asked: Asked, given: Collection[str]
+) -> Result | None:
+    """Trains one seed and tests it; None where it was stopped."""
+    records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
+    fitted = train(run, program, workdir)
+    return report(run, program, fitted, workdir, asked) if fitted.finished else None
+
+
+def train_seeds(
+    run: runs.Run,
+    program: Program,
+    folders: dict[int, Path],
+    asked: Asked,
+    given: Collection[str],
+) -> bool:
+    """Trains the seeds that are not finished, and reports the mean and spread of all.
+
+    Returns:
+      Whether all are finished now.
+    """
+    found = {}
+    for seed, folder in folders.items():
+        one = run._replace(config=records.with_seed(run.config, seed))
+        record = records.finished_result(folder, one.config, given, episodes=asked.episodes)
+        if record is None:
+            print(f"seed {seed}, in {folder}")
+            untrained = untrained_state(run, seed, program.mesh)
+            # Weights that training starts from are the same under every seed, its tasks are not.
+            start = untrained
+            if program.start is not program.untrained:
+                start = program.start._replace(key=untrained.key)
+            seeded = program._replace(untrained=untrained, start=start)
+            result = train_and_test(one, seeded, folder, asked, given)
+            if result is None:
+                return False
+            record = result.record
+        found[seed] = record
+    whole = testing.over_seeds(found, run.training.objective)
+    workdir = folders[min(folders)].parent
+    write_text(workdir / "result.json", json.dumps(whole, indent=1) + "\n")
+    print(testing.seeds_line(whole, run.training.objective))
+    return True
 
 
 def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
     """Trains from where the workdir stands."""
-    validate, episodes = None, run.config["run"]["val_episodes"]
-    if run.validation is not None:
-        validate = make_validate(
-            run.learner, run.validation, episodes=episodes, mesh=task_mesh(episodes)
-        )
     fitted = fit(
-        program.initial,
-        make_train_loop(program.outer_step),
+        program.start,
+        program.train_loop,
         program.data,
         config=run.loop,
         workdir=workdir,
         tasks_per_step=run.config["run"]["task_batch"],
-        validate=validate,
+        validate=program.validate,
         objective=run.training.objective,
         learner_config=run.learner.config,
     )
@@ -117,7 +326,9 @@ def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
     return fitted
 
 
-def report(run: runs.Run, program: Program, fitted: FitResult, workdir: Path, asked: Asked) -> None:
+def report(
+    run: runs.Run, program: Program, fitted: FitResult, workdir: Path, asked: Asked
+) -> Result:
     """Tests the checkpoint that validation chose, beside what is untrained; writes and prints."""
     params, state, _ = load_parameters(
         workdir,
@@ -125,9 +336,9 @@ def report(run: runs.Run, program: Program, fitted: FitResult, workdir: Path, as
         learner=run.learner,
         example=runs.example_task(run.training),
     )
-    test = testing.make_test(run.learner, run.testing, asked)
+    test = program.test
     found = testing.result(run.config, test(params, state), asked, seconds=fitted.seconds)
-    beside = {"untrained": test(program.initial.params, program.initial.state)}
+    beside = {"untrained": test(program.untrained.params, program.untrained.state)}
     text = f"{testing.line(found)}; untrained network {beside['untrained'].text()}"
     if found.tested.instances:
         text += "\n" + _report_instances(found.tested, beside["untrained"], workdir)
@@ -140,6 +351,7 @@ def report(run: runs.Run, program: Program, fitted: FitResult, workdir: Path, as
     write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")
     print("\n".join([text, *(f"note: {note}" for note in run.source.notes)]))
+    return found
 
 
 def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:
@@ -169,4 +381,5 @@ def _draw_episode(learner: MetaLearner, learned: tuple, tasks: Tasks, path: Path
 
 
 if __name__ == "__main__":
+    define_flags(FLAGS)
     run_main(main, selections=run_flags.SELECTIONS, choose=run_flags.choose)

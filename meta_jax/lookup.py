@@ -1,8 +1,14 @@
-"""Somebody's own things by name, and the error that ends a user's mistake in one line."""
+"""Somebody's own things by name or path, and the error that ends a user's mistake in one line."""
 
 import functools
 import importlib
+import os
+import re
+from pathlib import Path
 from typing import Any
+
+# A letter alone before the colon would be a drive. A Path has lost the second slash.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class UsageError(ValueError):
@@ -33,3 +39,37 @@ def load_attribute(path: str) -> Any:
         return functools.reduce(getattr, attribute.split("."), found)
     except AttributeError as error:
         raise UsageError(f"{path}: module '{module}' has no '{attribute}'") from error
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path on this machine, with '~' replaced by the home folder.
+
+    Args:
+      path: The path as somebody gave it.
+
+    Returns:
+      The path; nothing is looked up on the disk.
+
+    Raises:
+      UsageError: the address of a remote store, which would silently become a local folder; or '~'
+        where there is no home folder.
+
+    Examples:
+      >>> local_path("runs/glyphs").as_posix()
+      'runs/glyphs'
+      >>> local_path("gs://bucket/run")
+      Traceback (most recent call last):
+      meta_jax.lookup.UsageError: gs://bucket/run is no local path: mount the store, and name ...
+    """
+    text = os.fspath(path)
+    if _SCHEME.match(text):
+        raise UsageError(
+            f"{text} is no local path: mount the store, and name the folder where it is mounted, "
+            "or copy the files to this machine"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{text} needs a home folder, and there is none: set HOME, or give the whole path"
+        ) from error

@@ -2,8 +2,8 @@
 
 A component is a factory, registered where it is defined. Its settings are its own keyword
 parameters: flags, `--help`, defaults, choices and the record of a run are read from its signature
-and its docstring, and are listed nowhere else. Your own component needs no registration to be named in
-a flag, as 'package.module:function'; where Python code builds it, a record can build it again if
+and its docstring, and are listed nowhere else. Your own component needs no registration to be named
+in a flag, as 'package.module:function'; where Python code builds it, a record can build it again if
 its factory is registered.
 """
 

@@ -12,6 +12,7 @@ from meta_jax.core import Objective
 from meta_jax.data.arrays import split_from_arrays
 from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, random_class_split
 from meta_jax.data.source import TaskSource, source_from_splits
+from meta_jax.lookup import local_path
 from meta_jax.objectives import as_objective
 
 
@@ -59,7 +60,7 @@ def load_features(file: str | os.PathLike, *, seed: int = 0) -> Splits:
       DataError: the file is not there, is damaged or lacks an array, arrays differ in length, a
         feature is not finite, or a class is in two splits.
     """
-    path = Path(file).expanduser()
+    path = local_path(file)
     arrays = _read(path)
     x, labels, groups = arrays["x"], arrays["label"], arrays.get("group")
     for name in ("label", "split", "group"):

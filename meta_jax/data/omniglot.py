@@ -31,6 +31,7 @@ from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size, open_image,
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
+from meta_jax.lookup import local_path
 
 # Name in the zip -> (number of characters, sha256 of the official zip as TFDS registers it).
 _SETS = {
@@ -225,8 +226,8 @@ def _check_complete(drawings: list[_Drawing], set_name: str, folder: Path) -> No
 def _find(data_dir: str | os.PathLike | None) -> Path:
     """The folder of the zips, or the versioned folder of the prepared TFDS dataset."""
     if not data_dir:
-        return _tfds_folder(tfds_data_dir(None)) or Path(_CACHE).expanduser()
-    folder = Path(data_dir).expanduser()
+        return _tfds_folder(tfds_data_dir(None)) or local_path(_CACHE)
+    folder = local_path(data_dir)
     if not folder.is_dir():
         raise DataError(f"the Omniglot folder {folder} does not exist: correct data_dir")
     if any((folder / f"{name}.zip").is_file() for name in _SETS):
@@ -254,7 +255,7 @@ def _zip_path(folder: Path, set_name: str) -> Path:
     """The zip of one set, downloaded first where the folder is the cache."""
     path = folder / f"{set_name}.zip"
     if not path.is_file():
-        if folder != Path(_CACHE).expanduser():
+        if folder != local_path(_CACHE):
             raise DataError(f"{folder} has no {path.name}: get it from {_URL}/{path.name}")
         _download(f"{_URL}/{path.name}", _SETS[set_name][1], path)
     return path

@@ -22,6 +22,7 @@ from meta_jax.data.image_pool import ImageClass, ImagePool
 from meta_jax.data.images import check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
+from meta_jax.lookup import local_path
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -184,7 +185,7 @@ def _pool(
 
 def tfds_data_dir(data_dir: str | os.PathLike | None) -> Path:
     """The TFDS data folder: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return local_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find_prepared(name: str, data_dir: Path) -> Path:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax.core import Config, PyTree
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 
 T = TypeVar("T")
 _UNSET = "not set"
@@ -82,7 +82,7 @@ def save(
       TypeError: a leaf is not an array or has a dtype that JAX would not give back (64 bits,
         without `jax_enable_x64`), or the metadata or the config is not JSON.
     """
-    path = Path(directory) / name
+    path = local_path(directory) / name
     # Leaves of size zero have nothing to save, and orbax refuses them.
     leaves = {leaf_path: leaf for leaf_path, leaf in _flatten(tree).items() if np.size(leaf)}
     arrays = {leaf_path: _to_host(leaf_path, leaf) for leaf_path, leaf in leaves.items()}
@@ -309,6 +309,19 @@ def read_latest(directory: Path | str) -> tuple[Contents, list[str]] | None:
       CheckpointError: every step checkpoint is damaged.
     """
     return _newest(Path(directory), read)
+
+
+def latest_step(directory: Path | str) -> int | None:
+    """The step of the newest intact step checkpoint, at which a run goes on; None without one.
+
+    Args:
+      directory: Where checkpoints live.
+
+    Raises:
+      CheckpointError: every step checkpoint is damaged.
+    """
+    found = _newest(Path(directory), lambda path: _open(path)[1])
+    return None if found is None else int(found[0]["metadata"]["step"])
 
 
 def _newest(directory: Path, read_one: Callable[[Path], T]) -> tuple[T, list[str]] | None:

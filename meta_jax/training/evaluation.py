@@ -1,7 +1,8 @@
 """Testing a learner: fixed seed, many episodes, a mean with its confidence interval."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +14,11 @@ from meta_jax.training.outer_step import TrainState
 
 # (params, state, data, key) -> metrics, each [episodes]
 EvaluateEpisodes = Callable[[PyTree, PyTree, PyTree, Array], dict[str, np.ndarray]]
+
+_LARGEST_CHUNK = 32  # episodes at a time where none is given: more do not make a GPU faster
+# Bytes of temporaries that these may take: half of a GPU of 12 GB. JAX claims three quarters of it,
+# and parameters and data lie there too.
+_MEMORY = 6 * 10**9
 
 
 class MeanCI(NamedTuple):
@@ -45,7 +51,12 @@ def confidence_interval(values: np.ndarray) -> MeanCI:
 
 
 def make_evaluate(
-    learner: MetaLearner, sample: Sample, *, episodes: int, mesh: Mesh | None = None
+    learner: MetaLearner,
+    sample: Sample,
+    *,
+    episodes: int,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
 ) -> EvaluateEpisodes:
     """Builds a compiled test of a learner on freshly drawn tasks; parameters stay as they are.
 
@@ -54,18 +65,44 @@ def make_evaluate(
       sample: Draws one test task.
       episodes: How many are drawn.
       mesh: Devices that share the episodes, from `task_mesh`.
+      chunk: Episodes that a device evaluates at a time; the result does not depend on it. By
+        default 1 on a CPU, whose cache one fills, and elsewhere up to 32, as many as fit 12 GB.
 
     Returns:
       A function (params, state, data, key) -> metrics, each [episodes]. The same key draws the
       same tasks.
 
     Raises:
-      ValueError: there is no episode, or the devices do not share them evenly.
+      ValueError: there is no episode, the devices do not share them evenly, or a chunk has none.
     """
     devices = 1 if mesh is None else mesh.size
     if episodes < 1 or episodes % devices:
         raise ValueError(f"{devices} devices must divide {episodes} episodes, of at least 1")
-    chunk = 1 if jax.default_backend() == "cpu" else min(32, episodes)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 episode")
+    build = functools.cache(
+        functools.partial(_in_chunks, learner, sample, episodes=episodes, mesh=mesh)
+    )
+    most = episodes // devices
+    chosen = [] if chunk is None else [min(chunk, most)]
+    if not chosen and jax.default_backend() == "cpu":
+        chosen = [1]
+
+    def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array) -> dict[str, np.ndarray]:
+        arguments = (params, state, data, key)
+        if mesh is not None:
+            arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
+        if not chosen:
+            chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
+        return jax.tree.map(np.asarray, build(chosen[0])(*arguments))
+
+    return evaluate
+
+
+def _in_chunks(
+    learner: MetaLearner, sample: Sample, chunk: int, *, episodes: int, mesh: Mesh | None
+) -> Any:
+    """The jitted test of some episodes, `chunk` of them vmapped at a time on each device."""
 
     def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> Metrics:
         def episode(key: Array) -> Metrics:
@@ -88,17 +125,42 @@ def make_evaluate(
     def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array) -> Metrics:
         return share(params, state, data, jax.random.split(key, episodes))
 
-    def placed(params: PyTree, state: PyTree, data: PyTree, key: Array) -> dict[str, np.ndarray]:
-        arguments = (params, state, data, key)
-        if mesh is not None:
-            arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
-        return jax.tree.map(np.asarray, evaluate(*arguments))
+    return evaluate
 
-    return placed
+
+def fitting_chunk(
+    build: Callable[[int], Any], arguments: tuple, most: int, memory: int = _MEMORY
+) -> int:
+    """Finds how many episodes at a time fit the memory, from what the compiler plans to use.
+
+    Args:
+      build: Function from a chunk to the jitted test.
+      arguments: What the test is called with.
+      most: Largest chunk.
+      memory: Bytes that temporaries may take.
+
+    Returns:
+      The largest chunk that was found to fit; 1 where none does.
+    """
+    chunk = most
+    while chunk > 1:
+        # The call that follows uses what is compiled here.
+        planned = build(chunk).lower(*arguments).compile().memory_analysis()
+        taken = 0 if planned is None else planned.temp_size_in_bytes
+        if taken <= memory:
+            break
+        chunk = max(1, min(chunk - 1, chunk * memory // taken))
+    return chunk
 
 
 def make_validate(
-    learner: MetaLearner, tasks: Tasks, *, episodes: int, seed: int = 0, mesh: Mesh | None = None
+    learner: MetaLearner,
+    tasks: Tasks,
+    *,
+    episodes: int,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
 ) -> Callable[[TrainState], dict[str, float]]:
     """Builds the validation that `fit` takes: means over the same tasks at every call.
 
@@ -110,11 +172,12 @@ def make_validate(
       episodes: How many are drawn.
       seed: Seed of the tasks.
       mesh: Devices that share the episodes, from `task_mesh`.
+      chunk: Episodes that a device evaluates at a time, as in `make_evaluate`.
 
     Returns:
       A function train state -> metrics.
     """
-    evaluate = make_evaluate(learner, tasks.sample, episodes=episodes, mesh=mesh)
+    evaluate = make_evaluate(learner, tasks.sample, episodes=episodes, mesh=mesh, chunk=chunk)
 
     def validate(train_state: TrainState) -> dict[str, float]:
         # Folded, so that no test with the same seed has the same tasks.

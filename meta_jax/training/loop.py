@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from meta_jax.core import Config, Metrics, Objective, PyTree
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainLoop, TrainState
@@ -134,7 +134,7 @@ def fit(
         raise UsageError(
             "validate is given without an objective: say which metric selects the best"
         )
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     folder = workdir / "checkpoints"
     run = _Run(config, folder, validate, objective, learner_config, keep_state, say)
     train_state, seconds = _start(run, train_state)
@@ -195,8 +195,8 @@ def _advance(
     reached = int(train_state.step)
     if not finite:
         raise TrainingDivergedError(
-            f"the loss or its gradient is not finite at step {reached}; lower the learning rate "
-            f"and start in a new workdir (the last good checkpoint is in {run.folder})"
+            f"the loss or its gradient is not finite at step {reached}; lower the learning rate, "
+            f"and go on from the last good checkpoint in {run.folder} or start in a new workdir"
         )
     writer.write(reached, "train", metrics)
     seconds = time.monotonic() - started

@@ -4,6 +4,7 @@ matplotlib is imported where it is used, and figures are made without pyplot, so
 changes and no display is needed.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -160,6 +161,63 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
     axes.set(xlabel="instance of a class", ylabel="accuracy (%)", ylim=(0, 100))
     _finish(axes)
     write_figure(figure, path)
+
+
+class Curve(NamedTuple):
+    """A metric over the outer steps of one run."""
+
+    steps: np.ndarray  # [n], ascending
+    values: np.ndarray  # [n]
+
+
+def validation_curves(
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path | str
+) -> None:
+    """Draws the validations of several runs, one panel for each metric.
+
+    Args:
+      panels: By the label of a metric, and by the name of a run, the curve of each of its seeds:
+        their mean is drawn, and a band from the lowest to the highest. Names without a curve are
+        left out.
+      path: The PNG to write, in place of an older one.
+
+    Raises:
+      ValueError: there is nothing to draw.
+    """
+    drawn = {
+        label: {name: curves for name, curves in runs.items() if curves}
+        for label, runs in panels.items()
+    }
+    drawn = {label: runs for label, runs in drawn.items() if runs}
+    if not drawn:
+        raise ValueError("there are no validations to draw")
+    figure = new_figure(6.4 * len(drawn), 4.2)
+    for axes, (label, runs) in zip(
+        np.ravel(figure.subplots(1, len(drawn))), drawn.items(), strict=True
+    ):
+        for name, curves in runs.items():
+            steps, values = _at_common_steps(curves)
+            marker = "o" if len(steps) == 1 else None
+            (line,) = axes.plot(steps, values.mean(0), label=name, linewidth=1.6, marker=marker)
+            if len(values) > 1:
+                low, high = values.min(0), values.max(0)
+                colour = line.get_color()
+                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.set(xlabel="outer step", ylabel=f"validation {label}")
+        _finish(axes)
+    write_figure(figure, path)
+
+
+def _at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all curves have, and the values of each there, [curves, steps].
+
+    A seed that has just begun shares no step with the others; the longest then stands alone.
+    """
+    common = functools.reduce(np.intersect1d, [curve.steps for curve in curves])
+    if not common.size:
+        longest = max(curves, key=lambda curve: len(curve.steps))
+        return longest.steps, longest.values[None]
+    return common, np.stack([curve.values[np.isin(curve.steps, common)] for curve in curves])
 
 
 def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from meta_jax import registry
 from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree, Tasks
 from meta_jax.data.polarity import Ink
-from meta_jax.lookup import UsageError, load_attribute
+from meta_jax.lookup import UsageError, load_attribute, local_path
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
@@ -166,7 +166,7 @@ def make_config(
 
 def write_config(folder: Path | str, config: Mapping[str, Any]) -> None:
     """Writes `folder/config.json`, in place of an older one; makes the folder."""
-    folder = Path(folder)
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _FILE, json.dumps(config, indent=1) + "\n")
 
@@ -177,7 +177,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     Raises:
       UsageError: it is missing or damaged.
     """
-    path = Path(folder) / _FILE
+    path = local_path(folder) / _FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -274,7 +274,7 @@ def save_trained(folder: Path | str, trained: Trained) -> None:
     if trained.learner.state_scope == "shared":
         learned["state"] = trained.state
     checkpoints.save(
-        Path(folder) / "checkpoints",
+        local_path(folder) / "checkpoints",
         "best",
         learned,
         dict(trained.metadata),
@@ -313,7 +313,7 @@ def load(
         cannot be built from the record.
       CheckpointError: there is no such checkpoint, it is damaged, or it is another learner's.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_config(folder)
     if learner is None:
         learner = _build(folder, config["learner"], learner_settings, network_settings)
@@ -428,7 +428,7 @@ def load_parameters(
     Raises:
       UsageError, CheckpointError: as in `load`.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     config = read_config(folder)
     learner = learner or _build(folder, config["learner"], None, None)
     if example is None:

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 _FILE = "metrics.jsonl"
+_PERIOD = 30.0  # seconds between lines of progress, where there is no bar
 
 
 class MetricsWriter:
@@ -136,7 +138,7 @@ def as_history(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.nda
 class Progress:
     """A progress bar on stderr: steps/s, tasks/s, chosen metrics and time left.
 
-    Where stderr is not a terminal it prints nothing.
+    Where stderr is not a terminal (a pipe, a log, a notebook), a line every half minute.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Progress:
         initial: int,
         tasks_per_step: int,
         shown: Sequence[str] = ("loss",),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Draws the bar.
 
@@ -153,9 +156,13 @@ class Progress:
           initial: Outer steps done before, by the run that this one resumes.
           tasks_per_step: Tasks in an outer step's batch.
           shown: Names of the metrics to show, where they are given.
+          clock: Function that gives the time in seconds.
         """
         self._tasks_per_step = tasks_per_step
         self._shown = shown
+        self._clock = clock
+        self._total, self._done = total_steps, initial
+        self._last = (clock(), initial)  # time and step of the last line
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -171,15 +178,35 @@ class Progress:
           steps: Outer steps done since the last call.
           metrics: Scalars by name.
         """
+        self._done += steps
         if self._bar is None:
+            self._write_line(metrics)
             return
-        shown = {name: f"{float(metrics[name]):.4g}" for name in self._shown if name in metrics}
+        shown = self._texts(metrics)
         # tqdm's own rate is steps/s; it is None until the first interval has passed.
         rate = self._bar.format_dict["rate"]
         if rate is not None:
             shown = {"tasks/s": f"{rate * self._tasks_per_step:.0f}", **shown}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(steps)
+
+    def _texts(self, metrics: Mapping[str, Any]) -> dict[str, str]:
+        return {name: f"{float(metrics[name]):.4g}" for name in self._shown if name in metrics}
+
+    def _write_line(self, metrics: Mapping[str, Any]) -> None:
+        """Writes a line, half a minute after the last."""
+        now, (before, step) = self._clock(), self._last
+        if now - before < _PERIOD or self._done == step:
+            return
+        self._last = (now, self._done)
+        rate = (self._done - step) / (now - before)
+        parts = [
+            f"step {self._done} of {self._total}",
+            *(f"{name} {text}" for name, text in self._texts(metrics).items()),
+            f"{rate * self._tasks_per_step:.3g} tasks/s",
+            f"{duration((self._total - self._done) / rate)} left",
+        ]
+        print(", ".join(parts), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands and ends its line."""
@@ -198,6 +225,21 @@ class Progress:
     ) -> None:
         """Ends the bar's line."""
         self.close()
+
+
+def duration(seconds: float) -> str:
+    """A duration as people read it, in its two largest units.
+
+    Examples:
+      >>> duration(59.7), duration(754), duration(7500)
+      ('60 s', '12 min 34 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 90:
+        return f"{whole} s"
+    if whole < 5400:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _dump(line: Mapping[str, Any]) -> str:

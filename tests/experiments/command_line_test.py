@@ -1,6 +1,7 @@
 """The binaries as a user meets them: in processes of their own."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,10 +27,11 @@ TINY_EPISODES = [
 TINY = ["--network.features=4", *TINY_EPISODES]
 
 
-def command(module, *arguments):
+def command(module, *arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -144,10 +146,8 @@ def test_other_tasks_have_inputs_of_the_trained_form(trained):
 def test_a_workdir_trained_with_other_settings_is_refused_and_left_alone(trained):
     workdir, arguments, _ = trained
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    found = command(
-        "train", *arguments, "--optimizer.learning_rate=0.5", "--learner.distance=cosine"
-    )
-    assert_refused(found, "(learner.distance, optimizer.learning_rate)", "another workdir")
+    found = command("train", *arguments, "--optimizer.schedule=cosine", "--learner.distance=cosine")
+    assert_refused(found, "(learner.distance, optimizer.schedule; ", "another workdir")
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
@@ -160,6 +160,130 @@ def test_the_same_command_with_more_steps_goes_on(trained, tmp_path):
     assert found.stdout.startswith("resuming at step 6 of 8\n")
     assert json.loads((grown / "config.json").read_text())["run"]["steps"] == 8
     assert json.loads((grown / "result.json").read_text())["steps"] == 8
+
+
+def test_a_folder_that_was_moved_is_named_anew_and_another_is_tested_on(trained, folder, tmp_path):
+    workdir, arguments, _ = trained
+    tasks = f"--tasks=folder:{folder}"
+    assert tasks in arguments
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    workdir = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["tasks"]["name"] = f"folder:{tmp_path / 'gone'}"
+    (workdir / "config.json").write_text(json.dumps(config))
+    asked = testing.Asked(episodes=40)
+    with pytest.raises(UsageError, match=r"gone does not exist.* give --tasks=folder:NEWPATH"):
+        testing.evaluate(workdir, asked)
+    # The same images under the recorded settings: the same result.
+    output = tmp_path / "out.json"
+    arguments = (f"--tasks=folder:{moved}", "--eval_episodes=40", f"--output={output}")
+    command("evaluate", f"--workdir={workdir}", *arguments)
+    found = json.loads(output.read_text())
+    result = json.loads((workdir / "result.json").read_text())
+    assert found["accuracy"] == pytest.approx(result["accuracy"], abs=1e-3)
+    assert found["tasks"] == f"folder:{moved}"
+    # Images in colour and of another size get the form of those that were trained on.
+    coloured = tmp_path / "coloured"
+    generator = np.random.default_rng(1)
+    for name in "abcdefghijkl":
+        (coloured / name).mkdir(parents=True)
+        for example in range(3):
+            pixels = generator.integers(0, 256, (30, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(coloured / name / f"{example}.png")
+    size = {"ways": 2, "shots": 1, "queries": 2}
+    found = testing.evaluate(workdir, asked, tasks=f"folder:{coloured}", size=size).record
+    assert (found["tasks"], found["ways"]) == (f"folder:{coloured}", 2)
+    with pytest.raises(UsageError, match=r"do not fit these tasks \(.*\[3, 3, 1, 4\]"):
+        settings = {"tasks": {"grey": False}}
+        testing.evaluate(workdir, asked, tasks=f"folder:{coloured}", size=size, settings=settings)
+
+
+def test_settings_of_a_test_follow_the_record():
+    recorded = {
+        "name": "folder:a",
+        **{"image_size": 16, "grey": None, "rotations": "classes", "split_seed": 3},
+        "preprocessing": {"image_size": 16, "channels": 1},
+    }
+    kept = testing.recorded_settings(recorded, "folder:b")
+    assert kept == {"image_size": 16, "grey": True, "rotations": "classes", "split_seed": 3}
+    assert testing.recorded_settings(recorded, "sinusoid") == {}
+    own = {**recorded, "name": "gone.module:tasks"}
+    assert testing.recorded_settings(own, "glyphs") == {"image_size": 16}
+
+
+def test_several_seeds_are_one_command_and_each_is_tested_by_its_folder(tmp_path):
+    workdir = tmp_path / "runs"
+    found = command(
+        *("train", "--learner=fomaml", "--tasks=sinusoid", "--network.widths=4", "--seed=3"),
+        *("--learner.steps=1", "--steps=2", "--eval_every=0", "--eval_episodes=4", "--seeds=2"),
+        f"--workdir={workdir}",
+    )
+    assert found.returncode == 0, found.stderr
+    assert re.fullmatch(r"test mse .* over 2 seeds \(.*", found.stdout.splitlines()[-1])
+    assert {path.name for path in workdir.iterdir()} == {
+        *("config.json", "result.json", "seed_3", "seed_4")
+    }
+    with pytest.raises(UsageError, match=f"2 seeds: name one of them, such as {workdir}/seed_3"):
+        testing.evaluate(workdir, testing.Asked(episodes=4))
+    asked = testing.Asked(episodes=4)
+    again = testing.evaluate(workdir / "seed_4", asked, checkpoint="latest").record["mse"]
+    seeds = json.loads((workdir / "result.json").read_text())["seeds"]
+    assert again == pytest.approx(seeds["4"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("train", ["--workdir=gs://bucket/run"]),
+        ("train", ["--tasks=folder:s3://bucket/images"]),
+        ("evaluate", ["--weights", "https://host/weights"]),
+        ("classify", ["--support=a", "--query=b,gs://bucket/c.png"]),
+        ("learn_optimizer", ["--workdir=gs://bucket/run"]),
+        ("reproduce", ["maml/omniglot_5w1s", "--runs=gs://bucket/run"]),
+        ("compare", ["gs://bucket/run"]),
+    ],
+)
+def test_addresses_of_remote_stores_are_refused(tmp_path, module, arguments):
+    found = command(module, *arguments, cwd=tmp_path)
+    assert_refused(found, "://", "is no local path: mount the store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_binaries_need_no_home_folder_and_no_known_user(tmp_path):
+    """As in a container that is run under any number of a user."""
+    program = (
+        "import os, pwd, runpy, sys\n"
+        "def unknown(user): raise KeyError(f'uid not found: {user}')\n"
+        "pwd.getpwuid = unknown\n"
+        "os.environ.pop('HOME')\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+    )
+
+    def start(module, *arguments):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": "removed"}
+        return subprocess.run(
+            [sys.executable, "-c", program, f"experiments.{module}", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    found = start("train", "--help")
+    assert (found.returncode, found.stderr) == (0, "")
+    # Nor a name for the workdir: that of the learner and the tasks is taken.
+    small = ("--learner=fomaml", "--tasks=sinusoid", "--network.widths=4", "--learner.steps=1")
+    found = start("train", *small, "--steps=2", "--eval_every=0", "--eval_episodes=4")
+    assert found.returncode == 0, found.stderr
+    workdir = "runs/fomaml_sinusoid"
+    assert found.stdout.startswith(f"workdir {workdir} (new)\ntest mse ")
+    assert (tmp_path / workdir / "result.json").exists()
+    arguments = (f"--workdir={workdir}", "--checkpoint=latest", "--eval_episodes=4")
+    found = start("evaluate", *arguments, "--eval_chunk=2")
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+    assert_refused(start("train", "--workdir=~/run"), "~/run", "set HOME")
 
 
 @pytest.mark.parametrize(

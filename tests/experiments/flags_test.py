@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from experiments import command_line, records, run_flags, runs
+from experiments import command_line, compare, records, run_flags, runs, testing
 from experiments.command_line import Chosen, read_setting
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, MetaLearner, Network
@@ -17,7 +17,6 @@ from meta_jax.data.source import EpisodeSize, TaskSource, load_source, source_fr
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.objectives import as_objective
-from meta_jax.training.trained import read_config
 
 FLAGFILES = sorted(
     path
@@ -417,66 +416,8 @@ class TestHelp:
         assert "--network.widths" not in text
 
 
-class TestClaimWorkdir:
-    @pytest.fixture
-    def config(self):
-        return {
-            "version": "0.1.0",
-            "learner": {"name": "maml", "inner_lr": 2.0, "network": {"name": "mlp", "widths": [4]}},
-            "tasks": {"name": "glyphs", "image_size": 28},
-            "optimizer": {"name": "adam", "learning_rate": 1e-3},
-            "run": {"ways": 5, "seed": 0, "steps": 10},
-        }
-
-    def changed(self, config, **parts):
-        return {**config, **{part: {**config[part], **new} for part, new in parts.items()}}
-
-    def test_a_new_one_is_made(self, tmp_path, config):
-        records.claim_workdir(tmp_path / "a" / "b", config)
-        assert read_config(tmp_path / "a" / "b") == config
-
-    def test_the_same_settings_may_come_back(self, tmp_path, config):
-        records.claim_workdir(tmp_path, config)
-        records.claim_workdir(tmp_path, {**config, "version": "0.2.0"})
-        assert read_config(tmp_path) == config
-
-    def test_other_settings_are_refused_by_name(self, tmp_path, config):
-        records.claim_workdir(tmp_path, config)
-        other = self.changed(config, learner={"inner_lr": 1.0}, run={"seed": 1})
-        with pytest.raises(UsageError, match=r"other settings \(learner\.inner_lr, seed\)"):
-            records.claim_workdir(tmp_path, other)
-        network = self.changed(config, learner={"network": {"name": "mlp", "widths": [8]}})
-        with pytest.raises(UsageError, match=r"other settings \(network\.widths\)"):
-            records.claim_workdir(tmp_path, network)
-        assert read_config(tmp_path) == config
-
-    def test_its_steps_may_grow(self, tmp_path, config):
-        records.claim_workdir(tmp_path, config)
-        more = self.changed(config, run={"steps": 20})
-        records.claim_workdir(tmp_path, more)
-        assert read_config(tmp_path) == more
-        with pytest.raises(UsageError, match=r"other settings \(steps\)"):
-            records.claim_workdir(tmp_path, config)
-
-    def test_a_setting_that_is_newer_than_the_workdir_had_its_default(self, tmp_path, config):
-        records.claim_workdir(tmp_path, config)
-        newer = self.changed(config, learner={"reduction": "mean"})
-        records.claim_workdir(tmp_path, newer, given={"learner", "seed"})
-        with pytest.raises(UsageError, match=r"other settings \(learner\.reduction\)"):
-            records.claim_workdir(tmp_path, newer, given={"learner.reduction"})
-
-    def test_a_folder_of_something_else_is_refused(self, tmp_path, config):
-        (tmp_path / "thesis.tex").write_text("")
-        with pytest.raises(UsageError, match="not empty"):
-            records.claim_workdir(tmp_path, config)
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-    def test_a_damaged_record_is_named(self, tmp_path):
-        (tmp_path / "config.json").write_text("{")
-        with pytest.raises(UsageError, match=r"config\.json is damaged"):
-            records.claim_workdir(tmp_path, {})
-
-
-def test_the_examples_in_the_docstrings_are_true():
-    found = doctest.testmod(command_line)
-    assert (found.failed, found.attempted) == (0, 2)
+@pytest.mark.parametrize("module", [command_line, compare, records, testing])
+def test_the_examples_in_the_docstrings_are_true(module):
+    found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert found.failed == 0
+    assert found.attempted > 0

@@ -15,6 +15,7 @@ from meta_jax.objectives import cross_entropy, cross_entropy_loss
 from meta_jax.training.evaluation import (
     MeanCI,
     confidence_interval,
+    fitting_chunk,
     make_evaluate,
     make_validate,
 )
@@ -99,6 +100,60 @@ def test_values_are_those_of_the_learner_at_test(evaluate, learned):
         logits = -((query_z[:, None] - np.asarray(y).T @ z) ** 2).sum(-1)
         losses.append(cross_entropy_loss(logits, query_y)[0])
     np.testing.assert_allclose(np.sort(metrics["loss"]), np.sort(losses), rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+def test_the_result_does_not_depend_on_the_chunk(evaluate, learned, chunk):
+    in_chunks = make_evaluate(LEARNER, sample, episodes=EPISODES, chunk=chunk)
+    arguments = (*learned, dataset(), jax.random.key(2))
+    found, expected = in_chunks(*arguments), evaluate(*arguments)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert len(set(values.tolist())) > 1  # the order counts
+        np.testing.assert_allclose(found[name], values, rtol=1e-5)
+
+
+def test_a_chunk_of_none_is_refused():
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        make_evaluate(LEARNER, sample, episodes=EPISODES, chunk=0)
+
+
+class Planned:
+    """A jitted test whose temporaries take `bytes_each` for each episode of a chunk."""
+
+    def __init__(self, chunk, bytes_each):
+        self.temp_size_in_bytes = chunk * bytes_each
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        return self
+
+    def memory_analysis(self):
+        return self
+
+
+@pytest.mark.parametrize(("bytes_each", "chunk"), [(1, 32), (100, 10), (600, 1), (2000, 1)])
+def test_a_chunk_fits_the_memory(bytes_each, chunk):
+    built = []
+
+    def build(size):
+        built.append(size)
+        return Planned(size, bytes_each)
+
+    assert fitting_chunk(build, (), 32, memory=1000) == chunk
+    assert len(built) <= 2
+
+
+def test_what_a_chunk_takes_is_read_off_the_compiled_program():
+    def build(chunk):
+        return jax.jit(lambda x: jax.lax.map(lambda k: jnp.sort(x + k).sum(), x, batch_size=chunk))
+
+    x = jnp.zeros(256)
+    taken = build(16).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert fitting_chunk(build, (x,), 16, memory=taken) == 16
+    assert 1 <= fitting_chunk(build, (x,), 16, memory=taken // 2) <= 8
 
 
 def test_the_learner_says_what_is_measured():
@@ -205,3 +260,16 @@ def test_the_sequence_protocol_scores_the_answers_on_the_way():
         accuracies.append((right.mean(), right[third].mean()))
     for name, values in zip(("accuracy", "instance_3"), zip(*accuracies, strict=True), strict=True):
         np.testing.assert_allclose(np.sort(metrics[name]), np.sort(values), atol=1e-6)
+
+
+def test_where_the_chunk_is_found_one_compilation_serves(learned, evaluate, monkeypatch, caplog):
+    arguments = (*learned, dataset(), jax.random.key(2))
+    expected = evaluate(*arguments)["loss"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = make_evaluate(LEARNER, sample, episodes=EPISODES)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        values = [found(*arguments)["loss"] for _ in range(2)]
+    compiled = [r for r in caplog.messages if r.startswith("Finished XLA compilation of jit(eval")]
+    assert len(compiled) == 1, caplog.messages
+    for value in values:
+        np.testing.assert_allclose(value, expected, rtol=1e-5)

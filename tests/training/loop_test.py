@@ -20,6 +20,7 @@ from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, TrainingDivergedError, fit, is_better
 from meta_jax.training.optimizers import average_params, averaged_params
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.trained import load
 from meta_jax.training.writers import read_metrics
 
 CONFIG = LoopConfig(steps=17, log_every=2, eval_every=4, checkpoint_every=4)
@@ -192,6 +193,18 @@ def test_a_workdir_by_its_name_and_a_state_that_stays_usable(tmp_path, uninterru
         np.testing.assert_array_equal(ours, theirs)
     again = train(tmp_path / "again", train_state=start, config=config)
     assert_same(tmp_path / "again", again, tmp_path / "first", first)
+
+
+def test_the_address_of_a_remote_store_is_no_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (
+        train,
+        lambda folder: checkpoints.save(folder, "best", {"w": DATA}, {}),
+        load,
+    ):
+        with pytest.raises(UsageError, match=r"gs://bucket/run is no local path: mount"):
+            write("gs://bucket/run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_history_holds_arrays(uninterrupted):

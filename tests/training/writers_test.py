@@ -150,6 +150,21 @@ def test_progress_on_a_terminal(monkeypatch):
     assert "other" not in last
 
 
-def test_progress_elsewhere_is_silent(capfd):
+def test_a_short_run_elsewhere_is_silent(capfd):
     show_progress()
     assert capfd.readouterr() == ("", "")
+
+
+def test_elsewhere_a_line_every_half_minute(capfd):
+    now = [100.0]
+    progress = Progress(1000, 200, 16, ("loss", "absent"), clock=lambda: now[0])
+    for _ in range(8):
+        now[0] += 10.0
+        progress.update(50, {"loss": jnp.float32(0.5), "other": 1.0})
+    progress.close()
+    # 5 steps in a second, of 16 tasks.
+    assert capfd.readouterr() == (
+        "",
+        "step 350 of 1000, loss 0.5, 80 tasks/s, 2 min 10 s left\n"
+        "step 500 of 1000, loss 0.5, 80 tasks/s, 1 min 40 s left\n",
+    )
