@@ -237,11 +237,25 @@ class MetaLearner(NamedTuple):
 
 # What a run says of itself beside the metrics, in lines of metrics and in the record of a result.
 RESERVED_METRICS = frozenset(
-    (
-        *("loss", "gradient_norm", "step", "split", "learner", "tasks", "ways", "shots", "queries"),
-        *("episodes", "ci95", "normalisation", "transductive", "steps", "seed", "seconds"),
+    {
+        "loss",
+        "gradient_norm",
+        "step",
+        "split",
+        "learner",
+        "tasks",
+        "ways",
+        "shots",
+        "queries",
+        "episodes",
+        "ci95",
+        "normalisation",
+        "transductive",
+        "steps",
+        "seed",
+        "seconds",
         "metrics",
-    )
+    }
 )
 
 

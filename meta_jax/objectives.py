@@ -81,6 +81,19 @@ def check_outputs(outputs: Array, y: Array) -> None:
         )
 
 
+def check_several_ways(y: Array) -> None:
+    """Refuses one-hot labels [n, ways] of less than two ways: every answer would be right.
+
+    Raises:
+      UsageError: there is one way, or none.
+    """
+    if y.shape[1] < 2:
+        raise UsageError(
+            f"classification of {y.shape[1]} way is right whatever is answered: use at least 2 "
+            "ways, or the objective squared_error for real targets"
+        )
+
+
 def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tuple[Array, Metrics]:
     """Mean softmax cross-entropy, in nats.
 
@@ -95,7 +108,7 @@ def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tu
 
     Raises:
       ValueError: y has another shape than the logits, or the mask is not bool [n].
-      UsageError: there is one way only, whose loss is zero whatever the logits.
+      UsageError: there are less than two ways.
 
     Examples:
       >>> loss, metrics = cross_entropy_loss(jnp.zeros((3, 5)), jnp.eye(5)[:3])
@@ -103,11 +116,7 @@ def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tu
       (1.6094, 0.0)
     """
     check_outputs(logits, y)
-    if y.shape[1] < 2:
-        raise UsageError(
-            f"cross-entropy of {y.shape[1]} way is zero whatever is answered: use at least 2 ways, "
-            "or the objective squared_error for real targets"
-        )
+    check_several_ways(y)
     loss = -(y * jax.nn.log_softmax(logits)).sum(-1)
     best = (y == y.max(-1, keepdims=True)) & (y > 0)
     true = jnp.where(best, logits, -jnp.inf).max(-1)

@@ -66,7 +66,7 @@ def test_the_accuracy_of_one_hot_labels_is_that_of_the_largest_logit():
 
 
 def test_cross_entropy_needs_two_ways():
-    with pytest.raises(UsageError, match=r"of 1 way is zero.*at least 2 ways.*squared_error"):
+    with pytest.raises(UsageError, match=r"of 1 way is right.*at least 2 ways.*squared_error"):
         cross_entropy_loss(jnp.ones((3, 1)), jnp.ones((3, 1)))
     assert squared_error_loss(jnp.ones((3, 1)), jnp.zeros((3, 1)))[0] == 1
 

@@ -327,13 +327,14 @@ def read_latest(directory: Path | str) -> tuple[Contents, list[str]] | None:
     return _newest(Path(directory), read)
 
 
-def latest_path(directory: Path | str) -> Path | None:
-    """The folder of the newest step checkpoint, which is not checked; None where there is none.
+def latest_path(directory: Path | str, step: int) -> Path | None:
+    """The folder of the newest checkpoint up to a step, not checked; None where there is none.
 
     Args:
       directory: Where checkpoints live.
+      step: Outer steps done; checkpoints of later ones are those of steps that are done again.
     """
-    steps = _steps(Path(directory))
+    steps = [saved for saved in _steps(Path(directory)) if saved <= step]
     return Path(directory) / _step_name(steps[-1]) if steps else None
 
 

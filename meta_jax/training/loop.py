@@ -193,7 +193,7 @@ def _advance(
     train_state, metrics, finite = train_loop(train_state, data, run.config.steps_from(step))
     reached = int(train_state.step)
     if not finite:
-        last = checkpoints.latest_path(run.folder)
+        last = checkpoints.latest_path(run.folder, reached)
         saved = "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"
         raise TrainingDivergedError(
             f"the loss or its gradient is not finite at step {reached}; lower the learning rate "
@@ -265,7 +265,7 @@ def _best_so_far(run: _Run, step: int, lines: list[dict[str, Any]]) -> float | N
     with contextlib.suppress(CheckpointError):  # there is none yet, or it is damaged
         scored.append(checkpoints.read_metadata(run.folder / "best"))
     for line in scored:
-        if line["step"] <= step and objective.metric in line:
+        if line.get("step", 0) <= step and objective.metric in line:
             score = line[objective.metric]
             best = score if is_better(score, best, objective) else best
     return best

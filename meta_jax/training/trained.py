@@ -20,6 +20,7 @@ import numpy as np
 from meta_jax import registry
 from meta_jax.core import (
     Config,
+    Episode,
     MetaLearner,
     Normalisation,
     Objective,
@@ -30,7 +31,7 @@ from meta_jax.core import (
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
-from meta_jax.objectives import as_objective
+from meta_jax.objectives import as_objective, check_several_ways
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
 from meta_jax.serving.inputs import Polarity
 from meta_jax.training import checkpoints
@@ -146,7 +147,8 @@ def make_config(
 
     Raises:
       UsageError: the objective has no name by which it is found again, its metric has a name of
-        `RESERVED_METRICS` (but 'loss'), or the record is not JSON.
+        `RESERVED_METRICS` (but 'loss'), episodes of classification have one way, or the record is
+        not JSON.
     """
     objective = tasks.objective
     check_metrics({objective.metric} - {"loss"})
@@ -156,6 +158,9 @@ def make_config(
             "objective._replace(name='package.module:attribute')"
         )
     task = jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    y: Any = task.query.y if isinstance(task, Episode) else None
+    if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
+        check_several_ways(y)
     config = {
         "version": importlib.metadata.version("meta_jax"),
         "learner": learner.config,

@@ -464,7 +464,10 @@ def test_a_setting_of_nan_is_itself(tmp_path):
 
 
 def test_the_newest_step_is_named(tmp_path):
-    assert checkpoints.latest_path(tmp_path / "none") is None
+    assert checkpoints.latest_path(tmp_path / "none", 5) is None
     for step in (3, 12):
-        path = checkpoints.save_step(tmp_path, step, small(1.0), {})
-        assert checkpoints.latest_path(tmp_path) == path
+        checkpoints.save_step(tmp_path, step, small(1.0), {})
+    newest = {step: checkpoints.latest_path(tmp_path, step) for step in (2, 3, 11, 12, 13)}
+    assert newest[2] is None
+    assert newest[3] == newest[11] == tmp_path / "step_00000003"
+    assert newest[12] == newest[13] == tmp_path / "step_00000012"

@@ -18,7 +18,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import conv4
 from meta_jax.networks.mlp import mlp
-from meta_jax.objectives import cross_entropy
+from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, fit
@@ -397,3 +397,10 @@ def test_the_metric_of_a_result_does_not_hide_what_else_it_has():
     with pytest.raises(UsageError, match="a metric is called 'steps'"):
         make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps))
     make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps._replace(metric="loss")))
+
+
+def test_one_way_is_refused_before_a_run_begins():
+    one = VECTORS._replace(sample=lambda key, data: episode(key, (5,), ways=1))
+    with pytest.raises(UsageError, match="classification of 1 way is right"):
+        make_config(prototypical(mlp((4,))), one)
+    make_config(prototypical(mlp((4,))), one._replace(objective=squared_error))
