@@ -9,10 +9,13 @@ Every method is an `adapt` (how S is absorbed) and a `predict` (how x is answere
 are pure and written for ONE task, without a task axis: the outer loop maps them over tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+
+from meta_jax.lookup import UsageError
 
 Array = jax.Array
 PyTree = Any
@@ -34,6 +37,47 @@ class Batch(NamedTuple):
     x: PyTree  # inputs, leaves [n, ...]
     y: PyTree  # targets, leaves [n, ...]: one-hot labels [n, ways], or real targets [n, D]
     mask: Array | None = None  # bool [n], False for padding; None: every row is real
+
+
+def check_mask(mask: Array, rows: int, name: str = "mask") -> None:
+    """Refuses a mask that is not bool [rows]: another one broadcasts, or weighs, in silence.
+
+    Args:
+      mask: The mask.
+      rows: Number of rows that it belongs to.
+      name: Its name in messages.
+
+    Raises:
+      ValueError: the mask has another shape or type.
+    """
+    shape, dtype = jnp.shape(mask), str(getattr(mask, "dtype", type(mask).__name__))
+    if shape != (rows,) or dtype != "bool":
+        raise ValueError(
+            f"{name} must be bool [{rows}], one entry for each row, False for padding, not "
+            f"{dtype}{list(shape)}"
+        )
+
+
+def check_batch(batch: Batch, name: str) -> None:
+    """Refuses a batch whose inputs, targets and mask differ in their number of rows.
+
+    Args:
+      batch: The batch.
+      name: Its name in messages, such as 'support'.
+
+    Raises:
+      ValueError: the numbers of rows differ, there is no row, or the mask is not bool [n].
+    """
+    sizes = {
+        f"{part}{jax.tree_util.keystr(path)}": leaf.shape[0] if jnp.ndim(leaf) else None
+        for part, tree in zip(("x", "y", "mask"), batch, strict=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if len(set(sizes.values())) != 1 or 0 in sizes.values() or None in sizes.values():
+        found = ", ".join(f"{part} {size}" for part, size in sizes.items())
+        raise ValueError(f"{name} needs the same number of rows, at least one, in: {found}")
+    if batch.mask is not None:
+        check_mask(batch.mask, batch.mask.shape[0], f"the mask of {name}")
 
 
 class Episode(NamedTuple):
@@ -191,12 +235,63 @@ class MetaLearner(NamedTuple):
     config: Config | None = None  # which learner it is, where a registered factory built it
 
 
+# What a run says of itself beside the metrics, in lines of metrics and in the record of a result.
+RESERVED_METRICS = frozenset(
+    {
+        "loss",
+        "gradient_norm",
+        "step",
+        "split",
+        "learner",
+        "tasks",
+        "ways",
+        "shots",
+        "queries",
+        "episodes",
+        "ci95",
+        "normalisation",
+        "transductive",
+        "steps",
+        "seed",
+        "seconds",
+        "metrics",
+    }
+)
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """Refuses metrics that would hide what a run writes under the same name.
+
+    Args:
+      names: Names of the metrics that an objective or a learner gives beside the loss.
+
+    Raises:
+      UsageError: one of them is in `RESERVED_METRICS`.
+    """
+    for name in sorted(RESERVED_METRICS.intersection(names)):
+        raise UsageError(
+            f"a metric is called '{name}', a name under which a run writes something else: rename "
+            "it in the objective, or in the learner's loss"
+        )
+
+
+def with_loss(loss: Array, metrics: Metrics) -> Metrics:
+    """The metrics of a task with its loss among them, as 'loss'.
+
+    Raises:
+      UsageError: a metric has a name of `RESERVED_METRICS`.
+    """
+    check_metrics(metrics)
+    return {"loss": loss, **metrics}
+
+
 def supervised_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Loss:
     """Builds the default loss of a `MetaLearner`: objective(predict(adapt(S), B))."""
 
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
+        check_batch(Batch(x, y, mask), "query")
         adapted = adapt(params, state, support, adapt_key, train=True)
         outputs, state = predict(params, adapted, x, predict_key, train=True, mask=mask)
         value, metrics = objective.loss(outputs, y, mask)
@@ -206,14 +301,22 @@ def supervised_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Los
 
 
 def supervised_evaluate(adapt: Adapt, predict: Predict, objective: Objective) -> Evaluate:
-    """Builds the default test of a `MetaLearner`: the objective's loss and metrics on B."""
+    """Builds the default test of a `MetaLearner`: the objective's loss and metrics on B.
+
+    Where every query is padding nothing is measured: all metrics are NaN.
+    """
 
     def evaluate(params: PyTree, state: PyTree, task: Episode, key: Array) -> Metrics:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
+        check_batch(Batch(x, y, mask), "query")
         adapted = adapt(params, state, support, adapt_key, train=False)
         outputs, _ = predict(params, adapted, x, predict_key, train=False, mask=mask)
         loss, metrics = objective.loss(outputs, y, mask)
-        return {"loss": loss, **metrics}
+        measured = with_loss(loss, metrics)
+        if mask is None:
+            return measured
+        # A mean over nothing is 0, the best mean squared error that there is.
+        return {name: jnp.where(mask.any(), value, jnp.nan) for name, value in measured.items()}
 
     return evaluate

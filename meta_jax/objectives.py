@@ -4,7 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Array, Batch, Metrics, Objective, PyTree
+from meta_jax.core import Array, Batch, Metrics, Objective, PyTree, check_mask
+from meta_jax.core import check_batch as check_batch
 from meta_jax.lookup import UsageError, load_attribute
 
 
@@ -16,15 +17,40 @@ def row_mask(batch: Batch) -> Array:
 
 
 def without_padding(y: Array, mask: Array | None) -> Array:
-    """Targets [n, D] whose rows of padding are zero; y itself without a mask."""
-    return y if mask is None else jnp.where(mask[:, None], y, jnp.zeros((), y.dtype))
+    """Targets [n, D] whose rows of padding are zero; y itself without a mask.
+
+    Raises:
+      ValueError: the mask is not bool [n].
+    """
+    if mask is None:
+        return y
+    check_mask(mask, y.shape[0])
+    return jnp.where(mask[:, None], y, jnp.zeros((), y.dtype))
 
 
 def masked_mean(values: Array, mask: Array | None) -> Array:
-    """Mean of one value for each row, [n], over the rows that are not padding; 0 without any."""
+    """Mean of one value for each row, [n], over the rows that are not padding; 0 without any.
+
+    Raises:
+      ValueError: the values are not [n], or the mask is not bool [n].
+    """
+    if jnp.ndim(values) != 1:
+        raise ValueError(f"values must be [n], one for each row, not {list(jnp.shape(values))}")
     if mask is None:
         return values.mean()
+    check_mask(mask, values.shape[0])
     return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1).astype(values.dtype)
+
+
+def as_real(x: Array) -> Array:
+    """Real numbers as they are, others as floats: differences and products of bytes wrap around.
+
+    Examples:
+      >>> as_real(jnp.uint8(1)) - as_real(jnp.uint8(2))
+      Array(-1., dtype=float32)
+    """
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
 def check_targets(y: Array, name: str = "y") -> None:
@@ -55,19 +81,34 @@ def check_outputs(outputs: Array, y: Array) -> None:
         )
 
 
+def check_several_ways(y: Array) -> None:
+    """Refuses one-hot labels [n, ways] of less than two ways: every answer would be right.
+
+    Raises:
+      UsageError: there is one way, or none.
+    """
+    if y.shape[1] < 2:
+        raise UsageError(
+            f"classification of {y.shape[1]} way is right whatever is answered: use at least 2 "
+            "ways, or the objective squared_error for real targets"
+        )
+
+
 def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tuple[Array, Metrics]:
     """Mean softmax cross-entropy, in nats.
 
     Args:
-      logits: [n, ways].
-      y: One-hot labels [n, ways].
+      logits: [n, ways], of at least two ways.
+      y: One-hot or smoothed labels [n, ways].
       mask: bool [n], False for rows of padding, which do not count.
 
     Returns:
-      The loss and the metric `accuracy` in [0, 1]; a tie for the largest logit counts as wrong.
+      The loss and the metric `accuracy` in [0, 1]. The class of a row is that of its largest
+      label; a row without a label, and a tie for the largest logit, count as wrong.
 
     Raises:
-      ValueError: y is not one-hot of the logits' shape.
+      ValueError: y has another shape than the logits, or the mask is not bool [n].
+      UsageError: there are less than two ways.
 
     Examples:
       >>> loss, metrics = cross_entropy_loss(jnp.zeros((3, 5)), jnp.eye(5)[:3])
@@ -75,9 +116,11 @@ def cross_entropy_loss(logits: Array, y: Array, mask: Array | None = None) -> tu
       (1.6094, 0.0)
     """
     check_outputs(logits, y)
+    check_several_ways(y)
     loss = -(y * jax.nn.log_softmax(logits)).sum(-1)
-    true = (y * logits).sum(-1)
-    beaten = jnp.where(y > 0, -jnp.inf, logits).max(-1) < true
+    best = (y == y.max(-1, keepdims=True)) & (y > 0)
+    true = jnp.where(best, logits, -jnp.inf).max(-1)
+    beaten = jnp.where(best, -jnp.inf, logits).max(-1) < true
     return masked_mean(loss, mask), {"accuracy": masked_mean(beaten.astype(loss.dtype), mask)}
 
 
@@ -126,6 +169,12 @@ def as_objective(objective: Objective | str) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
+    if not isinstance(objective, str):
+        raise UsageError(
+            f"objective must be a meta_jax Objective or the name of one, not a "
+            f"{type(objective).__name__}: give {', '.join(_NAMED)}, or wrap a loss with "
+            "meta_jax.Objective(loss, metric, maximise)"
+        )
     if objective in _NAMED:
         return _NAMED[objective]
     if ":" not in objective:
@@ -150,26 +199,6 @@ def check_kind(objective: Objective, kind: str, learner: str) -> None:
             f"{learner} is for {kind}, and its tasks ask for {objective.kind} "
             f"({objective.name or objective.metric}): choose other tasks or another learner"
         )
-
-
-def check_batch(batch: Batch, name: str) -> None:
-    """Refuses a batch whose inputs, targets and mask differ in their number of rows.
-
-    Args:
-      batch: The batch.
-      name: Its name in messages, such as 'support'.
-
-    Raises:
-      ValueError: the numbers of rows differ, or there is no row.
-    """
-    sizes = {
-        f"{part}{jax.tree_util.keystr(path)}": leaf.shape[0] if jnp.ndim(leaf) else None
-        for part, tree in zip(("x", "y", "mask"), batch, strict=True)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if len(set(sizes.values())) != 1 or 0 in sizes.values() or None in sizes.values():
-        found = ", ".join(f"{part} {size}" for part, size in sizes.items())
-        raise ValueError(f"{name} needs the same number of rows, at least one, in: {found}")
 
 
 def tree_rows(tree: PyTree) -> int:

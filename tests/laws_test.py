@@ -577,6 +577,20 @@ def test_what_stands_in_padding_changes_no_loss(name):
     assert_trees_close(first, loss(b.params, b.state, episode(name), jax.random.key(1)))
 
 
+@every_supervised_learner
+@pytest.mark.parametrize("part", ["loss", "evaluate"])
+def test_queries_that_do_not_fit_are_refused(name, part):
+    b, (support, query) = built(name), episode(name)
+    n = len(query.x)
+    wrong = [query._replace(y=query.y[:-1])]
+    wrong += [query._replace(mask=m) for m in (jnp.ones((n, 1), bool), jnp.ones(1, bool))]
+    wrong += [query._replace(mask=jnp.ones(n))]
+    function, key = getattr(b.learner, part), jax.random.key(1)
+    for bad in wrong:
+        with pytest.raises(ValueError, match="query"):
+            jax.eval_shape(function, b.params, b.state, Episode(support, bad), key)
+
+
 @every_learner
 def test_the_modes_give_different_answers(name):
     support, query = episode(name)

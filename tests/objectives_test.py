@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.core import Batch
+from meta_jax.core import (
+    RESERVED_METRICS,
+    Batch,
+    Episode,
+    check_metrics,
+    supervised_evaluate,
+    supervised_loss,
+)
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import (
     as_objective,
@@ -19,6 +26,10 @@ from meta_jax.objectives import (
     squared_error_loss,
     without_padding,
 )
+from meta_jax.optimization_based.maml import maml
+from tests.small_networks import IDENTITY
+
+KEY = jax.random.key(0)
 
 
 def test_cross_entropy_by_hand():
@@ -26,6 +37,38 @@ def test_cross_entropy_by_hand():
     loss, metrics = cross_entropy_loss(logits, jnp.array([[0.0, 1.0], [1.0, 0.0]]))
     np.testing.assert_allclose(loss, (np.log(4 / 3) + np.log(2)) / 2, rtol=1e-6)
     assert metrics["accuracy"] == 0.5  # a tie is wrong
+
+
+def accuracy(logits, y):
+    return float(cross_entropy_loss(jnp.asarray(logits), jnp.asarray(y))[1]["accuracy"])
+
+
+def test_a_smoothed_label_counts_by_its_largest_entry():
+    y = [[0.9, 0.1], [0.1, 0.9]]
+    assert accuracy([[0.0, 5.0], [5.0, 0.0]], y) == 0
+    assert accuracy([[5.0, 0.0], [5.0, 0.0]], y) == 0.5
+    assert accuracy([[1.0, 1.0], [-7.0, -6.0]], y) == 0.5  # a tie is wrong
+    assert accuracy([[-5.0, -5.0, -1.0]], [[0.0, 0.5, 0.5]]) == 1  # either of two
+
+
+def test_a_row_without_a_label_counts_as_wrong():
+    y = jax.nn.one_hot(jnp.array([0, 7]), 2)  # there is no class 7
+    assert accuracy([[5.0, 0.0], [5.0, 0.0]], y) == 0.5
+    assert accuracy(-jnp.ones((2, 2)), jnp.zeros((2, 2))) == 0
+
+
+def test_the_accuracy_of_one_hot_labels_is_that_of_the_largest_logit():
+    logits = np.random.default_rng(0).normal(size=(200, 4))
+    labels = np.random.default_rng(1).integers(0, 4, 200)
+    expected = (logits.argmax(1) == labels).mean()
+    assert 0.1 < expected < 0.4
+    np.testing.assert_allclose(accuracy(logits, np.eye(4)[labels]), expected, rtol=1e-6)
+
+
+def test_cross_entropy_needs_two_ways():
+    with pytest.raises(UsageError, match=r"of 1 way is right.*at least 2 ways.*squared_error"):
+        cross_entropy_loss(jnp.ones((3, 1)), jnp.ones((3, 1)))
+    assert squared_error_loss(jnp.ones((3, 1)), jnp.zeros((3, 1)))[0] == 1
 
 
 def test_squared_error_by_hand():
@@ -68,6 +111,23 @@ def test_integer_labels_are_refused_with_the_remedy(objective):
         objective.loss(jnp.ones((3, 5)), jnp.array([0, 1, 2]), None)
 
 
+@pytest.mark.parametrize(
+    "mask", [jnp.ones((3, 1), bool), jnp.ones(1, bool), jnp.ones(3), jnp.ones(3, int)]
+)
+def test_masks_that_would_broadcast_or_weigh_are_refused(mask):
+    values, y = jnp.ones(3), jnp.eye(3)
+    for objective in (cross_entropy, squared_error):
+        with pytest.raises(ValueError, match=r"mask must be bool \[3\]"):
+            objective.loss(y, y, mask)
+    for call in (masked_mean, without_padding):
+        with pytest.raises(ValueError, match=r"mask must be bool \[3\]"):
+            call(values if call is masked_mean else y, mask)
+    with pytest.raises(ValueError, match="query"):
+        check_batch(Batch(y, y, mask), "query")
+    with pytest.raises(ValueError, match=r"values must be \[n\].*not \[3, 1\]"):
+        masked_mean(values[:, None], mask)
+
+
 def test_objectives_by_name():
     assert as_objective("cross_entropy") is cross_entropy
     assert as_objective(squared_error) is squared_error
@@ -78,6 +138,10 @@ def test_objectives_by_name():
         as_objective("hinge")
     with pytest.raises(UsageError, match="is a float"):
         as_objective("math:pi")
+    with pytest.raises(UsageError, match=r"not a function.*squared_error.*meta_jax\.Objective"):
+        as_objective(lambda outputs, y, mask: 0.0)
+    with pytest.raises(UsageError, match="not a NoneType"):
+        maml(IDENTITY, objective=None)
 
 
 def test_a_learner_of_classes_refuses_regression():
@@ -101,3 +165,45 @@ def test_batches_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"query needs.*at least one.*x 0"):
         check_batch(Batch(jnp.zeros((0, 2)), jnp.zeros((0, 1))), "query")
     check_batch(Batch({"a": jnp.zeros((3, 2))}, jnp.zeros((3, 1))), "support")
+
+
+def adapt(params, state, support, key, *, train):
+    return state
+
+
+def predict(params, adapted, x, key, *, train, mask=None):
+    return x, adapted
+
+
+def measure(objective, mask=None):
+    batch = Batch(jnp.eye(3), jnp.eye(3))
+    task = Episode(batch, batch._replace(mask=mask))
+    return supervised_evaluate(adapt, predict, objective)({}, {}, task, KEY)
+
+
+def test_queries_of_padding_alone_measure_nothing():
+    assert measure(squared_error) == {"loss": 0, "mse": 0}
+    assert measure(squared_error, jnp.arange(3) < 1) == {"loss": 0, "mse": 0}
+    nothing = measure(squared_error, jnp.zeros(3, bool))
+    assert set(nothing) == {"loss", "mse"}
+    assert all(np.isnan(value) for value in nothing.values())
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "split", "step", "ways", "seed"])
+def test_metrics_with_a_name_of_the_run_are_refused(name):
+    with pytest.raises(UsageError, match=f"a metric is called '{name}'.*rename it"):
+        check_metrics(["accuracy", name])
+    own = squared_error._replace(loss=lambda *a: (jnp.ones(()), {name: jnp.zeros(())}))
+    with pytest.raises(UsageError, match=f"'{name}'"):
+        measure(own)
+    assert name in RESERVED_METRICS
+    check_metrics(["accuracy", "mse", "instance_1"])
+
+
+@pytest.mark.parametrize("build", [supervised_loss, supervised_evaluate])
+@pytest.mark.parametrize("mask", [jnp.ones((3, 1), bool), jnp.ones(2, bool), jnp.ones(3)])
+def test_a_query_that_does_not_fit_is_refused_before_anything_is_computed(build, mask):
+    own = squared_error._replace(loss=lambda *a: (jnp.ones(()), {}))  # which checks nothing
+    batch = Batch(jnp.eye(3), jnp.eye(3))
+    with pytest.raises(ValueError, match="query"):
+        build(None, None, own)({}, {}, Episode(batch, batch._replace(mask=mask)), KEY)

@@ -114,7 +114,8 @@ def dataset_from_classes(classes: Sequence[PyTree], groups: Sequence[int] | None
       The dataset, on the device.
 
     Raises:
-      DataError: there is no class, a class is empty, or structures, shapes or dtypes differ.
+      DataError: there is no class, a class is empty, structures, shapes or dtypes differ, or an
+        integer does not fit the 32 bits that JAX stores.
 
     Examples:
       >>> data = dataset_from_classes([np.zeros((3, 8)), np.ones((2, 8))])  # features
@@ -184,12 +185,27 @@ def _count(examples: PyTree, first: PyTree, index: int) -> int:
             raise DataError(
                 f"class {index} has examples of dtype {leaf.dtype}: turn them into numbers"
             )
+        _check_integers(leaf, index)
     sizes = {len(leaf) for leaf in leaves}
     if len(sizes) > 1:
         raise DataError(f"class {index} has leaves of {sorted(sizes)} examples: give all the same")
     if 0 in sizes:
         raise DataError(f"class {index} has no examples: leave it out")
     return sizes.pop()
+
+
+def _check_integers(leaf: np.ndarray, index: int) -> None:
+    """Refuses integers that JAX, without 64 bits, would cut off in silence."""
+    stored = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if stored == leaf.dtype or not np.issubdtype(stored, np.integer) or not leaf.size:
+        return
+    least, largest = np.iinfo(stored).min, np.iinfo(stored).max
+    for value in (int(leaf.min()), int(leaf.max())):
+        if not least <= value <= largest:
+            raise DataError(
+                f"class {index} has the {leaf.dtype} {value}, which {stored} cannot hold: give "
+                "smaller numbers or floats, or set jax_enable_x64"
+            )
 
 
 def class_examples(dataset: Dataset, index: int) -> PyTree:
@@ -267,7 +283,8 @@ def random_class_split(
         )
     least = 1 if fractions else min(_EVALUATED_CLASSES, n_classes // 3)
     shares = fractions or _FRACTIONS
-    if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    positive = len(shares) == 3 and all(share > 0 for share in shares)  # NaN is not
+    if not positive or abs(sum(shares) - 1) > 1e-6:
         raise DataError(f"split fractions must be three positive numbers of sum 1: {shares}")
     n_val, n_test = (max(least, round(share * n_classes)) for share in shares[1:])
     # Small sets round up to more than all classes; train, then val, is served first.

@@ -17,7 +17,14 @@ from meta_jax.core import (
     supervised_loss,
 )
 from meta_jax.metric_based.primitives import check_examples, impossible_logit, squared_distance
-from meta_jax.objectives import check_batch, check_kind, cross_entropy, tree_rows, without_padding
+from meta_jax.objectives import (
+    as_real,
+    check_batch,
+    check_kind,
+    cross_entropy,
+    tree_rows,
+    without_padding,
+)
 
 
 class NeighbourAdapted(NamedTuple):
@@ -53,10 +60,7 @@ def nearest_neighbour(*, objective: Objective = cross_entropy) -> MetaLearner:
 def flat_rows(x: PyTree) -> Array:
     """Inputs, leaves [n, ...], as vectors [n, D]."""
     n = tree_rows(x)
-    rows = [leaf.reshape(n, -1) for leaf in jax.tree.leaves(x)]
-    # Differences of bytes and of other unsigned integers would wrap around.
-    real = [r if jnp.issubdtype(r.dtype, jnp.floating) else r.astype(float) for r in rows]
-    return jnp.concatenate(real, axis=1)
+    return jnp.concatenate([as_real(leaf).reshape(n, -1) for leaf in jax.tree.leaves(x)], axis=1)
 
 
 def _init(key: Array, episode: Episode) -> tuple[PyTree, PyTree]:

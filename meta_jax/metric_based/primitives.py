@@ -5,6 +5,7 @@ many. Rows of padding, which a mask names, may hold any finite values.
 """
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Literal, TypeVar
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
-from meta_jax.objectives import check_targets, without_padding
+from meta_jax.objectives import as_real, check_targets, without_padding
 
 Similarity = Callable[[Array, Array], Array]  # ([m, D], [n, D]) -> [m, n]
 Metric = Literal["squared_euclidean", "manhattan", "cosine"]
@@ -39,6 +40,19 @@ def check_positive(setting: str, value: float) -> None:
     """
     if not value > 0:
         raise UsageError(f"{setting} {value} is impossible: use a positive one")
+
+
+def _check_positive_scalar(setting: str, value: jax.typing.ArrayLike) -> None:
+    """Refuses arrays, and numbers that are not above zero; a traced value is not known yet.
+
+    Raises:
+      UsageError: the value is a number of zero or below.
+      ValueError: the value is not a scalar.
+    """
+    if jnp.ndim(value):
+        raise ValueError(f"{setting} must be a scalar, not {list(jnp.shape(value))}")
+    if isinstance(value, Real):
+        check_positive(setting, float(value))
 
 
 def check_vectors(name: str, array: Array) -> None:
@@ -105,11 +119,13 @@ def prototypes(z: Array, y: Array, mask: Array | None = None) -> Array:
     return y.T @ z / jnp.maximum(y.sum(0), 1)[:, None]
 
 
-def _check_pair(a: Array, b: Array) -> None:
+def _real_pair(a: Array, b: Array) -> tuple[Array, Array]:
+    """Two sets of vectors, as real numbers."""
     check_vectors("a", a)
     check_vectors("b", b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"rows of a have {a.shape[1]} entries and those of b {b.shape[1]}")
+    return as_real(a), as_real(b)
 
 
 def squared_distance(a: Array, b: Array) -> Array:
@@ -121,7 +137,7 @@ def squared_distance(a: Array, b: Array) -> Array:
       >>> squared_distance(jnp.array([[1., 2.]]), centres).tolist()
       [[5.0, 1.0, 9.0]]
     """
-    _check_pair(a, b)
+    a, b = _real_pair(a, b)
     # Differences, not the expanded square, whose cancellation costs half the digits.
     return ((a[:, None] - b) ** 2).sum(-1)
 
@@ -134,7 +150,7 @@ def manhattan_distance(a: Array, b: Array) -> Array:
       >>> manhattan_distance(jnp.array([[1., 2.]]), jnp.array([[0., 0.], [1., -1.]])).tolist()
       [[3.0, 3.0]]
     """
-    _check_pair(a, b)
+    a, b = _real_pair(a, b)
     return abs(a[:, None] - b).sum(-1)
 
 
@@ -146,7 +162,7 @@ def cosine_similarity(a: Array, b: Array) -> Array:
       >>> cosine_similarity(jnp.array([[3., 0.]]), jnp.array([[1., 0.], [0., 2.]])).tolist()
       [[1.0, 0.0]]
     """
-    _check_pair(a, b)
+    a, b = _real_pair(a, b)
     return _unit_rows(a) @ _unit_rows(b).T
 
 
@@ -227,6 +243,7 @@ def kernel_regression(log_kernel: Array, y: Array, mask: Array | None = None) ->
       2.875
     """
     _check_kernel(log_kernel, y, mask)
+    log_kernel = as_real(log_kernel)
     if mask is not None:
         log_kernel = jnp.where(mask, log_kernel, impossible_logit(log_kernel.dtype))
     return jax.nn.softmax(log_kernel) @ without_padding(y, mask)
@@ -257,6 +274,7 @@ def kernel_logits(log_kernel: Array, y: Array, mask: Array | None = None) -> Arr
       [0.25, 0.75]
     """
     _check_kernel(log_kernel, y, mask)
+    log_kernel = as_real(log_kernel)
     y = without_padding(y, mask)
     empty = (y <= 0).all(0)
     logits = jax.nn.logsumexp(log_kernel[:, :, None], axis=1, b=jnp.where(empty, 1, y))
@@ -277,14 +295,16 @@ def attention(
       query: [m, D].
       key: [n, D].
       value: [n, E].
-      temperature: Low ones attend to the best key alone, high ones to all keys alike.
+      temperature: Positive scalar. Low ones attend to the best key alone, high ones to all keys
+        alike.
       mask: bool [n], False for keys that are padding.
 
     Returns:
       [m, E].
 
     Raises:
-      ValueError: the shapes do not fit.
+      UsageError: a temperature of zero or below.
+      ValueError: the shapes do not fit, or the temperature is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -301,7 +321,9 @@ def attention(
             f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} must "
             "be [m, D], [n, D] and [n, E]"
         )
-    return kernel_regression(query @ key.T / temperature, value, mask)
+    _check_positive_scalar("temperature", temperature)
+    log_kernel = as_real(query) @ as_real(key).T / temperature
+    return kernel_regression(log_kernel, as_real(value), mask)
 
 
 def ridge_solve(
@@ -326,11 +348,11 @@ def ridge_solve(
       mask: bool [n], False for padding.
 
     Returns:
-      W [D, E], of x's type.
+      W [D, E], of x's type; of JAX's default float where that is no real number.
 
     Raises:
-      UsageError: an unknown form.
-      ValueError: the shapes do not fit.
+      UsageError: an unknown form, or a penalty of zero or below.
+      ValueError: the shapes do not fit, or the penalty is not a scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -339,8 +361,10 @@ def ridge_solve(
       [1.0, 2.0]
     """
     check_ridge_form(form)
+    _check_positive_scalar("penalty", penalty)
     check_vectors("x", x)
     check_examples(x, y, mask)
+    x = as_real(x)
     dtype = x.dtype
     x, y = without_padding(x, mask), without_padding(y, mask)
     if jnp.finfo(dtype).bits < 32:

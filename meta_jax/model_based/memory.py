@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array
+from meta_jax.networks.layers import check_at_least_one
 
 _EPSILON = 1e-8  # keeps the cosine of an empty row, and its gradient, finite
 
@@ -41,7 +42,12 @@ class Memory(NamedTuple):
 def empty_memory(
     num_slots: int, slot_size: int, num_heads: int, dtype: jnp.dtype | None = None
 ) -> Memory:
-    """A memory of zeros, never used; its read weights are those of reading it, uniform."""
+    """A memory of zeros, never used; its read weights are those of reading it, uniform.
+
+    Raises:
+      UsageError: a size is below one.
+    """
+    check_at_least_one("a memory", num_slots=num_slots, slot_size=slot_size, num_heads=num_heads)
     return Memory(
         jnp.zeros((num_slots, slot_size), dtype),
         jnp.full((num_heads, num_slots), 1 / num_slots, dtype),

@@ -26,12 +26,15 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_mask,
     supervised_evaluate,
+    with_loss,
 )
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.normalisation import embed_queries, embed_support, queries_need_support
 from meta_jax.objectives import (
+    as_real,
     check_batch,
     check_outputs,
     check_targets,
@@ -111,7 +114,7 @@ def instance_numbers(y: Array, mask: Array | None = None) -> Array:
       int [n].
 
     Raises:
-      ValueError: y is not one-hot [n, ways].
+      ValueError: y is not one-hot [n, ways], or the mask is not bool [n].
 
     Examples:
       >>> instance_numbers(jnp.eye(3)[jnp.array([2, 0, 2, 2, 0])]).tolist()
@@ -186,17 +189,19 @@ def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
     check_targets(y)
     if z.ndim != 2 or z.shape[0] != y.shape[0]:
         raise ValueError(f"z must be embeddings [{y.shape[0]}, D], as y has it, not {z.shape}")
-    z, y = without_padding(z, mask), without_padding(y, mask)
+    z, y = without_padding(as_real(z), mask), without_padding(y, mask)
     squares = (z * z).sum(-1)
     distances = squares[:, None] + squares - 2 * z @ z.T
     others = ~jnp.eye(y.shape[0], dtype=bool)
     if mask is not None:
         others &= mask
-    logits = jnp.where(others, -distances, -jnp.inf)
     same = (y @ y.T > 0) & others
     counts = same.any(-1)
-    # All are neighbours of what does not count: it loses 0, and its gradient is 0.
+    # All are neighbours of what does not count: it loses 0, and its gradient is 0. Where there are
+    # no others, that is each example itself.
+    others = others | ~others.any(-1, keepdims=True)
     same = same | (~counts[:, None] & others)
+    logits = jnp.where(others, -distances, -jnp.inf)
     near = jax.nn.logsumexp(jnp.where(same, logits, -jnp.inf), -1)
     lost = (jax.nn.logsumexp(logits, -1) - near).sum()
     return lost / jnp.maximum(counts.sum(), 1).astype(lost.dtype)
@@ -212,6 +217,9 @@ def labels_before(y: Array, mask: Array | None = None) -> tuple[Array, Array]:
     Returns:
       [n, ways] and [ways].
 
+    Raises:
+      ValueError: y is not one-hot [n, ways], or the mask is not bool [n].
+
     Examples:
       >>> before, last = labels_before(jnp.eye(3))
       >>> before.argmax(1).tolist(), before.sum(1).tolist(), int(last.argmax())
@@ -221,6 +229,7 @@ def labels_before(y: Array, mask: Array | None = None) -> tuple[Array, Array]:
     labels = jnp.concatenate([jnp.zeros_like(y[:1]), y])
     if mask is None:
         return labels[:-1], labels[-1]
+    check_mask(mask, y.shape[0])
     # The index into `labels` of the last one shown, after each step.
     last = jax.lax.cummax(jnp.where(mask, jnp.arange(1, mask.size + 1), 0))
     return labels[jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])], labels[last[-1]]
@@ -392,7 +401,8 @@ def sequence_evaluate(adapt: Adapt, objective: Objective = cross_entropy) -> Eva
         sequence = as_sequence(order_key, episode)
         logits = adapt(params, state, sequence, adapt_key, train=False).logits
         loss, metrics = objective.loss(logits, sequence.y, sequence.mask)
-        return {"loss": loss, **metrics, **sequence_metrics(logits, sequence.y, sequence.mask)}
+        metrics = metrics | sequence_metrics(logits, sequence.y, sequence.mask)
+        return with_loss(loss, metrics)
 
     return evaluate
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from meta_jax.core import Array, MomentsUse, Normalisation, PyTree
+from meta_jax.core import Array, MomentsUse, Normalisation, PyTree, check_mask
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import BATCH_MODES, check_mode
 
@@ -147,10 +147,11 @@ def rows_mask(mask: Array | None, x: Array, what: str) -> Array | None:
     """A mask of rows [n] that broadcasts to a batch norm's inputs [n, ...].
 
     Raises:
-      ValueError: the inputs have another number of rows.
+      ValueError: the inputs have another number of rows, or the mask is not bool [n].
     """
     if mask is None:
         return None
+    check_mask(mask, len(mask))
     if x.shape[0] != mask.shape[0]:
         raise ValueError(
             f"a batch norm of {what} sees {x.shape[0]} rows, and the batch has {mask.shape[0]}: "
@@ -164,3 +165,18 @@ def joint_mask(mask: Array | None, own: Array | None) -> Array | None:
     if mask is None or own is None:
         return own if mask is None else mask
     return mask & own
+
+
+def finite_mask(mask: Array | None) -> tuple[Array | None, Array | None]:
+    """A mask whose moments are finite, all True where nothing is real, and whether anything is.
+
+    Args:
+      mask: From `joint_mask`; where nothing in it is real, the moments must not be kept.
+
+    Returns:
+      The mask, and a boolean scalar; None and None without a mask.
+    """
+    if mask is None:
+        return None, None
+    real = mask.any()
+    return mask | ~real, real

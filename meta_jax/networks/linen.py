@@ -9,11 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.adapters import (
     find_switches,
+    finite_mask,
     joint_mask,
     keep_types,
     merge_tree,
@@ -21,6 +23,7 @@ from meta_jax.networks.adapters import (
     rows_mask,
     split_tree,
 )
+from meta_jax.networks.normalisation import check_moments
 
 if TYPE_CHECKING:  # a module needs nothing of flax but itself, so `import meta_jax` stays quick
     import flax.linen as nn
@@ -57,8 +60,9 @@ def from_linen(
       `apply`, in tests too: let the module ask its switch.
 
     Raises:
-      UsageError: a mode that the module cannot have, or a parameter of `__call__` whose meaning is
-        not known; and when it is applied without a key, a module that draws at random.
+      UsageError: no Linen module, a mode that the module cannot have, or a parameter of `__call__`
+        whose meaning is not known; and when it is applied without a key, a module that draws at
+        random.
 
     Examples:
       >>> import flax.linen as nn
@@ -68,12 +72,26 @@ def from_linen(
       >>> network.apply(params, state, jnp.ones((2, 5)), key=None, train=True)[0].shape
       (2, 3)
     """
+    _check_module(module)
     what = f"the Linen module {type(module).__name__}"
     guessed = normalisation is None
     mode = resolve_mode(normalisation, not guessed or mentions_batch_norm(module), what)
     call = find_switches(module.__call__, what, inputs=1, declared=switches)
     adapter = _Adapter(module, call, what, mode, guessed)
     return Network(partial(_init, adapter), partial(_apply, adapter), mode)
+
+
+def _check_module(module: Any) -> None:
+    import flax.linen as nn
+
+    if isinstance(module, type) and issubclass(module, nn.Module):
+        name = module.__name__
+        raise UsageError(f"from_linen needs a module, not the class {name}: give {name}(...)")
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"from_linen needs a flax Linen module, not a {type(module).__name__}: wrap an NNX "
+            "module with from_nnx, functions with from_functions"
+        )
 
 
 class _Adapter(NamedTuple):
@@ -139,6 +157,7 @@ def _apply(
 ) -> tuple[Array, PyTree]:
     import flax.linen as nn
 
+    check_moments(moments)
     rngs = None
     if key is not None:
         params_key, dropout_key = jax.random.split(key)
@@ -198,19 +217,22 @@ class _Control:
         self, module: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         x = args[0] if args else kwargs["x"]
-        settings = {"use_running_average": True}
+        settings, real = {"use_running_average": True}, None
         if self.moments != "stored":
             mask = joint_mask(rows_mask(self.mask, x, self.name), kwargs.get("mask"))
+            mask, real = finite_mask(mask)
             settings = {"use_running_average": False, "mask": mask}
+        if self.moments == "batch":
+            real = False  # its moments are not kept
         momentum = 0.0 if self.moments == "replace" else module.momentum
-        keeps = self.moments == "batch" and not module.is_initializing()
         with _attributes(module, use_running_average=None, momentum=momentum):
-            if not keeps:
+            if real is None or module.is_initializing():
                 return call(x, **settings)
             stored = {name: module.get_variable("batch_stats", name) for name in ("mean", "var")}
             y = call(x, **settings)
-            for name, value in stored.items():
-                module.put_variable("batch_stats", name, value)
+            for name, old in stored.items():
+                new = module.get_variable("batch_stats", name)
+                module.put_variable("batch_stats", name, jnp.where(real, new, old))
             return y
 
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
+from meta_jax.lookup import UsageError
 from meta_jax.networks.adapters import (
     find_switches,
+    finite_mask,
     flat_items,
     joint_mask,
     keep_types,
@@ -20,7 +22,7 @@ from meta_jax.networks.adapters import (
     rows_mask,
     split_tree,
 )
-from meta_jax.networks.normalisation import Moments
+from meta_jax.networks.normalisation import Moments, check_moments
 
 if TYPE_CHECKING:  # a module needs nothing of flax but itself, so `import meta_jax` stays quick
     from flax import nnx
@@ -54,8 +56,8 @@ def from_nnx(
       The network; the module's randomness draws from the `key` given to `apply`.
 
     Raises:
-      UsageError: a mode that the module cannot have, or a parameter of `__call__` whose meaning is
-        not known.
+      UsageError: `build` gives no NNX module, a mode that the module cannot have, or a parameter of
+        `__call__` whose meaning is not known.
 
     Examples:
       >>> from flax import nnx
@@ -67,7 +69,8 @@ def from_nnx(
     """
     from flax import nnx
 
-    template = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    _check_build(build)
+    template = nnx.eval_shape(lambda: _built(build, nnx.Rngs(0)))
     what = f"the NNX module {type(template).__name__}"
     modules = [(path, module) for path, module in nnx.iter_modules(template)]
     has_batch_norm = any(isinstance(module, nnx.BatchNorm) for _, module in modules)
@@ -77,6 +80,34 @@ def from_nnx(
     norms = tuple(_as_names(path) for path, module in modules if isinstance(module, kinds))
     adapter = _Adapter(build, template, norms, call, what)
     return Network(partial(_init, adapter), partial(_apply, adapter), mode)
+
+
+def _check_build(build: Any) -> None:
+    """Refuses modules, which can be called too, where a function that builds one is needed."""
+    import flax.linen as nn
+    from flax import nnx
+
+    name = type(build).__name__
+    if isinstance(build, nnx.Module) or not callable(build):
+        raise UsageError(
+            f"from_nnx needs a function that builds the module, not a {name}: give lambda rngs: "
+            f"{name if isinstance(build, nnx.Module) else 'MyModule'}(..., rngs=rngs)"
+        )
+    linen = build if isinstance(build, type) else type(build)
+    if issubclass(linen, nn.Module):
+        raise UsageError(f"{linen.__name__} is a flax Linen module: wrap it with from_linen")
+
+
+def _built(build: Callable[["nnx.Rngs"], "nnx.Module"], rngs: "nnx.Rngs") -> "nnx.Module":
+    from flax import nnx
+
+    module = build(rngs)
+    if not isinstance(module, nnx.Module):
+        raise UsageError(
+            f"from_nnx needs a function that returns an NNX module, not a {type(module).__name__}: "
+            "give lambda rngs: MyModule(..., rngs=rngs)"
+        )
+    return module
 
 
 class _Adapter(NamedTuple):
@@ -117,6 +148,7 @@ def _apply(
 ) -> tuple[Array, PyTree]:
     from flax import nnx
 
+    check_moments(moments)
     graph, params_like, rngs_like, state_like = adapter.split(adapter.template)
     own_key, call_key = (None, None) if key is None else jax.random.split(key)
     module = nnx.merge(
@@ -218,12 +250,16 @@ def _batch_norm(moments: MomentsUse, rows: Array | None, name: str) -> Callable[
         if moments == "stored":
             return plain(x, use_running_average=True)
         old = Moments(part.mean.get_value(), part.var.get_value())
-        batch = _moments(part, x, joint_mask(rows_mask(rows, x, name), mask))
+        mask, real = finite_mask(joint_mask(rows_mask(rows, x, name), mask))
+        batch = _moments(part, x, mask)
         # NNX lets no gradient through its running averages; those of a support set need it. So the
         # module is given the batch's moments as if they were stored.
         _store(part, batch)
         y = plain(x, use_running_average=True)
-        _store(part, _kept(old, batch, moments, part.momentum))
+        kept = _kept(old, batch, moments, part.momentum)
+        if real is not None:
+            kept = Moments(*(jnp.where(real, k, o) for k, o in zip(kept, old, strict=True)))
+        _store(part, kept)
         return y
 
     return call

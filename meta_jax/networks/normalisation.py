@@ -20,7 +20,7 @@ from typing import NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Array, Batch, MomentsUse, Network, Normalisation, PyTree
+from meta_jax.core import Array, Batch, MomentsUse, Network, Normalisation, PyTree, check_mask
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import row_mask
 
@@ -61,6 +61,18 @@ def check_mode(mode: str, allowed: tuple[str, ...] = MODES) -> None:
     """
     if mode not in allowed:
         raise UsageError(f"unknown normalisation '{mode}': choose one of {', '.join(allowed)}")
+
+
+def check_moments(moments: str) -> None:
+    """Refuses a use of moments that does not exist.
+
+    Raises:
+      UsageError: it is not one of `meta_jax.core.MomentsUse`.
+    """
+    if moments not in get_args(MomentsUse):
+        raise UsageError(
+            f"unknown moments '{moments}': choose one of {', '.join(get_args(MomentsUse))}"
+        )
 
 
 def is_normalisation(path: tuple) -> bool:
@@ -182,11 +194,16 @@ def _embed_one_at_a_time(
 
 
 def blank_padding(x: PyTree, mask: Array | None) -> PyTree:
-    """Zeros where the rows are padding: the network's output there stays finite, whatever stood."""
+    """Zeros where the rows are padding: the network's output there stays finite, whatever stood.
+
+    Raises:
+      ValueError: the mask is not bool [n].
+    """
     if mask is None:
         return x
 
     def blank(leaf: Array) -> Array:
+        check_mask(mask, leaf.shape[0])
         real = mask.reshape(-1, *[1] * (leaf.ndim - 1))
         return jnp.where(real, leaf, jnp.zeros((), leaf.dtype))
 
@@ -280,10 +297,12 @@ def normalise(
       mask: bool [n], False for rows of padding, which enter no moment.
 
     Returns:
-      The normalised x and the new moments.
+      The normalised x and the new moments, which are the old ones where no row is real.
 
     Raises:
-      UsageError: instance or tasknorm on inputs without places, [n, features].
+      UsageError: an unknown use of moments; instance or tasknorm on inputs without places,
+        [n, features].
+      ValueError: the mask is not bool [n].
 
     Examples:
       >>> params, stats = init_normalisation(1, "batch")
@@ -292,6 +311,9 @@ def normalise(
       >>> y.round(3).ravel().tolist()
       [-1.0, 1.0]
     """
+    check_moments(moments)
+    if mask is not None:
+        check_mask(mask, x.shape[0])
     if mode == "none":
         return x, stats
     if mode in ("instance", "tasknorm") and x.ndim < 3:
@@ -311,6 +333,8 @@ def normalise(
             new = {**new, "count": n.astype(stats["count"].dtype)}
         own = moments_over(x, tuple(range(1, x.ndim - 1)))
         used = _blended(params, used, own, new["count"])
+    if mask is not None and new is not stats:
+        new = jax.tree.map(lambda n, old: jnp.where(mask.any(), n, old), new, stats)
     return scaled(params, x, used), new
 
 
@@ -326,11 +350,15 @@ def batch_moments(x: Array, mask: Array | None = None) -> Moments:
     Args:
       x: [n, ..., features].
       mask: bool [n].
+
+    Raises:
+      ValueError: the mask is not bool [n].
     """
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         mean = x.mean(axes)
         return Moments(mean, ((x - mean) ** 2).mean(axes))
+    check_mask(mask, x.shape[0])
     weight = mask.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     places = x[0, ..., 0].size
     count = jnp.maximum(weight.sum(), 1) * places
@@ -350,7 +378,11 @@ def used_moments(
       stats: The state {'mean', 'var', ...}.
       batch: Moments of the inputs at hand; None where `moments` is 'stored'.
       moments: Which moments: see `meta_jax.core.MomentsUse`.
+
+    Raises:
+      UsageError: an unknown use of moments.
     """
+    check_moments(moments)
     if moments == "stored" or batch is None:
         return Moments(stats["mean"], stats["var"]), stats
     if moments == "batch":

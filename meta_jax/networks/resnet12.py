@@ -68,10 +68,14 @@ def resnet12(
             f"{widths}: give for example (64, 160, 320, 640)"
         )
     check_at_least_one("resnet12", drop_block=drop_block)
-    if not 0 <= drop_rate < 1:
-        raise UsageError(f"resnet12 needs a drop_rate from 0 to below 1, not {drop_rate}")
+    _check_rate("resnet12", "drop_rate", drop_rate)
     form = _Form(widths, drop_rate, drop_block, mean, normalisation)
     return Network(partial(_init, form), partial(_apply, form), normalisation)
+
+
+def _check_rate(what: str, setting: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise UsageError(f"{what} needs a {setting} from 0 to below 1, not {rate}")
 
 
 class _Form(NamedTuple):
@@ -205,11 +209,14 @@ def drop_block(key: Array, x: Array, *, rate: float, block_size: int) -> Array:
     Args:
       key: A random key.
       x: Feature maps [n, height, width, channels].
-      rate: Expected share of features dropped, up to overlaps of the squares.
+      rate: Expected share of features dropped, from 0 to below 1, up to overlaps of the squares.
       block_size: Side of the squares, cut down to that of the maps; 1 is plain dropout.
 
     Returns:
       Feature maps of x's shape and type.
+
+    Raises:
+      UsageError: a rate that is not in [0, 1), or squares with a side below one.
 
     Examples:
       >>> x = jnp.ones((1, 4, 4, 1))
@@ -217,6 +224,8 @@ def drop_block(key: Array, x: Array, *, rate: float, block_size: int) -> Array:
       Array(16., dtype=float32)
     """
     chex.assert_rank(x, 4)
+    check_at_least_one("drop_block", block_size=block_size)
+    _check_rate("drop_block", "rate", rate)
     n, height, width, channels = x.shape
     size = min(block_size, height, width)
     rows, cols = height - size + 1, width - size + 1

@@ -122,6 +122,7 @@ def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> 
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array, /) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
+        check_batch(Batch(x, y, mask), "query")
         start = jax.lax.stop_gradient(params)
         adapted = adapt(start, state, support, adapt_key, train=True)
         outputs, state = predict(start, adapted, x, predict_key, train=True, mask=mask)

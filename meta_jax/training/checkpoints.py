@@ -1,7 +1,8 @@
 """Checkpoints: one folder each, complete or absent, and checked when they are read.
 
 A checkpoint `name` is a folder that holds `tree/`, the arrays as orbax stores them (a flat
-dictionary from leaf path to array, so neither optax nor flax types are part of the format), and
+dictionary from leaf path to array, so neither optax nor flax types are part of the format; no
+folder where there are no arrays), and
 `header.json`, the caller's metadata, the settings of the learner whose parameters these are, and
 the SHA-256 of every file. `name.saving` is a save under
 way, `name.saved` a complete one about to take its place, `name.replaced` what stood there before:
@@ -93,7 +94,8 @@ def save(
         _tidy(path)
         saving.mkdir()
         _check_space(saving, sum(array.nbytes for array in arrays.values()))
-        _write_arrays(saving / "tree", arrays)
+        if arrays:  # orbax refuses a tree of nothing; a learner may have no parameters
+            _write_arrays(saving / "tree", arrays)
         contents = {
             "metadata": metadata,
             "config": config,
@@ -161,6 +163,19 @@ def read(path: Path | str) -> Contents:
     return Contents(_read_leaves(folder, header), header["metadata"], header.get("config"))
 
 
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """Reads the metadata of a checkpoint alone.
+
+    Args:
+      path: A checkpoint's folder.
+
+    Raises:
+      DamagedCheckpointError: a file is missing, cut short or altered.
+      CheckpointError: there is no checkpoint.
+    """
+    return _open(Path(path))[1]["metadata"]
+
+
 def unflatten(path: Path | str, leaves: Mapping[str, jax.Array], like: PyTree) -> PyTree:
     """Puts leaves of a checkpoint into a tree; shapes are compared, dtypes are the checkpoint's.
 
@@ -206,7 +221,8 @@ def check_config(path: Path | str, saved: Config | None, given: Config | None) -
     there, here = _settings(saved), _settings(given)
     for name in sorted(there.keys() | here.keys()):
         was, now = there.get(name, _UNSET), here.get(name, _UNSET)
-        if was != now:
+        # As text too: NaN differs from itself.
+        if was != now and json.dumps(was) != json.dumps(now):
             raise CheckpointError(
                 f"checkpoint {path} was saved with {name} = {json.dumps(was)}, and here {name} = "
                 f"{json.dumps(now)}: use the settings it was trained with (to change those of a "
@@ -322,6 +338,17 @@ def latest_step(directory: Path | str) -> int | None:
     """
     found = _newest(Path(directory), lambda path: _open(path)[1])
     return None if found is None else int(found[0]["metadata"]["step"])
+
+
+def latest_path(directory: Path | str, step: int) -> Path | None:
+    """The folder of the newest checkpoint up to a step, not checked; None where there is none.
+
+    Args:
+      directory: Where checkpoints live.
+      step: Outer steps done; checkpoints of later ones are those of steps that are done again.
+    """
+    steps = [saved for saved in _steps(Path(directory)) if saved <= step]
+    return Path(directory) / _step_name(steps[-1]) if steps else None
 
 
 def _newest(directory: Path, read_one: Callable[[Path], T]) -> tuple[T, list[str]] | None:
@@ -460,7 +487,7 @@ def _reject(record: logging.LogRecord) -> bool:
 
 def _read_leaves(folder: Path, header: dict[str, Any]) -> dict[str, jax.Array]:
     """All leaves by path; those of size zero, which were not saved, among them."""
-    arrays = _read_arrays(folder / "tree")
+    arrays = _read_arrays(folder / "tree") if header["files"] else {}
     leaves = {}
     for path, description in header["leaves"].items():
         if path in arrays:

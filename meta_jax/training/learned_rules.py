@@ -44,7 +44,7 @@ def load_rule(folder: Path | str) -> LearnedRule:
     """
     config = read_config(folder)
     learner = config["learner"]
-    if "rule" not in learner:
+    if "rule" not in (learner or {}):
         raise UsageError(f"{folder} holds no learned optimizer: load it with meta_jax.load")
     rule, family = (registry.build(kind, learner[kind]) for kind in ("rule", "family"))
     best = Path(folder) / "checkpoints" / "best"

@@ -16,6 +16,7 @@ import numpy as np
 from meta_jax.core import Config, Metrics, Objective, PyTree
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.training import checkpoints
+from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainLoop, TrainState
 from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
@@ -145,7 +146,7 @@ def fit(
         MetricsWriter(workdir, step) as writer,
         Progress(config.steps, step, tasks_per_step, shown) as progress,
     ):
-        best = _best_so_far(read_metrics(workdir), objective)
+        best = _best_so_far(run, step, read_metrics(workdir))
         while step < config.steps and not stopped:
             train_state, metrics = _advance(run, train_state, train_loop, data, writer)
             progress.update(int(train_state.step) - step, metrics)
@@ -194,9 +195,11 @@ def _advance(
     train_state, metrics, finite = train_loop(train_state, data, run.config.steps_from(step))
     reached = int(train_state.step)
     if not finite:
+        last = checkpoints.latest_path(run.folder, reached)
+        saved = "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"
         raise TrainingDivergedError(
-            f"the loss or its gradient is not finite at step {reached}; lower the learning rate, "
-            f"and go on from the last good checkpoint in {run.folder} or start in a new workdir"
+            f"the loss or its gradient is not finite at step {reached} ({saved}): lower the learning "
+            "rate, and go on or start in a new workdir"
         )
     writer.write(reached, "train", metrics)
     seconds = time.monotonic() - started
@@ -252,11 +255,19 @@ def is_better(score: float, best: float | None, objective: Objective) -> bool:
     return best is None or (score > best if objective.maximise else score < best)
 
 
-def _best_so_far(lines: list[dict[str, Any]], objective: Objective | None) -> float | None:
-    """The best validation, as it was selected line by line."""
-    best = None
-    for line in lines:
-        if objective is not None and line["split"] == "val" and objective.metric in line:
+def _best_so_far(run: _Run, step: int, lines: list[dict[str, Any]]) -> float | None:
+    """The best validation up to a step, by the lines of metrics and the best checkpoint itself.
+
+    The lines may have been deleted, and the checkpoint of a later step is that of steps to redo.
+    """
+    objective, best = run.objective, None
+    if objective is None:
+        return None
+    scored = [line for line in lines if line["split"] == "val"]
+    with contextlib.suppress(CheckpointError):  # there is none yet, or it is damaged
+        scored.append(checkpoints.read_metadata(run.folder / "best"))
+    for line in scored:
+        if line.get("step", 0) <= step and objective.metric in line:
             score = line[objective.metric]
             best = score if is_better(score, best, objective) else best
     return best

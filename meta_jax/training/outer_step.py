@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks
+from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, with_loss
 
 
 class TrainState(NamedTuple):
@@ -100,6 +100,7 @@ def task_gradients(
       tasks, with 'loss'.
 
     Raises:
+      UsageError: a metric has a name of `RESERVED_METRICS`.
       ValueError: a metric is not a scalar.
     """
     if mesh is not None:
@@ -141,7 +142,7 @@ def _task_loss(
                 f"metric '{name}' of the learner's loss has shape {list(jnp.shape(metric))}: "
                 "reduce it to a scalar for each task"
             )
-    return loss, (aux.state, {**aux.metrics, "loss": loss})
+    return loss, (aux.state, with_loss(loss, aux.metrics))
 
 
 def _chunk_loss(
@@ -250,7 +251,8 @@ def make_outer_step(
       mesh: Devices that share the tasks, from `task_mesh`.
 
     Raises:
-      ValueError: the chunk does not divide the task batch, or the devices not the chunk.
+      ValueError: the task batch or the chunk is below one, the chunk does not divide the task
+        batch, or the devices not the chunk.
     """
     chunk = _check_chunk(task_batch, task_chunk, 1 if mesh is None else mesh.size)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -282,7 +284,11 @@ def make_outer_step(
 
 def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
     """The task chunk, which divides the batch and is divided by the devices."""
-    task_chunk = task_chunk or default_task_chunk(task_batch, devices)
+    for name, value in (("task_batch", task_batch), ("task_chunk", task_chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if task_chunk is None:
+        task_chunk = default_task_chunk(task_batch, devices)
     if task_batch % task_chunk:
         raise ValueError(f"task chunk {task_chunk} must divide the task batch {task_batch}")
     if task_chunk % devices:

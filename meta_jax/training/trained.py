@@ -18,12 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax import registry
-from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree, Tasks
+from meta_jax.core import (
+    Config,
+    Episode,
+    MetaLearner,
+    Normalisation,
+    Objective,
+    PyTree,
+    Tasks,
+    check_metrics,
+)
 from meta_jax.data.polarity import Ink
 from meta_jax.lookup import UsageError, load_attribute, local_path
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
-from meta_jax.objectives import as_objective
+from meta_jax.objectives import as_objective, check_several_ways
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_path
@@ -137,15 +146,21 @@ def make_config(
       run: Settings of the run, such as its steps and its seed.
 
     Raises:
-      UsageError: the objective has no name by which it is found again, or the record is not JSON.
+      UsageError: the objective has no name by which it is found again, its metric has a name of
+        `RESERVED_METRICS` (but 'loss'), episodes of classification have one way, or the record is
+        not JSON.
     """
     objective = tasks.objective
+    check_metrics({objective.metric} - {"loss"})
     if not objective.name:
         raise UsageError(
             f"the objective of metric '{objective.metric}' has no name: name it as it is imported, "
             "objective._replace(name='package.module:attribute')"
         )
     task = jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    y: Any = task.query.y if isinstance(task, Episode) else None
+    if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
+        check_several_ways(y)
     config = {
         "version": importlib.metadata.version("meta_jax"),
         "learner": learner.config,
@@ -186,9 +201,41 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UsageError(f"{path} is damaged: restore it from a copy") from error
-    if not isinstance(config, dict) or not {"learner", "tasks"} <= config.keys():
-        raise UsageError(f"{path} is damaged: it names no learner or no tasks")
+    _check_config(path, config)
     return config
+
+
+_NULL = type(None)
+# What a record must hold, as JSON has it; a learner built in Python of parts without names is null.
+_RECORDED: dict[str, dict[type, str]] = {
+    "learner": {dict: "an object", _NULL: "null"},
+    "learner.name": {str: "a string"},
+    "tasks": {dict: "an object"},
+    "tasks.objective": {str: "a string"},
+    "run": {dict: "an object", _NULL: "null"},
+    "example": {dict: "an object", str: "a string", _NULL: "null"},
+}
+
+
+def _check_config(path: Path, config: Any) -> None:
+    """Refuses a record that lacks something, or has it in another type.
+
+    Raises:
+      UsageError: it is damaged; the message names the first place.
+    """
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is damaged: it holds no object; restore it from a copy")
+    for place, kinds in _RECORDED.items():
+        parent, _, name = place.rpartition(".")
+        within = config[parent] if parent else config
+        if within is None:
+            continue
+        if name not in within or not isinstance(within[name], tuple(kinds)):
+            found = json.dumps(within[name])[:80] if name in within else "missing"
+            raise UsageError(
+                f"{path} is damaged: {place} is {found}, where {' or '.join(kinds.values())} is "
+                "expected; restore it from a copy"
+            )
 
 
 def describe_task(task: PyTree) -> Any:
@@ -233,20 +280,32 @@ def task_like(description: Any) -> PyTree:
       description: What `describe_task` gave.
 
     Raises:
-      UsageError: a type in it is not found.
+      UsageError: it is no description, or a type in it is not found.
     """
+    try:
+        return _task_like(description)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UsageError(
+            f"{json.dumps(description)[:80]} describes no task, such as 'float32[3, 2]' does: "
+            f"restore {_FILE} from a copy"
+        ) from error
+
+
+def _task_like(description: Any) -> PyTree:
     if description is None:
         return None
     if isinstance(description, str):
         shape, dtype = checkpoints.shape_of(description), checkpoints.dtype_of(description)
         return jax.ShapeDtypeStruct(shape, dtype)
     if "dict" in description:
-        return {name: task_like(value) for name, value in description["dict"].items()}
+        return {name: _task_like(value) for name, value in description["dict"].items()}
     if "type" in description:
-        fields = {name: task_like(value) for name, value in description["fields"].items()}
+        fields = {name: _task_like(value) for name, value in description["fields"].items()}
         return load_attribute(description["type"])(**fields)
     ((kind, values),) = description.items()
-    items = [task_like(value) for value in values]
+    items = [_task_like(value) for value in values]
     return tuple(items) if kind == "tuple" else items
 
 

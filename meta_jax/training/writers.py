@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from meta_jax.lookup import UsageError
+
 _FILE = "metrics.jsonl"
 _PERIOD = 30.0  # seconds between lines of progress, where there is no bar
 
@@ -36,11 +38,13 @@ class MetricsWriter:
             which keeps nothing.
 
         Raises:
-          ValueError: a line before the last is not one that this class writes.
+          UsageError: a line before the last is not one that this class writes, or the file is a
+            folder.
         """
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / _FILE
+        _check_file(path)
         kept = [line for line in _lines(path) if line["step"] <= resume_step] if resume_step else []
         write_text(path, "".join(_dump(line) for line in kept))
         self._file = path.open("a", encoding="utf-8")
@@ -101,7 +105,8 @@ def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
       line that a kill cut short is left out.
 
     Raises:
-      ValueError: a line before the last is not one that `MetricsWriter` writes.
+      UsageError: a line before the last is not one that `MetricsWriter` writes, or the file is a
+        folder.
     """
     return _lines(Path(workdir) / _FILE)
 
@@ -248,6 +253,7 @@ def _dump(line: Mapping[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    _check_file(path)
     if not path.exists():
         return []
     # Only a line that ends was written whole.
@@ -256,11 +262,24 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(whole, start=1):
         try:
             line = json.loads(text)
-            int(line["step"])
+            _check_line(line)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is damaged; remove that line") from error
+            raise UsageError(f"{path}: line {number} is damaged; remove that line") from error
         lines.append(line)
     return lines
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, where lines of metrics belong: remove or rename it")
+
+
+def _check_line(line: Any) -> None:
+    """Raises ValueError, KeyError or TypeError where `MetricsWriter` did not write a line."""
+    if not isinstance(line["split"], str) or not isinstance(line["step"], int):
+        raise TypeError
+    for name in line.keys() - {"step", "split"}:
+        float(line[name])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -127,7 +127,12 @@ def test_random_class_split_has_the_fractions_and_follows_the_seed():
     assert [len(m) for m in random_class_split(10, 0, (0.2, 0.3, 0.5)).values()] == [2, 3, 5]
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.5, 0.5), (1.0, 0.0, 0.0), (0.5, 0.5)])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "fractions", [(0.5, 0.5, 0.5), (1.0, 0.0, 0.0), (0.5, 0.5), (NAN, 0.5, 0.5), (0.5, NAN, 0.5)]
+)
 def test_random_class_split_refuses_fractions(fractions):
     with pytest.raises(DataError, match="split fractions"):
         random_class_split(10, 0, fractions)
@@ -136,3 +141,16 @@ def test_random_class_split_refuses_fractions(fractions):
 def test_random_class_split_refuses_two_classes():
     with pytest.raises(DataError, match="at least 3"):
         random_class_split(2, 0)
+
+
+@pytest.mark.parametrize("value", [2**40, -(2**31) - 1])
+def test_integers_that_would_be_cut_off_are_refused(value):
+    with pytest.raises(DataError, match=rf"class 1 has the int64 {value}, which int32 cannot"):
+        dataset_from_classes([np.array([[1]]), np.array([[3], [value]])])
+    with pytest.raises(DataError, match=r"uint64 4294967296, which uint32"):
+        dataset_from_classes([np.array([[2**32]], np.uint64)])
+    with jax.enable_x64(True):
+        data = dataset_from_classes([np.array([[1]]), np.array([[3], [value]])])
+        assert data.examples.ravel().tolist() == [1, 3, value]
+    fits = dataset_from_classes([np.array([[2**31 - 1], [-(2**31)]])])
+    assert fits.examples.ravel().tolist() == [2**31 - 1, -(2**31)]

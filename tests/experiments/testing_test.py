@@ -6,7 +6,15 @@ import pytest
 from experiments import testing
 from experiments.command_line import RunError
 from experiments.testing import Asked
-from meta_jax.core import Batch, Episode, MetaLearner, Objective, Tasks, supervised_evaluate
+from meta_jax.core import (
+    RESERVED_METRICS,
+    Batch,
+    Episode,
+    MetaLearner,
+    Objective,
+    Tasks,
+    supervised_evaluate,
+)
 from meta_jax.data.source import TaskSource
 from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training.evaluation import MeanCI
@@ -82,6 +90,8 @@ def test_the_result_says_what_was_asked_and_all_metrics():
         "seconds": 1.3,
         "metrics": {"accuracy": [91.2346, 0.5], "loss": [0.25, 0.01]},
     }
+    # No metric of somebody's own may have one of these names.
+    assert found.record.keys() - {"accuracy"} <= RESERVED_METRICS
     assert testing.line(found) == (
         "test accuracy 91.23 % ± 0.50 (5-way 1-shot, 1000 episodes, normalisation batch)"
     )

@@ -288,3 +288,43 @@ Z, Y = jnp.ones((4, 3)), jnp.eye(4)
 def test_what_does_not_fit_is_named(call, culprit):
     with pytest.raises(ValueError, match=culprit):
         call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_integers_count_as_the_numbers_they_are(dtype):
+    a, b = jnp.array([[1, 1, 0]], dtype), jnp.array([[2, 0, 0], [200, 200, 100]], dtype)
+    y = jnp.eye(2)
+    calls = [
+        squared_distance,
+        manhattan_distance,
+        cosine_similarity,
+        lambda a, b: kernel_regression(a[:, :2], y),
+        lambda a, b: kernel_logits(a[:, :2], y),
+        lambda a, b: attention(a, b, b),
+        lambda a, b: attention(b, b, y),
+        lambda a, b: ridge_solve(b, y, 0.5),
+        lambda a, b: prototypes(b, y),
+    ]
+    for call in calls:
+        found = call(a, b)
+        assert jnp.issubdtype(found.dtype, jnp.floating)
+        np.testing.assert_allclose(found, call(a.astype(float), b.astype(float)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, np.float32(0), float("nan")])
+def test_what_must_be_positive_is_checked_where_it_is_known(value):
+    x = embeddings()
+    with pytest.raises(UsageError, match=r"penalty .* use a positive one"):
+        ridge_solve(x, x, value)
+    with pytest.raises(UsageError, match=r"temperature .* use a positive one"):
+        attention(x, x, x, temperature=value)
+
+
+def test_scalars_are_scalars():
+    x = embeddings()
+    with pytest.raises(ValueError, match=r"penalty must be a scalar, not \[5\]"):
+        ridge_solve(x, x, jnp.ones(5))
+    with pytest.raises(ValueError, match=r"temperature must be a scalar, not \[1\]"):
+        attention(x, x, x, temperature=jnp.ones(1))
+    learned = jax.jit(lambda penalty: ridge_solve(x, x, penalty))(0.5)
+    np.testing.assert_allclose(learned, ridge_solve(x, x, 0.5), atol=1e-9)

@@ -199,6 +199,21 @@ def test_the_gradient_agrees_with_central_differences(name):
     np.testing.assert_allclose((ahead - behind) / (2 * step), along, rtol=1e-6)
 
 
+@pytest.mark.parametrize("real", [0, 1])
+def test_the_nca_loss_without_neighbours_is_zero(real):
+    z, mask = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2))), jnp.arange(3) < real
+    y = jnp.eye(2)[jnp.array([0, 0, 1])]
+    loss, gradient = jax.value_and_grad(nca_loss)(z, y, mask)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_masks_of_another_shape_are_refused():
+    for call in (instance_numbers, labels_before):
+        with pytest.raises(ValueError, match=r"mask must be bool \[3\]"):
+            call(jnp.eye(3), jnp.ones((3, 1), bool))
+
+
 def test_the_nca_loss_is_the_share_of_the_own_class_among_all_neighbours():
     z = np.random.default_rng(0).normal(size=(7, 3))
     labels = np.array([0, 1, 0, 2, 1, 2, 0])

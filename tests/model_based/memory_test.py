@@ -230,6 +230,8 @@ ROWS, KEYS, WEIGHTS = jnp.ones((5, 3)), jnp.ones((2, 3)), jnp.ones((2, 5))
         (lambda: least_used(WEIGHTS, 1), r"usage must be \[slots\], not \[2, 5\]"),
         (lambda: write_weights(jnp.ones(3), WEIGHTS, WEIGHTS), r"read_weights \[2, 5\] must be"),
         (lambda: write_memory(ROWS, WEIGHTS, KEYS[:1], WEIGHTS), r"keys \[1, 3\] must be"),
+        (lambda: empty_memory(0, 3, 2), "a memory needs num_slots of at least 1, not 0"),
+        (lambda: empty_memory(5, 3, -1), "a memory needs num_heads of at least 1, not -1"),
         (lambda: decay_usage(jnp.ones(4), WEIGHTS, WEIGHTS, 0.9), r"read_weights \[2, 5\] must be"),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from meta_jax.core import Batch, Episode
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.linen import from_linen, mentions_batch_norm
 from meta_jax.networks.normalisation import is_normalisation
@@ -141,6 +142,28 @@ def test_padding_enters_no_moment(moments):
     z_padded, new_padded = apply(padded, jnp.arange(8) < 6)
     np.testing.assert_allclose(z_padded[:6], z, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new_padded, new_state)
+
+
+@pytest.mark.parametrize("moments", ["batch", "update", "replace"])
+def test_padding_alone_leaves_the_moments(moments):
+    network = from_linen(Normed())
+    params, state = network.init(jax.random.key(0), X)
+    state = jax.tree.map(lambda leaf: leaf + 0.5, state)
+    apply = jax.jit(
+        lambda mask: network.apply(
+            params, state, X, key=None, train=True, moments=moments, mask=mask
+        )
+    )
+    z, kept = apply(jnp.zeros(6, bool))
+    assert np.isfinite(z).all()
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    _, changed = apply(jnp.arange(6) < 2)
+    same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (changed, state)), strict=True)]
+    assert all(same) if moments == "batch" else not any(same)
+    with pytest.raises(ValueError, match=r"mask must be bool \[6\]"):
+        apply(jnp.ones(6))
+    with pytest.raises(ValueError, match="unknown moments 'udpate'"):
+        network.apply(params, state, X, key=None, train=True, moments="udpate")
 
 
 def test_padding_that_cannot_be_told_apart_is_refused():
@@ -394,3 +417,10 @@ def test_streams_and_collections_of_any_name_are_supported():
         task = Episode(support, support)
         start = jax.jit(learner.init)(jax.random.key(0), task)
         assert np.isfinite(jax.jit(learner.loss)(*start, task, jax.random.key(1))[0])
+
+
+def test_what_is_no_linen_module_is_refused():
+    with pytest.raises(UsageError, match=r"a module, not the class Normed: give Normed\("):
+        from_linen(Normed)
+    with pytest.raises(UsageError, match=r"not a function: .*from_nnx.*from_functions"):
+        from_linen(lambda x: x)

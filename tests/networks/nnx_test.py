@@ -1,9 +1,11 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from meta_jax.lookup import UsageError
 from meta_jax.networks.nnx import from_nnx
 from meta_jax.networks.normalisation import is_normalisation
 
@@ -96,6 +98,28 @@ def test_padding_enters_no_moment():
     z_padded, new_padded = apply(padded, jnp.arange(8) < 6)
     np.testing.assert_allclose(z_padded[:6], z, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new_padded, new_state)
+
+
+@pytest.mark.parametrize("moments", ["batch", "update", "replace"])
+def test_padding_alone_leaves_the_moments(moments):
+    network = from_nnx(Normed)
+    params, state = network.init(jax.random.key(0), X)
+    state = jax.tree.map(lambda leaf: leaf + 0.5, state)
+    apply = jax.jit(
+        lambda mask: network.apply(
+            params, state, X, key=None, train=True, moments=moments, mask=mask
+        )
+    )
+    z, kept = apply(jnp.zeros(6, bool))
+    assert np.isfinite(z).all()
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    _, changed = apply(jnp.arange(6) < 2)
+    same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (changed, state)), strict=True)]
+    assert all(same) if moments == "batch" else not any(same)
+    with pytest.raises(ValueError, match=r"mask must be bool \[6\]"):
+        apply(jnp.ones(6))
+    with pytest.raises(ValueError, match="unknown moments 'udpate'"):
+        network.apply(params, state, X, key=None, train=True, moments="udpate")
 
 
 def test_gradients_flow_through_moments_that_are_kept():
@@ -196,3 +220,15 @@ def test_vmap_types_and_keys():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, state, X))
     for leaf in jax.tree.leaves(apply(*low)):
         assert leaf.dtype == jnp.bfloat16
+
+
+def test_what_builds_no_nnx_module_is_refused():
+    with pytest.raises(UsageError, match=r"not a Normed: give lambda rngs: Normed\("):
+        from_nnx(Normed(nnx.Rngs(0)))
+    for linen in (nn.Dense(3), nn.Dense):
+        with pytest.raises(UsageError, match="Dense is a flax Linen module: wrap it with from_lin"):
+            from_nnx(linen)
+    with pytest.raises(UsageError, match="returns an NNX module, not a Dense"):
+        from_nnx(lambda rngs: nn.Dense(3))
+    with pytest.raises(UsageError, match="needs a function that builds the module, not a int"):
+        from_nnx(7)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from meta_jax.core import Batch, Network
+from meta_jax.lookup import UsageError
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.normalisation import (
     MODES,
@@ -138,6 +139,31 @@ def test_a_batch_of_padding_alone_is_finite():
     assert all(np.isfinite(leaf).all() for leaf in moments)
 
 
+@pytest.mark.parametrize("moments", ["update", "replace"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("layer", "instance")])
+def test_padding_alone_leaves_the_moments(mode, moments):
+    params, stats = layer(mode)
+    apply = jax.jit(lambda mask: normalise(params, stats, X, mode=mode, moments=moments, mask=mask))
+    y, kept = apply(jnp.zeros(4, bool))
+    assert np.isfinite(y).all()
+    jax.tree.map(np.testing.assert_array_equal, kept, stats)
+    _, changed = apply(jnp.arange(4) < 1)
+    for old, new in zip(jax.tree.leaves(stats), jax.tree.leaves(changed), strict=True):
+        # A tasknorm layer counts one row, as it did at first.
+        assert (old.ndim == 0 and mode == "tasknorm") or (new != old).all()
+
+
+@pytest.mark.parametrize("mask", [jnp.ones(1, bool), jnp.ones((4, 1), bool), jnp.ones(4)])
+def test_masks_that_would_broadcast_or_weigh_are_refused(mask):
+    for mode in MODES:
+        params, stats = layer(mode)
+        with pytest.raises(ValueError, match=r"mask must be bool \[4\]"):
+            normalise(params, stats, X, mode=mode, moments="batch", mask=mask)
+    for call in (batch_moments, blank_padding):
+        with pytest.raises(ValueError, match=r"mask must be bool \[4\]"):
+            call(X, mask)
+
+
 def test_running_averages_tend_to_what_comes_in():
     stats = {"mean": jnp.zeros(2), "var": jnp.ones(2)}
     batch = Moments(jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
@@ -164,6 +190,10 @@ def test_what_cannot_be_is_refused():
         ValueError, match="unknown normalisation 'group': choose one of none, batch"
     ):
         init_normalisation(5, "group")
+    with pytest.raises(UsageError, match="unknown moments 'udpate': choose one of stored, batch,"):
+        normalise(*layer("batch"), X, mode="batch", moments="udpate")
+    with pytest.raises(UsageError, match="unknown moments 'udpate'"):
+        used_moments(layer("batch")[1], Moments(jnp.zeros(5), jnp.ones(5)), "udpate")
     with pytest.raises(ValueError, match="'layer': choose one of batch, none"):
         check_mode("layer", ("batch", "none"))
     for mode in ("instance", "tasknorm"):

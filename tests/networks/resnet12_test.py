@@ -5,6 +5,7 @@ import pytest
 from jax import lax
 
 from meta_jax import registry
+from meta_jax.lookup import UsageError
 from meta_jax.networks.resnet12 import drop_block, resnet12
 from tests.checkers import key_and_leak_checks
 
@@ -170,3 +171,11 @@ def test_drop_block_leaves_types_and_survives_dropping_all():
     np.testing.assert_array_equal(y.astype(jnp.float32), 0)
     with pytest.raises(AssertionError):
         drop_block(jax.random.key(0), x[0], rate=0.1, block_size=2)
+
+
+@pytest.mark.parametrize("rate", [2, 1.0, -0.1, float("nan")])
+def test_drop_block_refuses_what_is_no_share(rate):
+    with pytest.raises(UsageError, match="drop_block needs a rate from 0 to below 1"):
+        drop_block(jax.random.key(0), jnp.ones((1, 2, 2, 1)), rate=rate, block_size=1)
+    with pytest.raises(UsageError, match="drop_block needs block_size of at least 1, not 0"):
+        drop_block(jax.random.key(0), jnp.ones((1, 2, 2, 1)), rate=0.1, block_size=0)

@@ -441,3 +441,33 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(tmp_path, "best", small(1), {}, config={"name": "x", "network": jnp})
     assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("tree", [{"params": {}, "state": {}}, (), {"w": jnp.zeros((0, 3))}])
+def test_a_tree_without_numbers_round_trips(tmp_path, tree):
+    path = checkpoints.save(tmp_path, "best", tree, {"step": 1})
+    restored, metadata = checkpoints.restore(path, tree)
+    assert_bitwise_equal(restored, tree)
+    assert metadata == checkpoints.read_metadata(path) == {"step": 1}
+    assert set(checkpoints.read(path).leaves) == ({"w"} if "w" in tree else set())
+    checkpoints.save(tmp_path, "best", small(2.0), {"step": 2})  # and takes its place
+    assert_bitwise_equal(checkpoints.restore(path, small(0.0))[0], small(2.0))
+
+
+def test_a_setting_of_nan_is_itself(tmp_path):
+    config = {"name": "mine", "rate": float("nan")}
+    path = checkpoints.save(tmp_path, "best", small(1.0), {}, config=config)
+    checkpoints.restore(path, small(0.0), config={**config, "rate": float("nan")})
+    with pytest.raises(CheckpointError, match=r"rate = NaN, and here rate = 1\.0"):
+        checkpoints.restore(path, small(0.0), config={**config, "rate": 1.0})
+    checkpoints.check_config(path, {"rate": 1}, {"rate": 1.0})
+
+
+def test_the_newest_step_is_named(tmp_path):
+    assert checkpoints.latest_path(tmp_path / "none", 5) is None
+    for step in (3, 12):
+        checkpoints.save_step(tmp_path, step, small(1.0), {})
+    newest = {step: checkpoints.latest_path(tmp_path, step) for step in (2, 3, 11, 12, 13)}
+    assert newest[2] is None
+    assert newest[3] == newest[11] == tmp_path / "step_00000003"
+    assert newest[12] == newest[13] == tmp_path / "step_00000012"

@@ -1,6 +1,7 @@
 """The training loop: exact resume from any interruption, selection of the best, stops."""
 
 import os
+import shutil
 import signal
 import threading
 
@@ -13,14 +14,16 @@ import pytest
 from meta_jax.core import Batch, Episode, Objective, Tasks
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.networks.flatten import flatten
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
+from meta_jax.training.evaluation import make_validate
 from meta_jax.training.loop import LoopConfig, TrainingDivergedError, fit, is_better
 from meta_jax.training.optimizers import average_params, averaged_params
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
-from meta_jax.training.trained import load
+from meta_jax.training.trained import load, make_config, write_config
 from meta_jax.training.writers import read_metrics
 
 CONFIG = LoopConfig(steps=17, log_every=2, eval_every=4, checkpoint_every=4)
@@ -261,7 +264,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     def train_loop(train_state, data, steps):
         return TRAIN(train_state, data * jnp.nan if train_state.step == 8 else data, steps)
 
-    with pytest.raises(TrainingDivergedError, match="step 9;"):
+    good = tmp_path / "checkpoints" / "step_00000008"
+    with pytest.raises(TrainingDivergedError, match=rf"step 9;.*last good checkpoint is {good}\)"):
         train(tmp_path, train_loop)
     config = LEARNER.config
     good, metadata, _ = checkpoints.restore_latest(
@@ -288,7 +292,8 @@ def test_a_finite_loss_with_a_gradient_of_nan_is_never_saved(tmp_path):
     learner = LEARNER._replace(loss=loss)
     step = make_outer_step(learner, OPTIMIZER, sample, task_batch=2)
     with pytest.raises(
-        TrainingDivergedError, match="the loss or its gradient is not finite at step 1"
+        TrainingDivergedError,
+        match=r"the loss or its gradient is not finite at step 1;.*\(nothing was saved yet\)",
     ):
         train(tmp_path, make_train_loop(step))
     assert not (tmp_path / "checkpoints").exists()
@@ -304,6 +309,59 @@ def test_best_is_chosen_by_validation_alone(tmp_path):
     train(tmp_path, validate=lambda train_state: {"accuracy": next(scores)})
     metadata = best_metadata(tmp_path)
     assert (metadata["step"], metadata["accuracy"]) == (8, 0.9)  # the earlier of equals
+
+
+def test_the_best_stays_though_the_lines_of_metrics_are_gone(tmp_path):
+    def run(steps, *scores):
+        left = iter(scores)
+        return train(
+            tmp_path,
+            config=CONFIG._replace(steps=steps),
+            validate=lambda train_state: {"accuracy": next(left)},
+        )
+
+    run(8, 0.2, 0.9)
+    (tmp_path / "metrics.jsonl").unlink()
+    run(12, 0.5)
+    assert (best_metadata(tmp_path)["step"], best_metadata(tmp_path)["accuracy"]) == (8, 0.9)
+    run(16, 0.95)
+    assert best_metadata(tmp_path)["step"] == 16
+
+
+def test_a_best_of_steps_that_are_done_again_does_not_count(tmp_path):
+    scores = iter([0.2, 0.9])
+
+    def stopped(train_state):
+        if int(train_state.step) == 12:
+            raise Interrupted
+        return {"accuracy": next(scores)}
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, validate=stopped)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000008")
+    scores = iter([0.5, 0.3, 0.1, 0.2])  # from step 4 on
+    train(tmp_path, validate=lambda train_state: {"accuracy": next(scores)})
+    assert (best_metadata(tmp_path)["step"], best_metadata(tmp_path)["accuracy"]) == (8, 0.5)
+
+
+def test_a_learner_without_parameters_is_saved_and_resumed(tmp_path):
+    learner = prototypical(flatten())
+    step = make_outer_step(learner, OPTIMIZER, sample, task_batch=2)
+    start = init_train_state(learner, OPTIMIZER, TASKS, 0)
+    assert not jax.tree.leaves(start.params)
+    settings = {
+        "train_state": start,
+        "validate": make_validate(learner, TASKS, episodes=2),
+        "learner_config": learner.config,
+    }
+    train(tmp_path, make_train_loop(step), config=CONFIG._replace(steps=4), **settings)
+    said = []
+    more = CONFIG._replace(steps=8)
+    result = train(tmp_path, make_train_loop(step), config=more, said=said, **settings)
+    assert said == ["resuming at step 4 of 8"]
+    assert int(result.train_state.step) == 8
+    write_config(tmp_path, make_config(learner, TASKS))
+    assert jax.tree.leaves(load(tmp_path).params) == []
 
 
 def test_the_smallest_is_the_best_of_a_metric_of_ones_own(tmp_path):

@@ -14,6 +14,7 @@ from meta_jax.core import LossAux, MetaLearner, Tasks
 from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy, squared_error
@@ -328,6 +329,25 @@ def test_a_metric_that_is_no_scalar_is_named():
     step = make_outer_step(learner, optimizer, no_task, task_batch=1)
     with pytest.raises(ValueError, match=r"metric 'by_class' .* has shape \[3\]: reduce"):
         step(without_data(learner, optimizer), ())
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "step", "ways"])
+def test_a_metric_with_a_name_of_the_run_is_refused(name):
+    def loss(params, state, task, key):
+        return params["p"], LossAux(state, {name: params["p"]})
+
+    learner, optimizer = of_loss(loss), optax.sgd(1.0)
+    step = make_outer_step(learner, optimizer, no_task, task_batch=1)
+    with pytest.raises(UsageError, match=f"a metric is called '{name}'.*rename it"):
+        step(without_data(learner, optimizer), ())
+
+
+def test_a_step_needs_a_task():
+    for task_batch in (0, -2):
+        with pytest.raises(ValueError, match=f"task_batch must be at least 1, not {task_batch}"):
+            make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=task_batch)
+    with pytest.raises(ValueError, match="task_chunk must be at least 1, not 0"):
+        outer_step(task_chunk=0)
 
 
 def test_random_keys_are_used_once_and_nothing_leaks():

@@ -13,12 +13,12 @@ import optax
 import pytest
 
 from meta_jax import registry
-from meta_jax.core import Batch, Episode, Network, Tasks
+from meta_jax.core import Batch, Episode, Network, Objective, Tasks
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import conv4
 from meta_jax.networks.mlp import mlp
-from meta_jax.objectives import cross_entropy
+from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, fit
@@ -356,3 +356,51 @@ def test_a_task_that_cannot_be_described_is_given_to_load(tmp_path):
         load(tmp_path)
     example = local.sample(jax.random.key(0), ())
     assert_equal(load(tmp_path, example=example).params, original.params)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("run",), ..., "run is missing, where an object or null is expected"),
+        (("run",), 7, "run is 7, where"),
+        (("learner",), 7, "learner is 7, where"),
+        (("learner", "name"), 7, "learner.name is 7, where a string is"),
+        (("learner", "name"), ..., "learner.name is missing"),
+        (("tasks",), None, "tasks is null, where an object is"),
+        (("tasks", "objective"), None, "tasks.objective is null, where a string is"),
+        (("example",), 3, "example is 3, where"),
+        (("example",), ..., "example is missing"),
+        (("example",), "foo", "'float32\\[3, 2\\]'"),
+        (("example",), {"type": "meta_jax.core:Episode"}, "describes no task"),
+        (("example",), {}, "describes no task"),
+        (("learner",), None, "was built in Python"),
+    ],
+)
+def test_a_record_with_something_else_in_a_place_gets_one_line(tmp_path, place, value, message):
+    save_trained(tmp_path, trained(prototypical(mlp((4,)))))
+    config = read_config(tmp_path)
+    *parents, name = place
+    within = config
+    for parent in parents:
+        within = within[parent]
+    del within[name]
+    if value is not ...:
+        within[name] = value
+    write_config(tmp_path, config)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_metric_of_a_result_does_not_hide_what_else_it_has():
+    steps = Objective(lambda *a: (jnp.zeros(()), {}), "steps", False, name="a:b")
+    with pytest.raises(UsageError, match="a metric is called 'steps'"):
+        make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps))
+    make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps._replace(metric="loss")))
+
+
+def test_one_way_is_refused_before_a_run_begins():
+    one = VECTORS._replace(sample=lambda key, data: episode(key, (5,), ways=1))
+    with pytest.raises(UsageError, match="classification of 1 way is right"):
+        make_config(prototypical(mlp((4,))), one)
+    make_config(prototypical(mlp((4,))), one._replace(objective=squared_error))

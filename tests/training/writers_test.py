@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_jax.lookup import UsageError
 from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
 
 
@@ -74,14 +75,35 @@ def test_torn_last_line_is_not_read(tmp_path):
     assert read_metrics(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("text", ["{nonsense", '{"loss": 1}', "[1]"])
-def test_damaged_line_is_named_and_the_file_left_alone(tmp_path, text):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + text + '\n{"step": 3}\n')
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged"):
-        MetricsWriter(tmp_path, resume_step=3)
-    assert path.read_bytes() == before
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{nonsense",
+        "\x00",
+        "[1]",
+        '{"split": "val"}',
+        '{"step": 1}',
+        '{"step": "1", "split": "val"}',
+        '{"step": 1, "split": 2}',
+        '{"step": 1, "split": "val", "loss": null}',
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1])
+def test_damaged_line_is_named_and_the_file_left_alone(tmp_path, text, before):
+    path, line = tmp_path / "metrics.jsonl", '{"step": 1, "split": "val"}\n'
+    path.write_text(before * line + text + "\n" + line)
+    content = path.read_bytes()
+    for read in (lambda: MetricsWriter(tmp_path, resume_step=3), lambda: read_metrics(tmp_path)):
+        with pytest.raises(UsageError, match=rf"metrics.jsonl: line {before + 1} is damaged"):
+            read()
+    assert path.read_bytes() == content
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    for read in (lambda: MetricsWriter(tmp_path), lambda: read_metrics(tmp_path)):
+        with pytest.raises(UsageError, match=r"metrics.jsonl is a folder.*remove or rename"):
+            read()
 
 
 def test_metric_may_not_hide_the_step(tmp_path):
