@@ -51,7 +51,11 @@ def init_train_state(
       tasks: Training tasks, one of which sizes the parameters.
       seed: Seed of everything: initial parameters and all tasks.
       task_batch: Tasks in a step; a learner of state scope 'task' has one state for each.
+
+    Raises:
+      UsageError: the learner was built for another objective than that of the tasks.
     """
+    _check_objective(learner, tasks)
 
     @jax.jit  # operation by operation, a network takes seconds; and no two leaves share a buffer
     def start(key: Array, data: PyTree) -> TrainState:
@@ -62,6 +66,16 @@ def init_train_state(
         return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key)
 
     return start(jax.random.key(seed), tasks.data)
+
+
+def _check_objective(learner: MetaLearner, tasks: Tasks) -> None:
+    """Refuses a learner whose record names another objective, such as its default."""
+    own = (learner.config or {}).get("objective")
+    if own and tasks.objective.name and own != tasks.objective.name:
+        raise UsageError(
+            f"the learner was built for {own}, and its tasks ask for {tasks.objective.name}: build "
+            "it with objective=tasks.objective"
+        )
 
 
 def default_task_chunk(task_batch: int, devices: int = 1) -> int:

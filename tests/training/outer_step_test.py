@@ -84,6 +84,13 @@ def normed_learner():
     return LEARNER._replace(init=init, loss=loss)
 
 
+def test_a_learner_of_another_objective_is_refused():
+    tasks = Tasks(lambda key, data: sample_sinusoid(key, 5, 5), (), squared_error)
+    with pytest.raises(UsageError, match=r"built for cross_entropy, .* ask for squared_error"):
+        init_train_state(LEARNER, OPTIMIZER, tasks, 0)
+    init_train_state(prototypical(mlp((6,)), objective=squared_error), OPTIMIZER, tasks, 0)
+
+
 def test_the_task_chunk_changes_nothing():
     learner, data = normed_learner(), dataset()
     params, state = learner.init(jax.random.key(0), jax.jit(sample)(jax.random.key(1), data))
