@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from meta_jax.data.dataset import DataError
 from meta_jax.data.notes import some
+from meta_jax.lookup import local_path
 
 # The usual names of the splits, in folders, file names and columns.
 SPLIT_NAMES = {
@@ -164,7 +165,7 @@ def read_lists(path: str) -> ClassLists:
     Raises:
       DataError: there is no such file, or it is no list of classes.
     """
-    root = Path(path).expanduser()
+    root = local_path(path)
     try:
         if root.is_dir():
             lists = {

@@ -25,6 +25,7 @@ from meta_jax.data.layouts import UNDIVIDED, ClassFiles, Layout, find_layout
 from meta_jax.data.notes import Notes, some
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
+from meta_jax.lookup import local_path
 
 
 class _Divided(NamedTuple):
@@ -163,7 +164,7 @@ def _divide(
     allow_shared_classes: bool,
     notes: Notes,
 ) -> _Divided:
-    root = Path(path).expanduser()
+    root = local_path(path)
     layout = find_layout(root)
     _note_left_out(root, layout, notes)
     lists = class_split or layout.class_split

@@ -205,7 +205,10 @@ def test_settings_of_a_test_follow_the_record():
         "preprocessing": {"image_size": 16, "channels": 1},
     }
     kept = testing.recorded_settings(recorded, "folder:b")
+    assert kept.pop("split_fractions") == "0.64,0.16,0.2"  # those of before they were a setting
     assert kept == {"image_size": 16, "grey": True, "rotations": "classes", "split_seed": 3}
+    divided = {**recorded, "split_fractions": None}
+    assert testing.recorded_settings(divided, "folder:b")["split_fractions"] is None
     assert testing.recorded_settings(recorded, "sinusoid") == {}
     own = {**recorded, "name": "gone.module:tasks"}
     assert testing.recorded_settings(own, "glyphs") == {"image_size": 16}
