@@ -198,8 +198,8 @@ def _advance(
         last = checkpoints.latest_path(run.folder, reached)
         saved = "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"
         raise TrainingDivergedError(
-            f"the loss or its gradient is not finite at step {reached}; lower the learning rate, and "
-            f"go on or start in a new workdir ({saved})"
+            f"the loss or its gradient is not finite at step {reached}; lower the learning rate "
+            f"and go on, or start in a new workdir ({saved})"
         )
     writer.write(reached, "train", metrics)
     seconds = time.monotonic() - started

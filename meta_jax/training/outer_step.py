@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, with_loss
+from meta_jax.lookup import UsageError
 
 
 class TrainState(NamedTuple):
