@@ -255,3 +255,26 @@ def test_an_optimizer_gets_the_steps_where_it_has_them():
         first_update("no_optimizer")
     found = registry.find("optimizer", "optax:adam")
     assert registry.build_optimizer(found, 1000, {"learning_rate": 0.1}).update
+
+
+def test_a_learner_called_on_arrays_compiles_itself_once():
+    traced = []
+
+    def counted(network: Network, *, objective: Objective = cross_entropy) -> MetaLearner:
+        def adapt(params, state, support, key, *, train):
+            traced.append(train)
+            return jax.lax.fori_loop(0, 3, lambda i, s: s + params, support)
+
+        return method(network, objective=objective)._replace(adapt=adapt)
+
+    network = registry.find("network", f"{__name__}:wide").factory()
+    learner = registry.learner("counted for a test")(counted)(network)
+    key, x = jax.random.key(0), jnp.ones(2)
+    for _ in range(3):
+        found = learner.adapt(x, {}, x, key, train=False)
+    assert found.tolist() == [4, 4]
+    assert traced == [False]
+    learner.adapt(x, {}, x, key, train=True)
+    assert traced == [False, True]
+    gradient = jax.grad(lambda p: learner.adapt(p, {}, x, key, train=True).sum())(x)
+    assert gradient.tolist() == [3, 3]

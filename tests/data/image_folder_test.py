@@ -6,10 +6,11 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from experiments.testing import load_other_source
 from meta_jax.data import image_pool
 from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.image_folder import load_image_folder
-from meta_jax.data.source import EpisodeSize, load_source
+from meta_jax.data.source import EpisodeSize, image_preprocessing, load_source
 
 
 def _save(path, value, size=(6, 6), mode="L"):
@@ -62,6 +63,7 @@ def test_the_source_passes_the_path_and_settings(folder):
         "rotations": "none",
         "within_group": False,
         "augment": "none",
+        "polarity": "as_is",
         "objective": "cross_entropy",
         "class_split": None,
         "split_seed": 3,
@@ -326,3 +328,21 @@ def test_image_that_does_not_decode_is_named(folder, broken):
 def test_image_size_must_be_positive(folder):
     with pytest.raises(DataError, match="image_size"):
         load_image_folder(folder, image_size=0)
+
+
+def test_dark_ink_on_light_paper_meets_weights_trained_on_light_ink(tmp_path):
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            pixels = np.full((8, 8), 240, np.uint8)
+            pixels[2:5, 3 + i] = 10
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    recorded = {
+        "name": "omniglot",
+        "preprocessing": image_preprocessing(8, 1, polarity="ink_light", resample="lanczos"),
+    }
+    source = load_other_source(recorded, f"folder:{tmp_path}", {"cache": False}, None)
+    examples = np.asarray(source.tasks("test", EpisodeSize(2, 1, 1), train=False).data.examples)
+    assert examples[:, 0].max() == 15
+    assert examples[:, 3].max() == 245
+    assert source.preprocessing == recorded["preprocessing"]
