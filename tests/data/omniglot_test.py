@@ -188,6 +188,7 @@ def test_the_source_passes_its_settings(made_up):
         "rotations": "none",
         "within_group": False,
         "augment": "none",
+        "polarity": "ink_light",
         "objective": "cross_entropy",
     }
     assert source.preprocessing["polarity"] == "ink_light"

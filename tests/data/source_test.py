@@ -247,7 +247,7 @@ def test_what_follows_the_name_reaches_the_factory():
         ("glyphs", {"split_rule": "lake"}, "no setting 'split_rule': they have image_size, rot"),
         ("folder:x", {"path": "y"}, "no setting 'path': they have image_size"),
         ("sinusoid", {"objective": "hinge"}, "unknown objective 'hinge'"),
-        (f"{__name__}:number", {}, "returns a int"),
+        (f"{__name__}:number", {}, "returns a value of type int, not a meta_jax"),
         (f"{__name__}:absent", {}, "has no 'absent'"),
     ],
 )
@@ -271,6 +271,7 @@ def test_every_setting_of_every_source_has_a_sentence():
         "rotations",
         "within_group",
         "augment",
+        "polarity",
         "objective",
     ]
 

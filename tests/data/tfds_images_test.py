@@ -104,6 +104,7 @@ def test_the_source_passes_the_name_and_settings(toy):
         "image_size": 5,
         "rotations": "none",
         "augment": "none",
+        "polarity": "as_is",
         "objective": "cross_entropy",
         "class_split": None,
         "split_seed": 1,

@@ -407,7 +407,7 @@ def test_a_recorded_learner_and_none_given(tmp_path):
 
 def test_no_recorded_learner_and_one_given(tmp_path):
     path = checkpoints.save(tmp_path, "best", small(1), {})
-    with pytest.raises(CheckpointError, match="does not say which learner it is of: leave config"):
+    with pytest.raises(CheckpointError, match="does not say which learner it is of: train with"):
         checkpoints.restore(path, small(0), config=CONV4)
 
 

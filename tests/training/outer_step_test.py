@@ -516,7 +516,7 @@ def test_tasks_that_come_from_no_data():
         del data
         return sample_sinusoid(key, 5, 5)
 
-    learner = prototypical(mlp((3,)))._replace(
+    learner = prototypical(mlp((3,)), objective=squared_error)._replace(
         loss=lambda params, state, episode, key: (
             (episode.query.y**2).mean(),
             LossAux(state, {}),
