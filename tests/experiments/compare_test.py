@@ -17,6 +17,7 @@ def config_of(learner="prototypical", objective="cross_entropy", steps=10, **opt
     return {
         "learner": {"name": learner, "network": {"name": "conv4", "features": 64}},
         "tasks": {"name": "glyphs", "objective": objective},
+        "example": None,
         "optimizer": {"name": "adam", "learning_rate": 1e-3, **optimizer},
         "run": {"ways": 5, "seed": 0, "steps": steps},
     }

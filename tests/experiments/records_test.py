@@ -18,7 +18,8 @@ def config():
     return {
         "version": "0.1.0",
         "learner": {"name": "maml", "inner_lr": 2.0, "network": {"name": "mlp", "widths": [4]}},
-        "tasks": {"name": "glyphs", "image_size": 28},
+        "tasks": {"name": "glyphs", "image_size": 28, "objective": "cross_entropy"},
+        "example": None,
         "optimizer": {"name": "adam", "learning_rate": 1e-3},
         "run": {"ways": 5, "seed": 0, "steps": 10},
     }
