@@ -27,11 +27,18 @@ TINY_EPISODES = [
 TINY = ["--network.features=4", *TINY_EPISODES]
 
 
+# Compilation is most of the time, and commands after the first find what it compiled.
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
 def command(module, *arguments, cwd=ROOT):
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **QUICK},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
