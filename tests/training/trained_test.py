@@ -29,7 +29,9 @@ from meta_jax.training.trained import (
     describe_task,
     load,
     load_parameters,
+    load_pretrained,
     make_config,
+    pretrained_names,
     read_config,
     save_trained,
     task_like,
@@ -404,3 +406,20 @@ def test_one_way_is_refused_before_a_run_begins():
     with pytest.raises(UsageError, match="classification of 1 way is right"):
         make_config(prototypical(mlp((4,))), one)
     make_config(prototypical(mlp((4,))), one._replace(objective=squared_error))
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_weights_that_come_with_the_package_are_those_of_the_ledger_and_small():
+    package = Path(registry.__file__).parent / "pretrained"
+    for name in ("prototypical", "maml"):
+        of_ledger = Path(__file__).parents[2] / "results" / "weights" / f"{name}_omniglot"
+        assert files_of(package / f"omniglot-{name}") == files_of(of_ledger)
+    assert set(pretrained_names()) == {path.name for path in package.iterdir()}
+    assert sum(map(len, files_of(package).values())) <= 2 * 2**20
+    with pytest.raises(UsageError, match="choose one of glyphs-prototypical"):
+        load_pretrained("omniglot")
