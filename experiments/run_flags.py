@@ -45,7 +45,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
     string("train_split", "train", "Split to train on, such as train or trainval.")
     integer("task_batch", 1, "Tasks of an outer step.")
     integer("task_chunk", None, "Tasks vmapped at a time, by default 1 on a CPU, all elsewhere.")
-    integer("steps", 1000, "Outer steps; an old workdir goes on where there are more now.")
+    integer("steps", 1000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
