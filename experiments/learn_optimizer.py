@@ -110,7 +110,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer(
         "task_chunk", None, "Training runs vmapped at a time, by default one a device on a CPU."
     )
-    integer("steps", 5000, "Outer steps; an old workdir goes on where there are more now.")
+    integer("steps", 5000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
