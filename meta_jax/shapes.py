@@ -1,4 +1,6 @@
-"""Trees compared by the shapes of their leaves, in words."""
+"""Trees by their shapes: rows of all leaves, and differences in words."""
+
+from typing import Any
 
 import jax
 
@@ -30,3 +32,18 @@ def shape_difference(first: PyTree, second: PyTree) -> str:
         if there != here:
             return f"{there} and {here} at {path}"
     return ""
+
+
+def take_rows(tree: PyTree, rows: Any) -> PyTree:
+    """Some rows of a pytree whose leaves are [n, ...].
+
+    Args:
+      tree: The pytree.
+      rows: Indices, a mask or a slice.
+
+    Examples:
+      >>> import numpy as np
+      >>> take_rows({"x": np.arange(4)}, slice(1, 3))["x"].tolist()
+      [1, 2]
+    """
+    return jax.tree.map(lambda leaf: leaf[rows], tree)

@@ -8,6 +8,7 @@ import numpy as np
 
 from meta_jax.core import PyTree
 from meta_jax.data.dataset import DataError, Dataset, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.shapes import take_rows
 
 
 def dataset_from_arrays(
@@ -55,7 +56,7 @@ def split_from_arrays(
     order = np.argsort(index, kind="stable")
     ends = np.cumsum(np.bincount(index))[:-1]
     rows = np.split(order, ends)
-    classes = [jax.tree.map(lambda leaf: leaf[own], x) for own in rows]  # noqa: B023
+    classes = [take_rows(x, own) for own in rows]
     return split_from_classes(classes, [str(name) for name in names], class_groups)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from meta_jax.core import Array, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import keeps_support_moments, query_moments
+from meta_jax.shapes import take_rows
 
 
 def frozen(
@@ -56,7 +57,7 @@ def frozen(
         for start in range(0, n, size):
             # The last ones are embedded with some before them: one program serves all.
             begin = min(start, n - size)
-            part = jax.tree.map(lambda leaf: leaf[begin : begin + size], x)  # noqa: B023
+            part = take_rows(x, slice(begin, begin + size))
             found.append(np.asarray(embed(params, state or {}, part))[start - begin :])
         return np.concatenate(found)
 

@@ -17,7 +17,7 @@ from meta_jax.networks.normalisation import is_transductive
 from meta_jax.objectives import check_kind, row_mask
 from meta_jax.serving.exported import write_exported
 from meta_jax.serving.inputs import InputForm, prepare
-from meta_jax.shapes import shape_difference
+from meta_jax.shapes import shape_difference, take_rows
 
 _CHUNK = 32  # queries answered at a time: one compiled program for any number of them
 _LEAST_SUPPORT = 8  # rows that a support set is padded to at least
@@ -100,7 +100,7 @@ class Classifier:
         size = max(_CHUNK, 1 << (n - 1).bit_length()) if self.transductive else _CHUNK
         learner, found = _hashable(self.learner), []
         for start in range(0, n, size):
-            part = jax.tree.map(lambda leaf: _padded(leaf[start : start + size], size), x)  # noqa: B023
+            part = _padded(take_rows(x, slice(start, start + size)), size)
             mask = np.arange(size) < n - start
             rows = program(learner, self.params, adapted, part, mask, _keys())
             found.append(np.asarray(rows)[: n - start])
@@ -193,12 +193,15 @@ def _padded_support(support: Batch) -> Batch:
     """A support set padded to one of few sizes, so that another example compiles nothing anew."""
     n = len(support.y)
     size = max(_LEAST_SUPPORT, 1 << (n - 1).bit_length())
-    x, y = jax.tree.map(lambda leaf: _padded(leaf, size), (support.x, support.y))
+    x, y = _padded((support.x, support.y), size)
     return Batch(x, y, jnp.arange(size) < n)
 
 
-def _padded(leaf: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(leaf, [(0, size - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)])
+def _padded(tree: PyTree, size: int) -> PyTree:
+    """Leaves [n, ...] with zeros up to [size, ...]."""
+    return jax.tree.map(
+        lambda leaf: np.pad(leaf, [(0, size - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)]), tree
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,6 +12,7 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.linen import from_linen, mentions_batch_norm
 from meta_jax.networks.normalisation import is_normalisation
 from meta_jax.optimization_based.maml import maml
+from tests.networks.padding_checks import check_padding_alone
 
 X = jax.random.normal(jax.random.key(1), (6, 3))
 MOMENTS = ("stored", "batch", "update", "replace")
@@ -146,24 +147,7 @@ def test_padding_enters_no_moment(moments):
 
 @pytest.mark.parametrize("moments", ["batch", "update", "replace"])
 def test_padding_alone_leaves_the_moments(moments):
-    network = from_linen(Normed())
-    params, state = network.init(jax.random.key(0), X)
-    state = jax.tree.map(lambda leaf: leaf + 0.5, state)
-    apply = jax.jit(
-        lambda mask: network.apply(
-            params, state, X, key=None, train=True, moments=moments, mask=mask
-        )
-    )
-    z, kept = apply(jnp.zeros(6, bool))
-    assert np.isfinite(z).all()
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
-    _, changed = apply(jnp.arange(6) < 2)
-    same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (changed, state)), strict=True)]
-    assert all(same) if moments == "batch" else not any(same)
-    with pytest.raises(ValueError, match=r"mask must be bool \[6\]"):
-        apply(jnp.ones(6))
-    with pytest.raises(ValueError, match="unknown moments 'udpate'"):
-        network.apply(params, state, X, key=None, train=True, moments="udpate")
+    check_padding_alone(from_linen(Normed()), X, moments)
 
 
 def test_padding_that_cannot_be_told_apart_is_refused():

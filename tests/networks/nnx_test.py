@@ -8,6 +8,7 @@ from flax import nnx
 from meta_jax.lookup import UsageError
 from meta_jax.networks.nnx import from_nnx
 from meta_jax.networks.normalisation import is_normalisation
+from tests.networks.padding_checks import check_padding_alone
 
 X = jax.random.normal(jax.random.key(1), (6, 3))
 
@@ -102,24 +103,7 @@ def test_padding_enters_no_moment():
 
 @pytest.mark.parametrize("moments", ["batch", "update", "replace"])
 def test_padding_alone_leaves_the_moments(moments):
-    network = from_nnx(Normed)
-    params, state = network.init(jax.random.key(0), X)
-    state = jax.tree.map(lambda leaf: leaf + 0.5, state)
-    apply = jax.jit(
-        lambda mask: network.apply(
-            params, state, X, key=None, train=True, moments=moments, mask=mask
-        )
-    )
-    z, kept = apply(jnp.zeros(6, bool))
-    assert np.isfinite(z).all()
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
-    _, changed = apply(jnp.arange(6) < 2)
-    same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (changed, state)), strict=True)]
-    assert all(same) if moments == "batch" else not any(same)
-    with pytest.raises(ValueError, match=r"mask must be bool \[6\]"):
-        apply(jnp.ones(6))
-    with pytest.raises(ValueError, match="unknown moments 'udpate'"):
-        network.apply(params, state, X, key=None, train=True, moments="udpate")
+    check_padding_alone(from_nnx(Normed), X, moments)
 
 
 def test_gradients_flow_through_moments_that_are_kept():
