@@ -23,7 +23,13 @@ import numpy as np
 from absl import flags
 
 from experiments.command_line import run_main
-from experiments.weights import load_model
+from experiments.weights import (
+    DEFAULT,
+    define_weights_flags,
+    describe_weights,
+    load_weights,
+    named_weights,
+)
 from meta_jax.data.images import EXTENSIONS, is_image_file
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.normalisation import BATCH_MODES
@@ -33,6 +39,7 @@ from meta_jax.training.prediction_pictures import confusion_picture, evidence_pi
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
+define_weights_flags(FLAGS, DEFAULT)
 flags.DEFINE_string(
     "support", None, "Folder with one sub-folder of labelled images for each class."
 )
@@ -63,9 +70,11 @@ class Found(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Adapts, classifies, prints and writes."""
     del arguments
-    model, name = load_model()
+    name = named_weights(FLAGS.workdir, FLAGS.weights) or DEFAULT
+    model = load_weights(name, FLAGS.checkpoint)
     support, query = find_support(FLAGS.support), find_queries(FLAGS.query, FLAGS.evaluate)
-    print(f"{name}; {len(support.paths)} support images of {len(set(support.labels))} classes")
+    ways = len(set(support.labels))
+    print(f"{describe_weights(name)}; {len(support.paths)} support images of {ways} classes")
     classifier = model.adapt(
         support.paths,
         support.labels,

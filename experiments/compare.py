@@ -20,7 +20,7 @@ from meta_jax.core import Objective
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.objectives import as_objective
 from meta_jax.training.pictures import Curve, validation_curves
-from meta_jax.training.trained import read_config
+from meta_jax.training.record import read_config
 from meta_jax.training.writers import as_history, read_metrics
 
 FLAGS = flags.FLAGS

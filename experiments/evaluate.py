@@ -16,17 +16,14 @@ from absl import flags
 
 from experiments import run_flags, testing
 from experiments.command_line import Chosen, given_settings, run_main
+from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
-from meta_jax.training.trained import read_config
+from meta_jax.training.record import read_config
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of a training run.")
-flags.DEFINE_string("weights", None, "Folder of shipped weights, instead of a training run's.")
-flags.DEFINE_enum(
-    "checkpoint", "best", ["best", "latest"], "Checkpoint: best on validation, or the latest."
-)
+define_weights_flags(FLAGS)
 flags.DEFINE_string("split", "test", "Split to test on.")
 flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
 flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
@@ -44,9 +41,10 @@ for _name, _what in (
 
 def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     """The components of a run, with its settings as defaults; none before a run is named."""
-    folder = selected["workdir"] or selected["weights"]
-    if folder is None:
+    named = named_weights(selected["workdir"], selected["weights"])
+    if named is None:
         return []
+    folder = weights_folder(named)
     config = read_config(folder)
     learner, tasks = config["learner"], config["tasks"]
     if not learner or "name" not in tasks or "ways" not in (config.get("run") or {}):
@@ -76,9 +74,9 @@ def _without_lists(record: Mapping[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Prints one line; with --output, writes the keys of result.json too."""
     del arguments
-    if bool(FLAGS.workdir) == bool(FLAGS.weights):
-        what = "once" if FLAGS.workdir else "what to test"
-        raise UsageError(f"name {what}: --workdir=W of a training run, or --weights=FOLDER")
+    named = named_weights(FLAGS.workdir, FLAGS.weights)
+    if named is None:
+        raise UsageError("name what to test: --workdir=W of a training run, or --weights=FOLDER")
     output = local_path(FLAGS.output) if FLAGS.output else None
     if output and not output.absolute().parent.is_dir():
         raise UsageError(f"--output={FLAGS.output}: its folder does not exist, make it first")
@@ -87,7 +85,7 @@ def main(arguments: list[str]) -> None:
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
     chosen = choose({name: FLAGS[name].value for name in ("workdir", "weights", "tasks")})
     found = testing.evaluate(
-        local_path(FLAGS.workdir or FLAGS.weights),
+        weights_folder(named),
         testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk),
         checkpoint=FLAGS.checkpoint,
         size={name: value for name, value in sizes.items() if value is not None},

@@ -59,7 +59,7 @@ from meta_jax.training.outer_step import (
     place,
     task_mesh,
 )
-from meta_jax.training.trained import make_config, read_config
+from meta_jax.training.record import make_config, read_config
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS

@@ -18,7 +18,7 @@ from meta_jax.core import PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.shapes import shape_difference
 from meta_jax.training.checkpoints import latest_step
-from meta_jax.training.trained import read_config, write_config
+from meta_jax.training.record import read_config, write_config
 
 _GROWS = ("steps", "seeds")
 

@@ -18,7 +18,7 @@ from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
 from meta_jax.training.loop import LoopConfig
 from meta_jax.training.outer_step import task_mesh
-from meta_jax.training.trained import describe_task, make_config
+from meta_jax.training.record import describe_task, make_config
 
 
 class Run(NamedTuple):

@@ -22,6 +22,7 @@ from meta_jax.shapes import shape_difference
 from meta_jax.training import trained
 from meta_jax.training.evaluation import MeanCI, confidence_interval, make_evaluate
 from meta_jax.training.outer_step import task_mesh
+from meta_jax.training.record import read_config
 
 _SPLITS = ("train", "val", "test", "trainval")
 _INSTANCE = "instance_"  # what begins the metrics of the sequence protocol
@@ -317,7 +318,7 @@ def evaluate(
       UsageError, CheckpointError: what is asked for cannot be had.
       RunError: the result is not finite.
     """
-    settings, run = settings or {}, trained.read_config(folder)["run"]
+    settings, run = settings or {}, read_config(folder)["run"]
     if "seeds" in run:
         one = folder / f"seed_{run['seed']}"
         raise UsageError(

@@ -38,7 +38,8 @@ from meta_jax.training.outer_step import (
     place,
     task_mesh,
 )
-from meta_jax.training.trained import Trained, load, load_parameters, read_config
+from meta_jax.training.record import read_config
+from meta_jax.training.trained import Trained, load, load_parameters
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS

@@ -1,43 +1,72 @@
-"""The trained weights that a binary serves: the flags that name them, and how they are loaded."""
+"""The trained weights that a binary uses: the flags that name them, and how they are loaded."""
 
 from pathlib import Path
 from typing import Literal
 
 from absl import flags
 
-from meta_jax.lookup import UsageError
-from meta_jax.training.trained import Trained, load, load_pretrained, pretrained_names
+from meta_jax.lookup import UsageError, local_path
+from meta_jax.training.trained import (
+    Trained,
+    load,
+    load_pretrained,
+    pretrained_folder,
+    pretrained_names,
+)
 
 DEFAULT = "omniglot-prototypical"
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of a training run.")
-flags.DEFINE_string(
-    "weights",
-    None,
-    f"Folder of weights, or the name of some that come with meta_jax: "
-    f"{', '.join(pretrained_names())}. Without --workdir, {DEFAULT} by default.",
-)
-flags.DEFINE_enum(
-    "checkpoint", "best", ["best", "latest"], "Checkpoint: best on validation, or the latest."
-)
+
+def define_weights_flags(values: flags.FlagValues, default: str | None = None) -> None:
+    """Defines --workdir, --weights and --checkpoint.
+
+    Args:
+      values: Flags to which they are added.
+      default: Name of the weights that are used where none are given.
+    """
+    otherwise = f" Without --workdir, {default} by default." if default else ""
+    flags.DEFINE_string("workdir", None, "Folder of a training run.", values)
+    flags.DEFINE_string(
+        "weights",
+        None,
+        "Folder of weights, or the name of some that come with meta_jax: "
+        f"{', '.join(pretrained_names())}.{otherwise}",
+        values,
+    )
+    flags.DEFINE_enum(
+        "checkpoint",
+        "best",
+        ["best", "latest"],
+        "Checkpoint: best on validation, or the latest.",
+        flag_values=values,
+    )
 
 
-def named_weights() -> str:
-    """The folder or the name that the flags give, or the default.
+def named_weights(workdir: str | None, weights: str | None) -> str | None:
+    """The folder or the name that the flags give.
+
+    Args:
+      workdir: Value of --workdir.
+      weights: Value of --weights.
 
     Returns:
-      One of `pretrained_names()`, or a folder: './NAME' where it is called as one of these.
+      One of `pretrained_names()`, or a folder: './NAME' where it is called as one of these; None
+      where no flag is given.
 
     Raises:
-      UsageError: two were named.
+      UsageError: both were given.
     """
-    if FLAGS.workdir and FLAGS.weights:
-        raise UsageError("name what classifies once: --workdir=W or --weights=FOLDER")
-    given = FLAGS.workdir or FLAGS.weights
+    if workdir and weights:
+        raise UsageError("name the weights once: --workdir=W or --weights=FOLDER")
+    given = workdir or weights
     if given in pretrained_names() and Path(given).exists():
         return f"./{given}"
-    return given or DEFAULT
+    return given
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of weights, given by their name where they come with meta_jax, or by itself."""
+    return pretrained_folder(name) if name in pretrained_names() else local_path(name)
 
 
 def load_weights(name: str, checkpoint: Literal["best", "latest"] = "best") -> Trained:
@@ -55,13 +84,8 @@ def load_weights(name: str, checkpoint: Literal["best", "latest"] = "best") -> T
     return load(name, checkpoint=checkpoint)
 
 
-def load_model() -> tuple[Trained, str]:
-    """The weights that the flags name, and what to call them.
-
-    Raises:
-      UsageError: two were named, or there are none there.
-    """
-    name = named_weights()
-    shipped = f"weights {name}, which come with meta_jax"
-    called = shipped if name in pretrained_names() else f"weights of {name}"
-    return load_weights(name, FLAGS.checkpoint), called
+def describe_weights(name: str) -> str:
+    """What to call weights in a line of output."""
+    if name in pretrained_names():
+        return f"weights {name}, which come with meta_jax"
+    return f"weights of {name}"

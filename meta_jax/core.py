@@ -32,11 +32,17 @@ MomentsUse = Literal["stored", "batch", "update", "replace"]
 
 
 class Batch(NamedTuple):
-    """Labelled examples."""
+    """Labelled examples.
 
-    x: PyTree  # inputs, leaves [n, ...]
-    y: PyTree  # targets, leaves [n, ...]: one-hot labels [n, ways], or real targets [n, D]
-    mask: Array | None = None  # bool [n], False for padding; None: every row is real
+    Attributes:
+      x: Inputs, leaves [n, ...].
+      y: Targets, leaves [n, ...]: one-hot labels [n, ways], or real targets [n, D].
+      mask: Mask of the rows, bool [n], False for padding; None where every row is real.
+    """
+
+    x: PyTree
+    y: PyTree
+    mask: Array | None = None
 
 
 def check_mask(mask: Array, rows: int, name: str = "mask") -> None:
@@ -81,7 +87,12 @@ def check_batch(batch: Batch, name: str) -> None:
 
 
 class Episode(NamedTuple):
-    """One task of supervised learning: what is learned from, and what is asked."""
+    """One task of supervised learning.
+
+    Attributes:
+      support: What is learned from.
+      query: What is asked.
+    """
 
     support: Batch
     query: Batch
@@ -96,14 +107,24 @@ class ObjectiveLoss(Protocol):
 
 
 class Objective(NamedTuple):
-    """What is asked of the outputs, and what is better."""
+    """What is asked of the outputs, and what is better.
+
+    Attributes:
+      loss: Function (outputs, y, mask) -> (scalar loss, metrics).
+      metric: Metric that selects a model and is reported: a name among the metrics, or 'loss'.
+      maximise: Whether more of the metric is better.
+      kind: Kind of the targets y: 'classification' for one-hot labels [n, ways], 'regression' for
+        real targets.
+      unit: '%' for a share, which is reported in per cent; otherwise empty.
+      name: Name in records and flags: one of meta_jax, or 'package.module:attribute'.
+    """
 
     loss: ObjectiveLoss
-    metric: str  # the metric that selects a model and is reported
-    maximise: bool  # whether more of it is better
-    kind: Literal["classification", "regression"] = "regression"  # what y is: one-hot, or real
-    unit: Literal["", "%"] = ""  # '%' for a share, which is reported in per cent
-    name: str = ""  # how records and flags call it: a name of ours, or 'package.module:attribute'
+    metric: str
+    maximise: bool
+    kind: Literal["classification", "regression"] = "regression"
+    unit: Literal["", "%"] = ""
+    name: str = ""
 
 
 class Sample(Protocol):
@@ -115,17 +136,28 @@ class Sample(Protocol):
 
 
 class Tasks(NamedTuple):
-    """A distribution of tasks."""
+    """A distribution of tasks.
 
-    sample: Sample  # pure and jittable
-    data: PyTree  # what `sample` draws from, passed as an argument so that it is not compiled in
+    Attributes:
+      sample: Function (key, data) -> a task, pure and jittable.
+      data: What `sample` draws from, passed as an argument so that it is not compiled in.
+      objective: What is asked of the answers.
+    """
+
+    sample: Sample
+    data: PyTree
     objective: Objective
 
 
 class LossAux(NamedTuple):
-    """What a loss returns beside its value."""
+    """What a loss returns beside its value.
 
-    state: PyTree  # the new non-differentiated state (running statistics), structure unchanged
+    Attributes:
+      state: The new non-differentiated state (running statistics), its structure unchanged.
+      metrics: Scalars by name.
+    """
+
+    state: PyTree
     metrics: Metrics
 
 
@@ -157,12 +189,21 @@ class NetworkApply(Protocol):
 
 
 class Network(NamedTuple):
-    """A pure embedding network. `state` is `{}` or holds moments of normalisation layers."""
+    """A pure embedding network.
+
+    Attributes:
+      init: Function (key, x) -> (params, state); the state is `{}`, or holds moments of
+        normalisation layers.
+      apply: Function (params, state, x, *, key, train, moments, mask) -> (y, state); `train`
+        switches dropout and the like, and nothing else.
+      normalisation: Mode of its normalisation: see `meta_jax.networks.normalisation`.
+      config: Name and settings of the network, where a registered factory built it.
+    """
 
     init: NetworkInit
-    apply: NetworkApply  # `train` switches dropout and the like, and nothing else
-    normalisation: Normalisation = "none"  # its mode: see `meta_jax.networks.normalisation`
-    config: Config | None = None  # which network it is, where a registered factory built it
+    apply: NetworkApply
+    normalisation: Normalisation = "none"
+    config: Config | None = None
 
 
 class Init(Protocol):
@@ -224,6 +265,15 @@ class MetaLearner(NamedTuple):
 
     `train` is True while meta-training and False when a learner is tested. A state's real leaves
     are averaged over the tasks of an outer step; integer leaves are counters and are not.
+
+    Attributes:
+      init: Function (key, task) -> (params, state), sized by an example of a task.
+      adapt: Function (params, state, support, key, *, train) -> adapted.
+      predict: Function (params, adapted, x, key, *, train, mask) -> (outputs, state).
+      loss: Function (params, state, task, key) -> (scalar, LossAux), what training minimises.
+      evaluate: Function (params, state, task, key) -> metrics of a test on one task.
+      state_scope: 'shared' for one state of all tasks, 'task' for one state of each task.
+      config: Name and settings of the learner, where a registered factory built it.
     """
 
     init: Init
@@ -231,8 +281,8 @@ class MetaLearner(NamedTuple):
     predict: Predict
     loss: Loss
     evaluate: Evaluate
-    state_scope: Literal["shared", "task"] = "shared"  # 'task': one state for each task
-    config: Config | None = None  # which learner it is, where a registered factory built it
+    state_scope: Literal["shared", "task"] = "shared"
+    config: Config | None = None
 
 
 # What a run says of itself beside the metrics, in lines of metrics and in the record of a result.

@@ -9,10 +9,14 @@ from pathlib import Path
 import jax
 import pytest
 
-# Tests compile thousands of small programs, and XLA's older code generator for CPUs takes a third
-# of the time. A jaxlib without it ignores the option.
-_FAST_COMPILATION = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILATION}".strip()
+_XLA_FLAGS = (
+    # Tests compile thousands of small programs, and XLA's older code generator for CPUs takes a
+    # third of the time. A jaxlib without it ignores the option.
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    # Without optimisations, this library of XLA gets some products wrong (jaxlib 0.10.2).
+    "--xla_cpu_experimental_ynn_fusion_type=",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]).strip()
 
 _tests = itertools.count()
 
@@ -85,7 +89,7 @@ def unoptimized() -> None:
 
 @pytest.fixture
 def optimized(unoptimized: None) -> None:
-    """Programs as users have them: for long computations, and where XLA errs without."""
+    """Programs as users have them: for long computations, and for the last bit."""
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -327,6 +327,7 @@ def test_loss_and_metrics_are_finite_scalars(name):
     (loss, aux), _ = b.value_and_grad(b.params, b.state, episode(name), jax.random.key(3))
     for value in (loss, *aux.metrics.values()):
         assert value.shape == ()
+        assert value.dtype == jnp.float64
         assert np.isfinite(value)
     assert aux.metrics
 
@@ -402,12 +403,12 @@ def test_evaluate_is_the_objective_of_the_answers(name):
 
 
 @every_mode
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_structure_shapes_and_types_are_kept(name, mode, dtype):
     learner = LEARNERS[name].build(mode)
     key = jax.random.key(0)
     task = episode(name)  # drawn, and kept for the other laws, in double precision
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(False):
         example = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), task)
         params, state = jax.eval_shape(learner.init, key, example)
         if dtype == "bfloat16":  # half precision is chosen by casting
@@ -458,9 +459,9 @@ def test_a_test_is_exported_for_any_number_of_queries(name, mode):
     def predict(params, adapted, x):
         return b.learner.predict(params, adapted, x, jax.random.key(0), train=False)[0]
 
-    exported = jax.export.export(jax.jit(predict), platforms=("cpu", "cuda", "tpu"))(
-        b.params, adapted, x
-    )
+    # What is lowered differently depends on the learner alone.
+    platforms = ("cpu", "cuda", "tpu") if mode == LEARNERS[name].mode else ("cpu",)
+    exported = jax.export.export(jax.jit(predict), platforms=platforms)(b.params, adapted, x)
     assert exported.out_avals[0].shape == (m, task.query.y.shape[1])
 
 
@@ -524,6 +525,7 @@ def test_a_test_is_not_random(name, mode):
     support, query = episode(name)
     b = built(name, mode)
     answers = [b.answers(support, query.x, seed=seed) for seed in range(2)]
+    assert answers[0].dtype == jnp.float64
     if LEARNERS[name].random_test:
         assert_differ(*answers)
     else:

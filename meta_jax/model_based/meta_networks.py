@@ -85,6 +85,7 @@ def meta_networks(
     objective: Objective = cross_entropy,
     features: int = 64,
     hidden: int = 64,
+    blocks: int = 5,
     fast_scale: float = 0.01,
     key_strength: float = 10.0,
 ) -> MetaLearner:
@@ -103,6 +104,7 @@ def meta_networks(
       objective: Objective of the tasks; it classifies.
       features: Channels of the convolutions of both networks u and b (see `networks.augmented`).
       hidden: Units of the layer behind them, the size of r.
+      blocks: Number of convolutions, each before a pooling: 5 take 28 pixels to 1.
       fast_scale: Factor of the outputs of d and m. A coordinate's share in a layer is small, and
         one step of Adam moves all of them together: at 1 the activations explode.
       key_strength: Factor of the cosines of attention; with 1, the paper's, no weight exceeds
@@ -114,7 +116,7 @@ def meta_networks(
       alone, stays as it was drawn. The order of the support matters (to d).
 
     Raises:
-      UsageError: the objective does not classify.
+      UsageError: the objective does not classify, or there is no convolution.
 
     Examples:
       >>> learner = meta_networks(features=2, hidden=4)
@@ -126,11 +128,13 @@ def meta_networks(
       (2, 4)
     """
     check_kind(objective, "classification", "meta_networks")
+    if blocks < 1:
+        raise UsageError(f"meta_networks needs at least 1 convolution: blocks={blocks}")
 
     adapt = functools.partial(_adapt, fast_scale)
     predict = functools.partial(_predict, key_strength)
     return MetaLearner(
-        functools.partial(_init, features, hidden),
+        functools.partial(_init, features, hidden, blocks),
         adapt,
         predict,
         supervised_loss(adapt, predict, objective),
@@ -138,12 +142,15 @@ def meta_networks(
     )
 
 
-def _init(features: int, hidden: int, key: Array, episode: Episode) -> tuple[PyTree, PyTree]:
+def _init(
+    features: int, hidden: int, blocks: int, key: Array, episode: Episode
+) -> tuple[PyTree, PyTree]:
     support = episode.support
     check_support(support)
     *slow_keys, d_key, m_key = jax.random.split(key, 4)
+    ways = support.y.shape[1]
     embedding, base = (
-        init_augmented(slow_key, support.x, features, hidden, support.y.shape[1])
+        init_augmented(slow_key, support.x, features, hidden, ways, blocks=blocks)
         for slow_key in slow_keys
     )
     params = {"embedding": embedding, "base": base}

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.networks.convolution import convolve, max_pool
 
-_BLOCKS = 5
 
-
-def init_augmented(key: Array, x: Array, features: int, hidden: int, ways: int) -> PyTree:
-    """Slow weights: 5 convolutions with bias, then a layer and a classifier without.
+def init_augmented(
+    key: Array, x: Array, features: int, hidden: int, ways: int, *, blocks: int = 5
+) -> PyTree:
+    """Slow weights: convolutions with bias, then a layer and a classifier without.
 
     Args:
       key: A random key.
@@ -21,14 +21,15 @@ def init_augmented(key: Array, x: Array, features: int, hidden: int, ways: int) 
       features: Channels of every convolution.
       hidden: Units of the layer behind them.
       ways: Outputs of the classifier.
+      blocks: Number of convolutions.
 
     Returns:
       {'conv': {'layer1': {'kernel', 'bias'}, ...}, 'dense': {'hidden', 'classifier'}}.
     """
-    keys = jax.random.split(key, _BLOCKS + 2)
+    keys = jax.random.split(key, blocks + 2)
     he = jax.nn.initializers.he_normal()
     conv, channels, (height, width) = {}, x.shape[-1], x.shape[1:3]
-    for i, layer_key in enumerate(keys[:_BLOCKS]):
+    for i, layer_key in enumerate(keys[:blocks]):
         kernel = he(layer_key, (3, 3, channels, features))
         conv[f"layer{i + 1}"] = {"kernel": kernel, "bias": jnp.zeros(features, kernel.dtype)}
         channels, height, width = features, -(-height // 2), -(-width // 2)

@@ -19,14 +19,13 @@ from meta_jax.training.outer_step import (
     task_gradients,
     task_mesh,
 )
+from meta_jax.training.record import make_config, write_config
 from meta_jax.training.trained import (
     Trained,
     load,
     load_pretrained,
-    make_config,
     pretrained_names,
     save_trained,
-    write_config,
 )
 from meta_jax.training.writers import MetricsWriter, read_metrics
 

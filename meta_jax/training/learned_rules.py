@@ -13,7 +13,7 @@ from meta_jax.optimization_based.learned_optimizers.export import to_optax
 from meta_jax.optimization_based.learned_optimizers.families import ProblemFamily
 from meta_jax.optimization_based.update_rules import UpdateRule
 from meta_jax.training import checkpoints
-from meta_jax.training.trained import read_config, task_like
+from meta_jax.training.record import read_config, task_like
 
 
 class LearnedRule(NamedTuple):

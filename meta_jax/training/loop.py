@@ -30,11 +30,18 @@ class TrainingDivergedError(RuntimeError):
 
 
 class LoopConfig(NamedTuple):
-    """When things happen, in outer steps. All are multiples of `log_every` but `steps`."""
+    """When things happen, in outer steps. All are multiples of `log_every` but `steps`.
 
-    steps: int  # in all, those of earlier sessions among them
-    log_every: int = 50  # steps in one compiled call, and between lines of metrics
-    eval_every: int = 500  # between validations; 0 for none
+    Attributes:
+      steps: Number of outer steps in all, those of earlier sessions among them.
+      log_every: Steps in one compiled call, and between lines of metrics.
+      eval_every: Steps between validations; 0 for none.
+      checkpoint_every: Steps between checkpoints.
+    """
+
+    steps: int
+    log_every: int = 50
+    eval_every: int = 500
     checkpoint_every: int = 500
 
     def check(self) -> None:
@@ -63,12 +70,20 @@ class LoopConfig(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What a run leaves behind."""
+    """What a run leaves behind.
+
+    Attributes:
+      train_state: State of the training after the last step.
+      seconds: Duration of the training, over all its sessions.
+      finished: Whether all steps are done: False where SIGTERM or Ctrl-C stopped it, and the same
+        call goes on.
+      history: 'train' or 'val' -> 'step' or the name of a metric -> values.
+    """
 
     train_state: TrainState
-    seconds: float  # of training, over all its sessions
-    finished: bool  # False where SIGTERM or Ctrl-C stopped it; the same call goes on
-    history: dict[str, dict[str, np.ndarray]]  # 'train' or 'val' -> 'step' or metric -> values
+    seconds: float
+    finished: bool
+    history: dict[str, dict[str, np.ndarray]]
 
 
 class _Run(NamedTuple):

@@ -21,13 +21,21 @@ from meta_jax.lookup import UsageError
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step."""
+    """All that training carries from step to step.
 
-    step: Array  # int32 scalar, outer steps done
+    Attributes:
+      step: Number of outer steps done, an int32 scalar.
+      params: Parameters of the learner.
+      state: State of the learner; of scope 'task' with a leading axis [task_batch].
+      opt_state: State of the outer optimizer.
+      key: Random key, which never advances: step s draws from fold_in(key, s).
+    """
+
+    step: Array
     params: PyTree
-    state: PyTree  # the learner's; of scope 'task' with a leading axis [task_batch]
+    state: PyTree
     opt_state: PyTree
-    key: Array  # never advances: step s draws from fold_in(key, s)
+    key: Array
 
 
 # (train state, data) -> (train state, metrics)

@@ -17,7 +17,8 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.maml import maml
-from meta_jax.training.trained import Trained, make_config, save_trained
+from meta_jax.training.record import make_config
+from meta_jax.training.trained import Trained, save_trained
 
 SIZE = 8
 SHADES = {"dark": 20, "middle": 120, "light ö": 230}

@@ -272,6 +272,7 @@ def test_the_binaries_need_no_home_folder_and_no_known_user(tmp_path):
 
     def start(module, *arguments):
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": "removed"}
+        environment |= QUICK
         return subprocess.run(
             [sys.executable, "-c", program, f"experiments.{module}", *arguments],
             cwd=tmp_path,

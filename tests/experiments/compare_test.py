@@ -9,7 +9,7 @@ from PIL import Image
 from experiments import compare, records
 from meta_jax.lookup import UsageError
 from meta_jax.training.pictures import Curve, validation_curves
-from meta_jax.training.trained import write_config
+from meta_jax.training.record import write_config
 from tests.experiments.command_line_test import assert_refused, command
 
 

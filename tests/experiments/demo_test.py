@@ -5,12 +5,11 @@ import importlib.util
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 from experiments import weights
@@ -22,7 +21,8 @@ from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
-from meta_jax.training.trained import Trained, make_config, save_trained
+from meta_jax.training.record import make_config
+from meta_jax.training.trained import Trained, save_trained
 
 SIZE = 8
 CORNER = "M60 40L60 200L180 200"
@@ -211,17 +211,15 @@ def test_mistakes_are_one_line(examples, query, settings, message):
 
 def test_weights_are_named_by_a_folder_or_as_they_are_shipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = flags.FLAGS
-    if not values.is_parsed():
-        values(["demo"])
-    with flagsaver.flagsaver():
-        assert weights.named_weights() == weights.DEFAULT
-        values.weights = "glyphs-prototypical"
-        assert weights.load_model()[1] == "weights glyphs-prototypical, which come with meta_jax"
-        (tmp_path / "glyphs-prototypical").mkdir()  # a folder that was named is meant
-        assert weights.named_weights() == "./glyphs-prototypical"
-        values.weights, values.workdir = None, "runs/1"
-        assert weights.named_weights() == "runs/1"
+    assert weights.named_weights(None, None) is None
+    name = weights.named_weights(None, "glyphs-prototypical")
+    assert weights.describe_weights(name) == f"weights {name}, which come with meta_jax"
+    assert weights.weights_folder(name).is_dir()
+    (tmp_path / "glyphs-prototypical").mkdir()  # a folder that was named is meant
+    name = weights.named_weights(None, "glyphs-prototypical")
+    assert name == "./glyphs-prototypical"
+    assert weights.weights_folder(name) == Path(name)
+    assert weights.named_weights("runs/1", None) == "runs/1"
 
 
 # ---- The page's functions.

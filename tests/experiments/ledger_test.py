@@ -9,7 +9,7 @@ from experiments import ledger, testing
 from experiments.benchmark import report
 from experiments.rows import ROWS
 from meta_jax.data.source import load_source
-from meta_jax.training.trained import read_config
+from meta_jax.training.record import read_config
 
 ROWS_IN_LEDGER = ledger.read()
 KEYS = {
@@ -74,14 +74,14 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch, reque
     monkeypatch.setattr(
         testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
     )
-    if rows[0]["learner"] in ("reptile", "lstm_meta_learner"):  # their inner loops take long
+    if rows[0]["learner"] in ("reptile", "lstm_meta_learner", "meta_networks"):  # they take long
         request.getfixturevalue("optimized")
     first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
     is_sequence = first.metric.startswith("instance_")
     queries = min(5, read_config(weights)["run"]["queries"])
     found = testing.evaluate(
         weights,
-        testing.Asked(episodes=60, seed=1),
+        testing.Asked(episodes=30, seed=1),
         size={**first.size(), "queries": 10 - first.shots if is_sequence else queries},
         settings=first.settings(),
         data_dir=str(omniglot_zips),

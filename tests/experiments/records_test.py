@@ -8,7 +8,7 @@ import pytest
 from experiments import records
 from meta_jax.lookup import UsageError
 from meta_jax.training import checkpoints
-from meta_jax.training.trained import read_config, write_config
+from meta_jax.training.record import read_config, write_config
 
 PARAMS = {"w": jnp.zeros((2, 3))}
 

@@ -16,7 +16,8 @@ from meta_jax.core import Batch, Episode
 from meta_jax.data.source import source_from_sampler
 from meta_jax.lookup import UsageError
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
-from meta_jax.training.trained import load, load_parameters, read_config
+from meta_jax.training.record import read_config
+from meta_jax.training.trained import load, load_parameters
 from meta_jax.training.writers import read_metrics
 
 ASKED = Asked("test", 6)

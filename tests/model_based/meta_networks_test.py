@@ -16,7 +16,7 @@ from meta_jax.objectives import cross_entropy_loss, squared_error
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
-LEARNER = meta_networks(features=3, hidden=4, key_strength=1.0)
+LEARNER = meta_networks(features=3, hidden=4, blocks=3, key_strength=1.0)
 
 
 def normal(seed, *shape):
@@ -171,9 +171,6 @@ def test_fast_weights_of_the_base_are_those_of_each_example_s_own_gradient():
         np.testing.assert_allclose(adapted.values[group][leaf][1], 0.01 * x[..., 0], atol=1e-10)
 
 
-# Without optimisations, XLA's CPU library (jaxlib 0.10.2) gets one product of the second program
-# wrong, and right where --xla_cpu_experimental_ynn_fusion_type= takes that library out.
-@pytest.mark.usefixtures("optimized")
 def test_there_are_no_second_order_terms(monkeypatch):
     def loss(params, episode):
         return LEARNER.loss(params, {}, episode, KEY)[0]
@@ -234,6 +231,8 @@ def test_bfloat16_gives_finite_bfloat16():
 def test_what_it_cannot_serve_is_refused():
     with pytest.raises(UsageError, match="meta_networks is for classification"):
         meta_networks(objective=squared_error)
+    with pytest.raises(UsageError, match="at least 1 convolution: blocks=0"):
+        meta_networks(blocks=0)
     support, _ = episode()
     for batch, culprit in (
         (Batch(support.x, support.y.argmax(1)), "one-hot"),

@@ -141,7 +141,7 @@ def test_drop_block_drops_squares_and_keeps_the_mean(block_size, side):
     dropped = np.asarray(y == 0)
     # Overlaps of squares leave the share a little below the rate.
     assert 0.07 < dropped.mean() < 0.11
-    np.testing.assert_allclose(y.mean(), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(y, np.float64).mean(), 1, rtol=1e-5)
     np.testing.assert_allclose(y[~dropped], 1 / (1 - dropped.mean()), rtol=1e-5)
     # Every dropped feature lies in a dropped square that lies within its map.
     edge = min(block_size, side)

@@ -23,7 +23,8 @@ from meta_jax.training.evaluation import make_validate
 from meta_jax.training.loop import LoopConfig, TrainingDivergedError, fit, is_better
 from meta_jax.training.optimizers import average_params, averaged_params
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
-from meta_jax.training.trained import load, make_config, write_config
+from meta_jax.training.record import make_config, write_config
+from meta_jax.training.trained import load
 from meta_jax.training.writers import read_metrics
 
 CONFIG = LoopConfig(steps=17, log_every=2, eval_every=4, checkpoint_every=4)

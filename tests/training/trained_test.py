@@ -13,29 +13,30 @@ import optax
 import pytest
 
 from meta_jax import registry
-from meta_jax.core import Batch, Episode, Network, Objective, Tasks
+from meta_jax.core import Batch, Episode, Network, Tasks
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import conv4
 from meta_jax.networks.mlp import mlp
-from meta_jax.objectives import cross_entropy, squared_error
+from meta_jax.objectives import cross_entropy
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, fit
 from meta_jax.training.optimizers import average_params, averaged_params
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.record import (
+    describe_task,
+    make_config,
+    read_config,
+    write_config,
+)
 from meta_jax.training.trained import (
     Trained,
-    describe_task,
     load,
     load_parameters,
     load_pretrained,
-    make_config,
     pretrained_names,
-    read_config,
     save_trained,
-    task_like,
-    write_config,
 )
 
 OWN = "own_components"  # a module beside this one
@@ -92,21 +93,6 @@ def test_a_folder_is_enough(tmp_path):
     # And what was loaded is written again.
     save_trained(tmp_path / "again", found)
     assert_equal(load(tmp_path / "again").params, original.params)
-
-
-def test_the_record_is_that_of_the_layout(tmp_path):
-    config = make_config(
-        prototypical(mlp((4,))), VECTORS, source={"name": "glyphs"}, optimizer={"name": "adam"}
-    )
-    assert set(config) == {"version", "learner", "tasks", "optimizer", "run", "example"}
-    assert config["tasks"] == {
-        "name": "glyphs",
-        "objective": "cross_entropy",
-        "preprocessing": None,
-    }
-    assert config["learner"]["network"]["name"] == "mlp"
-    write_config(tmp_path / "new", config)
-    assert read_config(tmp_path / "new") == config
 
 
 @pytest.mark.usefixtures("optimized")  # as the other process, to the last bit
@@ -299,17 +285,6 @@ def test_a_learner_without_a_name_is_given_again(tmp_path):
     assert_equal(load(tmp_path, learner=learner).params, original.params)
 
 
-def test_an_objective_without_a_name_is_refused():
-    nameless = VECTORS._replace(objective=cross_entropy._replace(name=""))
-    with pytest.raises(UsageError, match="of metric 'accuracy' has no name: name it as it is"):
-        make_config(prototypical(mlp((4,))), nameless)
-
-
-def test_a_record_that_is_not_json_is_refused():
-    with pytest.raises(UsageError, match="record of this run is not JSON"):
-        make_config(prototypical(mlp((4,))), VECTORS, run={"started": jnp})
-
-
 @pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
 def test_a_folder_without_a_record(tmp_path, text):
     if text is not None:
@@ -317,31 +292,6 @@ def test_a_folder_without_a_record(tmp_path, text):
     with pytest.raises(UsageError, match=r"no config.json in|config.json is damaged") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-# ---- The example of a task.
-
-
-class Bandit(NamedTuple):
-    arms: jax.Array
-    context: dict
-
-
-def test_a_task_is_described_and_built_again():
-    task = Bandit(
-        jnp.zeros(3, jnp.bfloat16),
-        {
-            "ids": jnp.zeros((2, 4), jnp.uint8),
-            "mask": None,
-            "pair": (jnp.ones((), bool), [jnp.zeros((0, 2))]),
-            "key": jax.random.key(0),
-        },
-    )
-    description = json.loads(json.dumps(describe_task(task)))
-    like = task_like(description)
-    assert jax.tree.structure(like) == jax.tree.structure(task)
-    for ours, theirs in zip(jax.tree.leaves(like), jax.tree.leaves(task), strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
 def test_a_task_that_cannot_be_described_is_given_to_load(tmp_path):
@@ -392,20 +342,6 @@ def test_a_record_with_something_else_in_a_place_gets_one_line(tmp_path, place, 
     with pytest.raises(UsageError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_the_metric_of_a_result_does_not_hide_what_else_it_has():
-    steps = Objective(lambda *a: (jnp.zeros(()), {}), "steps", False, name="a:b")
-    with pytest.raises(UsageError, match="a metric is called 'steps'"):
-        make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps))
-    make_config(prototypical(mlp((4,))), VECTORS._replace(objective=steps._replace(metric="loss")))
-
-
-def test_one_way_is_refused_before_a_run_begins():
-    one = VECTORS._replace(sample=lambda key, data: episode(key, (5,), ways=1))
-    with pytest.raises(UsageError, match="classification of 1 way is right"):
-        make_config(prototypical(mlp((4,))), one)
-    make_config(prototypical(mlp((4,))), one._replace(objective=squared_error))
 
 
 def files_of(folder):
