@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, trials, strategies that know, and learned policies."""
