@@ -150,11 +150,20 @@ def squared_error_loss(
     return loss, {"mse": loss}
 
 
+def _no_loss(outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, Metrics]:
+    """Rewards come from acting: there are no targets with which outputs could be compared."""
+    raise UsageError(
+        "tasks of reinforcement learning are for learners that act, such as rl2: choose one of "
+        "them, or other tasks"
+    )
+
+
 cross_entropy = Objective(
     cross_entropy_loss, "accuracy", True, "classification", "%", "cross_entropy"
 )
 squared_error = Objective(squared_error_loss, "mse", False, "regression", "", "squared_error")
-_NAMED = {objective.name: objective for objective in (cross_entropy, squared_error)}
+trial_return = Objective(_no_loss, "return", True, "control", "", "trial_return")
+_NAMED = {o.name: o for o in (cross_entropy, squared_error, trial_return)}
 
 
 def as_objective(objective: Objective | str) -> Objective:

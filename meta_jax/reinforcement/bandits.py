@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment
+from meta_jax.reinforcement.source import environment_tasks
 
 
+@environment_tasks("bandit")
 def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
     """Builds Bernoulli bandits (Duan et al. 2016, table 1).
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
-from meta_jax.reinforcement.environment import Environment, Problem, example_action
+from meta_jax.reinforcement.environment import Environment, Problem, no_action
 
 
 class Percept(NamedTuple):
@@ -15,7 +15,7 @@ class Percept(NamedTuple):
 
     Attributes:
       observation: Observation of the environment, [size].
-      action: Action of the step before; zeros at the first step of a trial.
+      action: Action of the step before; at the first step of a trial -1, or zeros.
       reward: Reward of the step before, a float scalar; 0 at the first step of a trial.
       begins: Whether an episode begins, a bool scalar; True at the first step of a trial.
     """
@@ -105,7 +105,7 @@ def run_trial(key: Array, problem: Problem, agent: Agent) -> Trajectory:
     start = _Moment(
         state,
         observation,
-        example_action(environment.actions),
+        no_action(environment.actions),
         jnp.zeros(()),
         jnp.bool_(True),
         agent.memory,
