@@ -1,5 +1,7 @@
 """Objectives: what is asked of a learner's outputs, and which metric says what is better."""
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -208,6 +210,20 @@ def check_kind(objective: Objective, kind: str, learner: str) -> None:
             f"{learner} is for {kind}, and its tasks ask for {objective.kind} "
             f"({objective.name or objective.metric}): choose other tasks or another learner"
         )
+
+
+def target_kind(objective: Objective) -> Literal["classification", "regression"]:
+    """What the targets of an objective are.
+
+    Raises:
+      UsageError: there are no targets, since actions earn rewards.
+    """
+    if objective.kind == "control":
+        raise UsageError(
+            "this learner answers queries, and tasks of reinforcement learning have none: choose "
+            "other tasks, or a learner that acts, such as rl2"
+        )
+    return objective.kind
 
 
 def tree_rows(tree: PyTree) -> int:

@@ -9,9 +9,9 @@ import optax
 
 from meta_jax.core import Array, Metrics, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.networks.sequences import SequenceNetwork
 from meta_jax.reinforcement.advantages import generalised_advantages
 from meta_jax.reinforcement.environment import Actions, Problem
-from meta_jax.reinforcement.memories import MemoryNetwork
 from meta_jax.reinforcement.policies import entropy, log_probability
 from meta_jax.reinforcement.rollout import Trajectory, run_trial
 from meta_jax.reinforcement.trial_policy import as_agent, read_trial
@@ -74,13 +74,13 @@ def learning_rewards(trajectory: Trajectory, reward: Reward) -> Array:
 
 def collect(
     settings: PolicyGradient,
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     params: PyTree,
     problem: Problem,
     key: Array,
 ) -> Experience:
     """Acts for a trial of one task, and works out what is to be learned from it."""
-    agent = as_agent(network, params, problem.environment.actions)
+    agent = as_agent(network, params, problem.environment)
     trajectory = run_trial(key, problem, agent)
     values = trajectory.extras.value
     advantage = generalised_advantages(
@@ -95,7 +95,7 @@ def collect(
 
 def surrogate_loss(
     settings: PolicyGradient,
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     actions: Actions,
     params: PyTree,
     experience: Experience,
@@ -144,7 +144,7 @@ def normalised(experience: Experience) -> Experience:
 
 def ppo_updates(
     settings: PolicyGradient,
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     optimizer: optax.GradientTransformationExtraArgs,
     actions: Actions,
     carry: tuple[PyTree, PyTree],

@@ -1,6 +1,7 @@
 """RL^2: a policy with a memory learns, over trials of many tasks, to learn within one."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -12,9 +13,9 @@ from meta_jax import registry
 from meta_jax.core import Array, LossAux, MetaLearner, Metrics, Objective, PyTree, Sample, with_loss
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import check_at_least_one
+from meta_jax.networks.sequences import SequenceNetwork, causal_transformer, recurrent, snail
 from meta_jax.objectives import check_kind, trial_return
 from meta_jax.reinforcement.environment import Continuous, Discrete, Environment
-from meta_jax.reinforcement.memories import MemoryNetwork, recurrent
 from meta_jax.reinforcement.ppo import (
     PolicyGradient,
     Reward,
@@ -29,8 +30,16 @@ from meta_jax.reinforcement.trial_policy import (
     as_agent,
     check_problem,
     init_policy,
+    start_memory,
 )
 
+Memory = Literal["gru", "lstm", "transformer", "snail"]
+_MEMORIES: dict[Memory, Callable[[int, int], SequenceNetwork]] = {
+    "gru": lambda size, layers: recurrent(size, "gru"),
+    "lstm": lambda size, layers: recurrent(size, "lstm"),
+    "transformer": lambda size, layers: causal_transformer(size, layers),
+    "snail": lambda size, layers: snail(width=size, filters=size),
+}
 _MOST_EPISODES = 10  # whose returns are metrics of their own
 
 
@@ -38,8 +47,9 @@ _MOST_EPISODES = 10  # whose returns are metrics of their own
 def rl2(
     *,
     objective: Objective = trial_return,
-    memory: Literal["gru", "lstm"] = "gru",
+    memory: Memory = "gru",
     hidden_size: int = 64,
+    layers: int = 2,
     algorithm: Literal["ppo", "a2c"] = "ppo",
     reward: Reward = "sampled",
     discount: float = 0.99,
@@ -50,7 +60,7 @@ def rl2(
     epochs: int = 3,
     minibatches: int = 20,
 ) -> MetaLearner:
-    """Builds an RL^2 learner: a recurrent policy whose memory lasts over a whole trial.
+    """Builds an RL^2 learner: a policy whose memory lasts over a whole trial.
 
     At each step it reads the observation, its last action and reward, and whether an episode
     begins (Duan et al. 2016); its memory starts anew with every trial and never within one. What
@@ -58,8 +68,11 @@ def rl2(
 
     Args:
       objective: Objective of the tasks; they are of reinforcement learning.
-      memory: Kind of the recurrent layer: 'gru' or 'lstm'.
-      hidden_size: Units of the recurrent layer.
+      memory: Kind of the memory: a recurrent layer 'gru' or 'lstm', a causal 'transformer', or
+        'snail' (Mishra et al. 2018), temporal convolutions with attention.
+      hidden_size: Units of the recurrent layer, width of the transformer, or channels that each
+        convolution of SNAIL adds.
+      layers: Number of layers of the transformer.
       algorithm: Policy gradient: 'ppo' makes `epochs` x `minibatches` updates in an outer step,
         'a2c' makes one.
       reward: Reward that is learned from: 'sampled', those that came; 'expected', their means;
@@ -92,8 +105,8 @@ def rl2(
       ['loss', 'regret', 'return']
     """
     check_kind(objective, "control", "rl2")
-    check_at_least_one("rl2", hidden_size=hidden_size, epochs=epochs, minibatches=minibatches)
-    network = recurrent(hidden_size, memory)
+    check_at_least_one("rl2", epochs=epochs, minibatches=minibatches)
+    network = _MEMORIES[memory](hidden_size, layers)
     settings = PolicyGradient(reward, discount, gae_lambda, entropy_weight, value_weight, clip)
     update = functools.partial(_update, settings, network, epochs, minibatches)
     return MetaLearner(
@@ -107,20 +120,26 @@ def rl2(
     )
 
 
-def _init(network: MemoryNetwork, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
+def _init(network: SequenceNetwork, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
     return init_policy(network, key, check_problem(task, "rl2").environment), {}
 
 
 def _adapt(
-    network: MemoryNetwork, params: PyTree, state: PyTree, support: None, key: Array, *, train: bool
+    network: SequenceNetwork,
+    params: PyTree,
+    state: PyTree,
+    task: PyTree,
+    key: Array,
+    *,
+    train: bool,
 ) -> PyTree:
-    """The memory at the beginning of a trial; there is no support set."""
-    del state, support, key, train
-    return network.start(params["memory"])
+    """The memory at the beginning of a trial of a task, of which only the environment is seen."""
+    del state, key, train
+    return start_memory(network, params, check_problem(task, "rl2").environment)
 
 
 def _predict(
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     params: PyTree,
     memory: PyTree,
     percept: Percept,
@@ -140,7 +159,7 @@ def _predict(
 
 def _loss(
     settings: PolicyGradient,
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     params: PyTree,
     state: PyTree,
     task: PyTree,
@@ -156,10 +175,10 @@ def _loss(
 
 
 def _evaluate(
-    network: MemoryNetwork, params: PyTree, state: PyTree, task: PyTree, key: Array
+    network: SequenceNetwork, params: PyTree, state: PyTree, task: PyTree, key: Array
 ) -> Metrics:
     problem = check_problem(task, "rl2")
-    agent = as_agent(network, params, problem.environment.actions)
+    agent = as_agent(network, params, problem.environment)
     return trial_metrics(run_trial(key, problem, agent), problem.environment)
 
 
@@ -187,7 +206,7 @@ def trial_metrics(trajectory: Trajectory, environment: Environment) -> Metrics:
 
 def _update(
     settings: PolicyGradient,
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     epochs: int,
     minibatches: int,
     optimizer: optax.GradientTransformationExtraArgs,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import linear
+from meta_jax.networks.sequences import SequenceNetwork
 from meta_jax.reinforcement.environment import Actions, Discrete, Environment, Problem
-from meta_jax.reinforcement.memories import MemoryNetwork, init_head
 from meta_jax.reinforcement.policies import log_probability, num_outputs, sample_action
 from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory
 
@@ -41,17 +41,27 @@ def check_problem(task: PyTree, learner: str) -> Problem:
     return task
 
 
-def init_policy(network: MemoryNetwork, key: Array, environment: Environment) -> PyTree:
+def init_policy(network: SequenceNetwork, key: Array, environment: Environment) -> PyTree:
     """Initial parameters: {'memory', 'policy', 'value'}; all actions begin about equally likely."""
     memory_key, policy_key, value_key = jax.random.split(key, 3)
     actions, observation = environment.actions, environment.observation
     size = actions.n if isinstance(actions, Discrete) else actions.size
     inputs = observation.shape[0] + size + 2
+    steps = environment.episodes * environment.horizon
+    memory = network.init(memory_key, inputs, steps)
+    x = jax.ShapeDtypeStruct((steps, inputs), observation.dtype)
+    features = jax.eval_shape(network.read, memory, x, jnp.ones(steps, bool)).shape[1]
     return {
-        "memory": network.init(memory_key, inputs),
-        "policy": init_head(policy_key, network.features, num_outputs(actions), 0.01),
-        "value": init_head(value_key, network.features, 1, 1.0),
+        "memory": memory,
+        "policy": init_head(policy_key, features, num_outputs(actions), 0.01),
+        "value": init_head(value_key, features, 1, 1.0),
     }
+
+
+def init_head(key: Array, inputs: int, outputs: int, scale: float) -> PyTree:
+    """Initial parameters of an output layer: an orthogonal kernel of this scale, and no bias."""
+    kernel = jax.nn.initializers.orthogonal(scale)(key, (inputs, outputs))
+    return {"kernel": kernel, "bias": jnp.zeros(outputs, kernel.dtype)}
 
 
 def percept_vector(actions: Actions, percept: Percept) -> Array:
@@ -67,14 +77,19 @@ def percept_vector(actions: Actions, percept: Percept) -> Array:
     return jnp.concatenate([percept.observation, action, rest])
 
 
-def as_agent(network: MemoryNetwork, params: PyTree, actions: Actions) -> Agent:
+def as_agent(network: SequenceNetwork, params: PyTree, environment: Environment) -> Agent:
     """The policy with its parameters, as it acts; its extras are `Choice`s."""
-    act = functools.partial(act_once, network, params, actions)
-    return Agent(network.start(params["memory"]), act)
+    act = functools.partial(act_once, network, params, environment.actions)
+    return Agent(start_memory(network, params, environment), act)
+
+
+def start_memory(network: SequenceNetwork, params: PyTree, environment: Environment) -> PyTree:
+    """The memory at the beginning of a trial."""
+    return network.start(params["memory"], environment.episodes * environment.horizon)
 
 
 def act_once(
-    network: MemoryNetwork,
+    network: SequenceNetwork,
     params: PyTree,
     actions: Actions,
     memory: PyTree,
@@ -93,7 +108,7 @@ def _outputs(params: PyTree, features: Array) -> tuple[Array, Array]:
 
 
 def read_trial(
-    network: MemoryNetwork, params: PyTree, actions: Actions, trajectory: Trajectory
+    network: SequenceNetwork, params: PyTree, actions: Actions, trajectory: Trajectory
 ) -> tuple[Array, Array]:
     """What the policy gives at each step of a trial that was acted before.
 

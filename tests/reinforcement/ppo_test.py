@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from meta_jax.lookup import UsageError
+from meta_jax.networks.sequences import recurrent
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Problem
-from meta_jax.reinforcement.memories import recurrent
 from meta_jax.reinforcement.policies import log_probability
 from meta_jax.reinforcement.ppo import (
     PolicyGradient,

@@ -9,6 +9,8 @@ import pytest
 from meta_jax.core import Batch, Episode
 from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.lookup import UsageError
+from meta_jax.metric_based.prototypical import prototypical
+from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.reinforcement.rl2 import rl2
@@ -83,8 +85,8 @@ def test_a2c_takes_one_step_by_the_gradient_of_the_mean_loss():
 
 def test_one_acts_with_it_step_by_step():
     params = start().params
-    adapt = functools.partial(LEARNER.adapt, params, {}, None, jax.random.key(0), train=False)
-    memory = adapt()
+    task = TASKS.sample(jax.random.key(3), ())
+    memory = LEARNER.adapt(params, {}, task, jax.random.key(0), train=False)
     percept = Percept(jnp.zeros(0), jnp.int32(-1), jnp.zeros(()), jnp.bool_(True))
     (action, choice), after = LEARNER.predict(
         params, memory, percept, jax.random.key(1), train=False
@@ -110,6 +112,8 @@ def test_what_does_not_fit_is_refused():
         LEARNER.init(jax.random.key(0), images)
     with pytest.raises(UsageError, match="rl2 is for control"):
         rl2(objective=cross_entropy)
+    with pytest.raises(UsageError, match="answers queries, and tasks of reinforcement learning"):
+        prototypical(mlp((4,)), objective=TASKS.objective)
     with pytest.raises(UsageError, match="8 minibatches must divide the task batch 12"):
         make_outer_step(LEARNER, OPTIMIZER, TASKS.sample, task_batch=12)(start(), ())
     with pytest.raises(UsageError, match="at least 1 arm and 1 pull: arms=0"):
