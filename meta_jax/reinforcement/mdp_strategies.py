@@ -97,7 +97,7 @@ def _agent(plan: Partial, epsilon: Array | float, problem: Problem) -> Agent:
 
 
 def _act(
-    plan: Partial, epsilon: Array, memory: Seen, percept: Percept, key: Array
+    plan: Partial, epsilon: Array | float, memory: Seen, percept: Percept, key: Array
 ) -> tuple[Array, Seen, PyTree]:
     plan_key, any_key, action_key = jax.random.split(key, 3)
     seen = _take_in(memory, percept)
@@ -219,12 +219,12 @@ def _larger_values(prior: Prior, seen: Seen, key: Array, i: Array, values: Array
 def beb(bonus: float = 1.0, *, prior: Prior = EXACT) -> Strategy:
     """Builds the Bayesian exploration bonus (Kolter and Ng 2009) on the mean process.
 
-    The reward of an action seen n times grows by bonus * (steps left) / (1 + states + n), where
-    states are the prior's transitions. The authors' bonus has no steps left; those of
-    Duan et al. (2016) had them, and they serve better.
+    The reward of an action seen n times grows by 1 / (1 + precision + n), and what follows it by
+    bonus / (1 + states * concentration + n) for each step that is left: the form of the library
+    that Duan et al. (2016) ran. Kolter and Ng have the second term alone, once.
 
     Args:
-      bonus: Factor of the bonus.
+      bonus: Factor of the bonus on what follows.
       prior: What is believed before anything is seen.
 
     Raises:
@@ -237,6 +237,7 @@ def beb(bonus: float = 1.0, *, prior: Prior = EXACT) -> Strategy:
 def _plan_with_bonus(bonus: Array, prior: Prior, seen: Seen, key: Array) -> Array:
     del key
     transitions, rewards = _mean_process(prior, seen)
+    rewards += 1 / (1 + prior.precision + seen.visits)
     counts = (prior.concentration + seen.transitions).sum(-1)
     left = jnp.arange(len(seen.values))[::-1, None, None]
     rewards += bonus * left / (1 + counts)
@@ -327,7 +328,7 @@ def mdp_candidates(*, published: bool = False) -> dict[str, Candidate]:
         instead of that of the tasks. UCRL2 has none.
     """
     bayesian, greedy = (PUBLISHED, EMPIRICAL) if published else (EXACT, EXACT)
-    bonuses = tuple(float(f"{value:.2g}") for value in np.geomspace(0.1, 30, 9))
+    bonuses = tuple(float(f"{value:.2g}") for value in np.geomspace(0.5, 30, 10))
     return {
         "random": Candidate(random_actions),
         "psrl": Candidate(functools.partial(psrl, prior=bayesian)),

@@ -126,14 +126,48 @@ def trial_returns(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _returns(environment: Environment, strategy: Strategy, key: Array, indices: Array) -> Array:
-    one = functools.partial(_trial_return, environment, strategy)
-    return jax.vmap(one)(jax.vmap(functools.partial(jax.random.fold_in, key))(indices))
+    return jax.vmap(functools.partial(_trial_return, environment, strategy, key))(indices)
 
 
-def _trial_return(environment: Environment, strategy: Strategy, key: Array) -> Array:
-    task_key, trial_key = jax.random.split(key)
+def _trial_return(environment: Environment, strategy: Strategy, key: Array, index: Array) -> Array:
+    task_key, trial_key = jax.random.split(jax.random.fold_in(key, index))
     problem = Problem(environment, environment.sample_task(task_key))
     return run_trial(trial_key, problem, strategy(problem)).reward.sum()
+
+
+def optimal_returns(environment: Environment, key: Array, trials: int) -> np.ndarray:
+    """Largest expected returns of trials, for somebody who knows their tasks.
+
+    Args:
+      environment: Environment that the tasks are drawn from.
+      key: Random key; with that of `trial_returns` the tasks are the same.
+      trials: Number of trials.
+
+    Returns:
+      Number of episodes times the optimal return of an episode, [trials].
+
+    Raises:
+      UsageError: the environment does not know its optimal return.
+
+    Examples:
+      >>> from meta_jax.reinforcement.bandits import dependent_bandit
+      >>> optimal_returns(dependent_bandit(difficulty="easy", pulls=10), jax.random.key(0), 2)
+      array([9., 9.], dtype=float32)
+    """
+    if environment.optimal_return is None:
+        raise UsageError("the environment has no optimal_return: give it one")
+    return np.asarray(_optimal_returns(environment, key, np.arange(trials)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _optimal_returns(environment: Environment, key: Array, indices: Array) -> Array:
+    return environment.episodes * jax.vmap(functools.partial(_optimum, environment, key))(indices)
+
+
+def _optimum(environment: Environment, key: Array, index: Array) -> Array:
+    assert environment.optimal_return is not None
+    task_key, _ = jax.random.split(jax.random.fold_in(key, index))
+    return environment.optimal_return(environment.sample_task(task_key))
 
 
 def tune(
