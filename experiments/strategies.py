@@ -54,7 +54,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("published", False, "Whether MDPs are met with published priors.", values)
     flags.DEFINE_list("strategies", None, "Strategies to run, by default all.", values)
     integer("trials", 1000, "Trials of the test.", 2)
-    integer("tuning_trials", 500, "Trials for each value of a parameter.", 1)
+    integer("tuning_trials", 375, "Trials for each value of a parameter.", 1)
     integer("seed", 0, "Seed of the tasks.")
     flags.DEFINE_string("output", None, "JSON file to write the results to.", values)
 

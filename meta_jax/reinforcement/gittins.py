@@ -8,8 +8,8 @@ from meta_jax.lookup import UsageError
 
 # The table of their indices has an entry for every state and number of pulls that remain.
 MOST_PULLS_WITHOUT_DISCOUNT = 200
-_LEVELS = 201  # of a known arm's probability; between two of them the difference is a line
-_MOST_FURTHER_PULLS = 1500  # beyond the table, after which an arm is as good as known
+_LEVELS = 401  # of a known arm, between which the difference is interpolated
+_MOST_FURTHER_PULLS = 1000  # beyond the table, after which an arm is as good as known
 _MOST_STATES = 200_000
 
 
@@ -23,8 +23,8 @@ def gittins_indices(discount: float, pulls: int) -> np.ndarray:
 
         W(s, f) = max(known, p (1 - discount + discount W(s + 1, f)) + (1 - p) discount W(s, f + 1))
 
-    is solved backwards for a grid of known arms, and the crossing is interpolated, with an error
-    below 1e-4.
+    is solved backwards for a grid of known arms, and the crossing is interpolated: the error is
+    below 1e-3, and mostly below 1e-4.
 
     Args:
       discount: Discount of a pull, in [0, 1).
@@ -43,7 +43,7 @@ def gittins_indices(discount: float, pulls: int) -> np.ndarray:
     if not 0 <= discount < 1:
         raise UsageError(f"discount={discount} of Gittins indices must lie in [0, 1)")
     _check_pulls(pulls)
-    known = np.linspace(0, 1, _LEVELS)
+    angles, known = _levels()
     # What lies further than this hardly counts.
     further = np.ceil(np.log(1e-5) / np.log(discount)) if discount else 1
     last = pulls + int(min(further, _MOST_FURTHER_PULLS))
@@ -55,7 +55,7 @@ def gittins_indices(discount: float, pulls: int) -> np.ndarray:
         pulled = p * (1 - discount + discount * values[1:]) + (1 - p) * discount * values[:-1]
         values = np.maximum(known, pulled)
         if n < pulls:
-            indices[successes, n - successes] = _crossings(known, pulled - known)
+            indices[successes, n - successes] = _crossings(angles, pulled - known)
     return indices
 
 
@@ -86,7 +86,7 @@ def finite_horizon_indices(pulls: int) -> np.ndarray:
             f"pulls={pulls} are more than the {MOST_PULLS_WITHOUT_DISCOUNT} of indices without "
             "discount: give a discount"
         )
-    known = np.linspace(0, 1, _LEVELS)
+    angles, known = _levels()
     indices = np.full((pulls, pulls, pulls), np.nan)
     values = np.zeros((pulls + 1, pulls + 1, 1))
     for remaining in range(1, pulls + 1):
@@ -95,11 +95,20 @@ def finite_horizon_indices(pulls: int) -> np.ndarray:
         p = _means(successes, successes + failures)[..., None]
         pulled = p * (1 + values[1:, :-1]) + (1 - p) * values[:-1, 1:]
         values = np.maximum(remaining * known, pulled)
-        found = _crossings(known, pulled - remaining * known)
+        found = _crossings(angles, pulled - remaining * known)
         # States that need more pulls than there were are computed with the others, and left out.
         reached = successes + failures < size
         indices[remaining - 1, :size, :size] = np.where(reached, found, np.nan)
     return indices
+
+
+def _levels() -> tuple[np.ndarray, np.ndarray]:
+    """Known probabilities, and the angles of equal steps of which they are the squared sines.
+
+    A posterior is as wide in the angle wherever it lies, and narrow at probabilities near 0 and 1.
+    """
+    angles = np.linspace(0, np.pi / 2, _LEVELS)
+    return angles, np.sin(angles) ** 2
 
 
 def _check_pulls(pulls: int) -> None:
@@ -112,15 +121,31 @@ def _means(successes: np.ndarray, pulls: np.ndarray | int) -> np.ndarray:
     return (successes + 1) / (pulls + 2)
 
 
-def _crossings(x: np.ndarray, falling: np.ndarray) -> np.ndarray:
-    """Where functions [..., x] that fall from above 0 to 0 or below cross it."""
-    after = np.argmax(falling <= 0, axis=-1)
-    after = np.where((falling <= 0).any(-1), after, len(x) - 1)  # rounding may leave it above
-    above, below = (
-        np.take_along_axis(falling, i[..., None], -1)[..., 0] for i in (after - 1, after)
-    )
-    share = np.where(above > below, above / np.maximum(above - below, 1e-300), 1)
-    return x[after - 1] + np.clip(share, 0, 1) * (x[after] - x[after - 1])
+def _crossings(angles: np.ndarray, falling: np.ndarray) -> np.ndarray:
+    """Known probabilities where functions of their angles, [..., angles], fall to 0.
+
+    Between two points a function is the cubic of its central differences: they bend so much at the
+    crossing that a line would be wrong by more than what indices differ by.
+    """
+    after = np.clip(np.argmax(falling <= 0, axis=-1), 1, None)
+    after = np.where((falling <= 0).any(-1), after, len(angles) - 1)  # rounding may leave it above
+    around = np.clip(after[..., None] + np.arange(-2, 2), 0, len(angles) - 1)
+    before, left, right, beyond = np.moveaxis(np.take_along_axis(falling, around, -1), -1, 0)
+    slopes = (right - before) / 2, (beyond - left) / 2
+    low, high = np.zeros(after.shape), np.ones(after.shape)
+    for _ in range(30):
+        middle = (low + high) / 2
+        above = _cubic(middle, left, right, *slopes) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.sin(angles[after - 1] + high * (angles[after] - angles[after - 1])) ** 2
+
+
+def _cubic(
+    t: np.ndarray, left: np.ndarray, right: np.ndarray, rise: np.ndarray, later_rise: np.ndarray
+) -> np.ndarray:
+    """The cubic with these values and slopes at 0 and 1."""
+    u = 1 - t
+    return u * u * ((1 + 2 * t) * left + t * rise) + t * t * ((1 + 2 * u) * right - u * later_rise)
 
 
 # ---- Small bandits, exactly.

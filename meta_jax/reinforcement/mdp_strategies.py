@@ -333,7 +333,7 @@ def mdp_candidates(*, published: bool = False) -> dict[str, Candidate]:
         "random": Candidate(random_actions),
         "psrl": Candidate(functools.partial(psrl, prior=bayesian)),
         "optimistic_psrl": Candidate(
-            functools.partial(optimistic_psrl, prior=bayesian), (2, 3, 5, 8, 12)
+            functools.partial(optimistic_psrl, prior=bayesian), (3, 6, 10, 15, 20)
         ),
         "ucrl2": Candidate(ucrl2, (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)),
         "beb": Candidate(functools.partial(beb, prior=bayesian), bonuses),
