@@ -47,6 +47,7 @@ def test_all_lists_what_is_there():
         "metric_based",
         "model_based",
         "optimization_based",
+        "reinforcement",
         "shapes",
     }
     public = {name for name in vars(mj) if not name.startswith("_")} - submodules

@@ -1,14 +1,18 @@
 """Bernoulli bandits: arms that pay 1 with a probability of their own."""
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
-from meta_jax.reinforcement.environment import Discrete, Environment
+from meta_jax.reinforcement.environment import Discrete, Environment, SampleTask
 from meta_jax.reinforcement.source import environment_tasks
+
+Difficulty = Literal["uniform", "easy", "medium", "hard"]
+_WORSE_ARM = {"easy": 0.1, "medium": 0.25, "hard": 0.4}  # its probability; the other has the rest
 
 
 @environment_tasks("bandit")
@@ -36,8 +40,46 @@ def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
     """
     if min(arms, pulls) < 1:
         raise UsageError(f"a bandit needs at least 1 arm and 1 pull: arms={arms}, pulls={pulls}")
+    return _environment(functools.partial(_uniform_arms, arms), arms, pulls)
+
+
+@environment_tasks("dependent_bandit")
+def dependent_bandit(*, difficulty: Difficulty = "uniform", pulls: int = 100) -> Environment:
+    """Builds bandits of two arms that pay with probabilities p and 1 - p (Wang et al. 2016, 3.1).
+
+    What one arm pays tells of the other, which strategies for independent arms do not use. Pulls
+    are episodes, as in `bandit`.
+
+    Args:
+      difficulty: Distribution of p: 'uniform' for U[0, 1]; 'easy' for 0.1 or 0.9, 'medium' for 0.25
+        or 0.75, and 'hard' for 0.4 or 0.6, both equally likely.
+      pulls: Number of pulls of a trial.
+
+    Returns:
+      The environment; its tasks are floats [2].
+
+    Raises:
+      UsageError: an unknown difficulty, or no pull.
+
+    Examples:
+      >>> task = dependent_bandit(difficulty="medium").sample_task(jax.random.key(0))
+      >>> sorted(task.tolist())
+      [0.25, 0.75]
+    """
+    if difficulty not in get_args(Difficulty):
+        raise UsageError(
+            f"difficulty '{difficulty}' of a dependent bandit must be one of "
+            f"{', '.join(get_args(Difficulty))}"
+        )
+    if pulls < 1:
+        raise UsageError(f"a bandit needs at least 1 pull: pulls={pulls}")
+    sample = functools.partial(_dependent_arms, _WORSE_ARM.get(difficulty))
+    return _environment(sample, 2, pulls)
+
+
+def _environment(sample_task: SampleTask, arms: int, pulls: int) -> Environment:
     return Environment(
-        functools.partial(_uniform_arms, arms),
+        sample_task,
         _reset,
         _pull,
         Discrete(arms),
@@ -52,6 +94,14 @@ def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
 
 def _uniform_arms(arms: int, key: Array) -> Array:
     return jax.random.uniform(key, (arms,))
+
+
+def _dependent_arms(worse: float | None, key: Array) -> Array:
+    if worse is None:
+        p = jax.random.uniform(key)
+    else:
+        p = jnp.where(jax.random.bernoulli(key), worse, 1 - worse)
+    return jnp.stack([p, 1 - p])
 
 
 def _reset(key: Array, task: PyTree) -> tuple[tuple, Array]:

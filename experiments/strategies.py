@@ -1,0 +1,163 @@
+"""What strategies that know reach in bandits and tabular MDPs, beside exact references.
+
+    python -m experiments.strategies --tasks=bandit --arms=5 --pulls=100
+    python -m experiments.strategies --tasks=tabular_mdp --episodes=10 --published
+
+Each strategy's parameter is chosen on other tasks than those of the test, which are the same for
+all. With --published the strategies for MDPs have the priors of Duan et al. (2016), not the tasks'.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments.command_line import run_main
+from experiments.compare import aligned
+from meta_jax.lookup import UsageError, local_path
+from meta_jax.reinforcement.bandit_strategies import bandit_candidates
+from meta_jax.reinforcement.bandits import bandit
+from meta_jax.reinforcement.environment import Environment
+from meta_jax.reinforcement.gittins import bayes_optimal_return
+from meta_jax.reinforcement.mdp_strategies import mdp_candidates
+from meta_jax.reinforcement.strategy import (
+    Candidate,
+    Tuned,
+    optimal_returns,
+    trial_returns,
+    tune,
+)
+from meta_jax.reinforcement.tabular_mdp import tabular_mdp
+from meta_jax.training.evaluation import MeanCI, confidence_interval
+from meta_jax.training.writers import write_text
+
+FLAGS = flags.FLAGS
+_SETTINGS = {"bandit": ("arms", "pulls"), "tabular_mdp": ("states", "actions", "episodes")}
+_CHUNK = 125  # trials vmapped at a time
+_MOST_PULLS = 15  # of a Bayes-optimal return, which takes seconds there
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of this binary."""
+
+    def integer(name: str, default: int, text: str, lower_bound: int | None = None) -> None:
+        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
+
+    flags.DEFINE_enum("tasks", "bandit", list(_SETTINGS), "Environment.", flag_values=values)
+    integer("arms", 5, "Arms of a bandit.")
+    integer("pulls", 10, "Pulls of a trial of a bandit.")
+    integer("states", 10, "States of a tabular MDP.")
+    integer("actions", 5, "Actions of a tabular MDP.")
+    integer("episodes", 10, "Episodes of a trial of a tabular MDP.")
+    flags.DEFINE_bool("published", False, "Whether MDPs are met with published priors.", values)
+    flags.DEFINE_list("strategies", None, "Strategies to run, by default all.", values)
+    integer("trials", 1000, "Trials of the test.", 2)
+    integer("tuning_trials", 375, "Trials for each value of a parameter.", 1)
+    integer("seed", 0, "Seed of the tasks.")
+    flags.DEFINE_string("output", None, "JSON file to write the results to.", values)
+
+
+class Row(NamedTuple):
+    """What a strategy reached."""
+
+    tuned: Tuned
+    score: MeanCI
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the table, and writes the file."""
+    del arguments
+    settings = {name: FLAGS[name].value for name in _SETTINGS[FLAGS.tasks]}
+    environment, candidates = _parts(settings)
+    tuning_key, test_key = jax.random.split(jax.random.key(FLAGS.seed))
+    # The same programs for tuning and test.
+    chunk = min(_CHUNK, FLAGS.trials, FLAGS.tuning_trials)
+    rows = {}
+    for name, candidate in _chosen(candidates).items():
+        tuned = tune(candidate, environment, tuning_key, FLAGS.tuning_trials, chunk=chunk)
+        returns = trial_returns(environment, tuned.strategy, test_key, FLAGS.trials, chunk=chunk)
+        rows[name] = Row(tuned, confidence_interval(returns))
+    references = _references(
+        environment, settings, optimal_returns(environment, test_key, FLAGS.trials)
+    )
+    print(report(rows, references))
+    if FLAGS.output:
+        result = _result(settings, rows, references)
+        write_text(local_path(FLAGS.output), json.dumps(result, indent=1) + "\n")
+
+
+def _parts(settings: dict[str, Any]) -> tuple[Environment, dict[str, Candidate]]:
+    if FLAGS.tasks == "bandit":
+        return bandit(**settings), bandit_candidates(settings["pulls"])
+    return tabular_mdp(**settings), mdp_candidates(published=FLAGS.published)
+
+
+def _chosen(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+    names = FLAGS.strategies or list(candidates)
+    for name in names:
+        if name not in candidates:
+            raise UsageError(
+                f"--strategies={name} is none for {FLAGS.tasks}: take some of "
+                f"{', '.join(candidates)}"
+            )
+    return {name: candidates[name] for name in names}
+
+
+def _references(
+    environment: Environment, settings: dict[str, Any], optima: np.ndarray
+) -> dict[str, float]:
+    """Returns that need no strategy, by what they are."""
+    found = {"optimum of these tasks": float(optima.mean())}
+    if FLAGS.tasks == "bandit":
+        arms, pulls = settings["arms"], settings["pulls"]
+        found["random, n / 2"] = pulls / 2
+        found["best arm known, n k / (k + 1)"] = pulls * arms / (arms + 1)
+        if pulls <= _MOST_PULLS:
+            found["Bayes-optimal"] = bayes_optimal_return(arms=arms, pulls=pulls)
+    else:
+        found["random, n * horizon"] = float(environment.episodes * environment.horizon)
+    return found
+
+
+def report(rows: dict[str, Row], references: dict[str, float]) -> str:
+    """Both tables, for people.
+
+    Args:
+      rows: What each strategy reached, by its name.
+      references: Returns that need no strategy, by what they are.
+    """
+    table = [["strategy", "parameter", "return"]]
+    for name, (tuned, (mean, ci95)) in rows.items():
+        parameter = "" if tuned.parameter is None else f"{tuned.parameter:g}"
+        table.append([name, parameter, f"{mean:.2f} ± {ci95:.2f}"])
+    exact = [["reference", "return"]]
+    exact += [[name, f"{value:.2f}"] for name, value in references.items()]
+    return f"{aligned(table)}\n\n{aligned(exact)}"
+
+
+def _result(
+    settings: dict[str, Any], rows: dict[str, Row], references: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "tasks": {"name": FLAGS.tasks, **settings},
+        "published": FLAGS.published,
+        "trials": FLAGS.trials,
+        "tuning_trials": FLAGS.tuning_trials,
+        "seed": FLAGS.seed,
+        "strategies": {
+            name: {
+                "parameter": tuned.parameter,
+                **score._asdict(),
+                "tuning": {str(value): mean for value, mean in tuned.returns.items()},
+            }
+            for name, (tuned, score) in rows.items()
+        },
+        "references": references,
+    }
+
+
+if __name__ == "__main__":
+    define_flags(FLAGS)
+    run_main(main)

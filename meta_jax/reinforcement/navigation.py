@@ -1,0 +1,114 @@
+"""Navigation on the plane to a goal that the agent does not see."""
+
+import functools
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import Array
+from meta_jax.lookup import UsageError
+from meta_jax.reinforcement.environment import Continuous, Environment
+from meta_jax.reinforcement.source import environment_tasks
+
+Start = Literal["fixed", "varying"]
+_LARGEST_MOVE = 0.1  # of each coordinate in one step
+_ARRIVED = 0.01  # distance to the goal below which an episode ends
+
+
+class Navigation(NamedTuple):
+    """One goal.
+
+    Attributes:
+      start: Position where every episode begins, [2].
+      goal: Position of the goal, [2].
+    """
+
+    start: Array
+    goal: Array
+
+
+class Point(NamedTuple):
+    """Where an episode is.
+
+    Attributes:
+      position: Position of the agent, [2].
+      time: Number of steps taken, an int scalar.
+    """
+
+    position: Array
+    time: Array
+
+
+@environment_tasks("navigation")
+def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed") -> Environment:
+    """Builds the 2-D navigation tasks of Finn et al. (2017), section 5.3.
+
+    The goal is uniform in [-0.5, 0.5]^2. An action is a move, each coordinate clipped to ±0.1; the
+    reward is minus the distance to the goal after the move, and an episode ends within 0.01 of the
+    goal. The observation is the position.
+
+    Args:
+      episodes: Number of episodes of a trial.
+      horizon: Largest number of steps of an episode.
+      start: Position where episodes begin: 'fixed' for the origin, 'varying' for one of each task,
+        uniform in [-0.5, 0.5]^2.
+
+    Returns:
+      The environment; its tasks are `Navigation`. Its optimal return is that of steps straight to
+      the goal in each coordinate, which leave the smallest distance possible at every time.
+
+    Raises:
+      UsageError: episodes or horizon below 1, or an unknown start.
+
+    Examples:
+      >>> environment = navigation()
+      >>> task = Navigation(start=jnp.zeros(2), goal=jnp.array([0.2, 0.0]))
+      >>> round(float(environment.optimal_return(task)), 4)  # 0.1 after one step, 0 after two
+      -0.1
+    """
+    for name, number in (("episodes", episodes), ("horizon", horizon)):
+        if number < 1:
+            raise UsageError(f"{name}={number} of the navigation must be at least 1")
+    if start not in get_args(Start):
+        raise UsageError(
+            f"start '{start}' of the navigation must be one of {', '.join(get_args(Start))}"
+        )
+    return Environment(
+        functools.partial(_sample, start == "varying"),
+        _reset,
+        functools.partial(_step, horizon),
+        Continuous(2),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+        horizon=horizon,
+        episodes=episodes,
+        optimal_return=functools.partial(_optimal_return, horizon),
+    )
+
+
+def _sample(varying: bool, key: Array) -> Navigation:
+    start, goal = jax.random.uniform(key, (2, 2), minval=-0.5, maxval=0.5)
+    return Navigation(start if varying else jnp.zeros(2), goal)
+
+
+def _reset(key: Array, task: Navigation) -> tuple[Point, Array]:
+    del key
+    return Point(task.start, jnp.zeros((), jnp.int32)), task.start
+
+
+def _step(
+    horizon: int, key: Array, task: Navigation, point: Point, action: Array
+) -> tuple[Point, Array, Array, Array]:
+    del key
+    position = point.position + jnp.clip(action, -_LARGEST_MOVE, _LARGEST_MOVE)
+    distance = jnp.linalg.norm(position - task.goal)
+    after = Point(position, point.time + 1)
+    return after, position, -distance, (distance < _ARRIVED) | (after.time >= horizon)
+
+
+def _optimal_return(horizon: int, task: Navigation) -> Array:
+    moved = _LARGEST_MOVE * jnp.arange(horizon + 1)[:, None]
+    left = jnp.linalg.norm(jnp.maximum(jnp.abs(task.goal - task.start) - moved, 0), axis=1)
+    # A first step is taken even from the goal; after that the goal ends the episode.
+    goes_on = (left[:-1] >= _ARRIVED).at[0].set(True)
+    return -jnp.sum(left[1:] * goes_on)

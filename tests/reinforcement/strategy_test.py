@@ -1,0 +1,105 @@
+"""How strategies are measured and tuned."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from meta_jax.lookup import UsageError
+from meta_jax.reinforcement import strategy
+from meta_jax.reinforcement.bandit_strategies import best_arm, epsilon_greedy
+from meta_jax.reinforcement.bandits import bandit
+from meta_jax.reinforcement.environment import Problem
+from meta_jax.reinforcement.rollout import Agent, run_trial
+from meta_jax.reinforcement.strategy import (
+    Candidate,
+    best_action,
+    optimal_returns,
+    random_actions,
+    trial_returns,
+    tune,
+)
+
+BANDIT = bandit(arms=3, pulls=6)
+KEY = jax.random.key(0)
+
+
+def test_returns_are_those_of_one_trial_after_another():
+    found = trial_returns(BANDIT, epsilon_greedy(0.2), KEY, 5, chunk=2)
+
+    @jax.jit
+    def one(index):
+        task_key, trial_key = jax.random.split(jax.random.fold_in(KEY, index))
+        problem = Problem(BANDIT, BANDIT.sample_task(task_key))
+        return run_trial(trial_key, problem, epsilon_greedy(0.2)(problem)).reward.sum()
+
+    np.testing.assert_array_equal(found, [one(i) for i in range(5)])
+    np.testing.assert_array_equal(trial_returns(BANDIT, epsilon_greedy(0.2), KEY, 5), found)
+
+
+def test_another_parameter_needs_no_compilation():
+    trial_returns(BANDIT, epsilon_greedy(0.2), KEY, 5, chunk=2)
+    before = strategy._returns._cache_size()
+    trial_returns(BANDIT, epsilon_greedy(0.7), KEY, 9, chunk=2)
+    assert strategy._returns._cache_size() == before
+
+
+def test_optimal_returns_are_of_the_same_tasks():
+    bandits = bandit(arms=3, pulls=200)
+    optimum = optimal_returns(bandits, KEY, 8)
+    reached = trial_returns(bandits, best_arm(), KEY, 8, chunk=8)
+    assert optimum.std() > 10
+    np.testing.assert_allclose(reached, optimum, atol=30)  # four standard errors of 200 pulls
+    with pytest.raises(UsageError, match="no optimal_return"):
+        optimal_returns(BANDIT._replace(optimal_return=None), KEY, 2)
+
+
+def pulling(arm, memory, percept, key):
+    return arm, memory, ()
+
+
+def always(arm, problem):
+    return Agent((), functools.partial(pulling, arm))
+
+
+def known_bandit():
+    """A bandit whose tasks are all the same: its arms pay 0.1, 0.9 and 0.5."""
+    return BANDIT._replace(sample_task=lambda key: jnp.array([0.1, 0.9, 0.5]))
+
+
+def test_the_parameter_of_the_largest_mean_return_is_chosen():
+    candidate = Candidate(lambda arm: Partial(always, arm), (0, 1, 2))
+    tuned = tune(candidate, known_bandit(), KEY, 200)
+    assert tuned.parameter == 1
+    found = [tuned.returns[arm] for arm in candidate.grid]
+    np.testing.assert_allclose(found, [0.6, 5.4, 3.0], atol=0.5)
+    agent = tuned.strategy(Problem(BANDIT, None))
+    assert agent.act((), None, KEY)[0] == 1
+    assert tune(Candidate(random_actions), BANDIT, KEY, 1)[1:] == (None, {})
+
+
+def test_any_function_is_a_strategy():
+    returns = trial_returns(known_bandit(), functools.partial(always, jnp.array(1)), KEY, 200)
+    assert abs(returns.mean() - 5.4) < 0.25
+
+
+def test_random_actions_are_alike():
+    act = random_actions()(Problem(BANDIT, None)).act
+    arms = jax.jit(jax.vmap(lambda key: act((), None, key)[0]))(jax.random.split(KEY, 3000))
+    np.testing.assert_allclose(np.bincount(arms, minlength=3) / 3000, 1 / 3, atol=0.045)
+
+
+def test_equal_best_actions_are_alike():
+    values = jnp.array([1.0, 2.0, 0.0, 2.0])
+    chosen = jax.jit(jax.vmap(functools.partial(best_action, values)))(jax.random.split(KEY, 3000))
+    shares = np.bincount(chosen, minlength=4) / 3000
+    np.testing.assert_allclose(shares, [0, 0.5, 0, 0.5], atol=0.05)
+
+
+@pytest.mark.parametrize("sizes", [{"trials": 0}, {"trials": 5, "chunk": 0}])
+def test_no_trial_is_refused(sizes):
+    with pytest.raises(UsageError, match="must be at least 1"):
+        trial_returns(BANDIT, random_actions(), KEY, **sizes)
