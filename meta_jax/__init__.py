@@ -59,7 +59,6 @@ from meta_jax.networks import (
     from_linen,
     from_nnx,
     mlp,
-    relation_encoder,
     resnet12,
     strided_conv4,
 )
@@ -142,7 +141,6 @@ __all__ = [
     "registry",
     "reinforcement",
     "relation",
-    "relation_encoder",
     "reptile",
     "resnet12",
     "serving",

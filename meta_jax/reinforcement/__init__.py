@@ -18,7 +18,7 @@ from meta_jax.reinforcement.gittins import (
     gittins_indices,
 )
 from meta_jax.reinforcement.grid_navigation import grid_navigation
-from meta_jax.reinforcement.gymnax_environment import gymnax_environment
+from meta_jax.reinforcement.gymnax_adapter import gymnax_environment
 from meta_jax.reinforcement.maml_rl import maml_rl
 from meta_jax.reinforcement.navigation import navigation
 from meta_jax.reinforcement.rl2 import rl2
