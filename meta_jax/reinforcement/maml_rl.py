@@ -141,6 +141,11 @@ def _rule(name: str, inner_lr: float, later_lr: float) -> UpdateRule:
 
 def _init(parts: _Parts, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
     environment = check_problem(task, "maml_rl").environment
+    if not environment.observation.shape[0]:
+        raise UsageError(
+            "the policies of maml_rl see the observation alone, and these tasks have none: choose "
+            "rl2, which remembers what it did, or other tasks"
+        )
     network_key, head_key, rule_key = jax.random.split(key, 3)
     x = jnp.zeros((1, *environment.observation.shape), environment.observation.dtype)
     body, state = parts.network.init(network_key, x)
@@ -321,10 +326,13 @@ def _loss(
     found = sample_trajectories(
         parts.network, state, policy, problem, outer_key, parts.trajectories
     )
-    metrics = {"return": found.reward.sum(1).mean()}
+    mean_return = found.reward.sum(1).mean()
+    metrics = {"return": mean_return}
     if parts.steps:
         metrics["return_before"] = ended.observed[0]
-    return _surrogate(parts, problem, state, policy, found), LossAux(state, metrics)
+    # The surrogate is 0 whatever the policy; what is minimised is the negative return.
+    loss = _surrogate(parts, problem, state, policy, found) - mean_return
+    return loss, LossAux(state, metrics)
 
 
 def _evaluate(parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array) -> Metrics:
