@@ -123,13 +123,13 @@ def test_training_and_tests_say_what_came_of_each_step():
 
 
 def test_discrete_actions_have_logits():
-    tasks = load_source("bandit", arms=3).tasks("train", EpisodeSize(1, 1, 1), train=True)
+    source = load_source("tabular_mdp", states=4, actions=3, episodes=1)
+    task = source.tasks("train", EpisodeSize(1, 1, 1), train=True).sample(KEY, ())
     ours = learner()
-    task = tasks.sample(KEY, ())
     params, state = ours.init(KEY, task)
     assert "log_scale" not in params["policy"]
     adapted = ours.adapt(params, state, task, KEY, train=False)
-    outputs, _ = ours.predict(params, adapted, jnp.zeros((4, 0)), KEY, train=False)
+    outputs, _ = ours.predict(params, adapted, jnp.eye(4), KEY, train=False)
     assert outputs.shape == (4, 3)
 
 
@@ -137,6 +137,9 @@ def test_what_does_not_fit_is_refused():
     images = Episode(*[Batch(jnp.zeros((4, 3)), jnp.tile(jnp.eye(2), (2, 1)))] * 2)
     with pytest.raises(UsageError, match="maml_rl learns by acting, and a Episode"):
         learner().init(KEY, images)
+    pulls = load_source("bandit").tasks("train", EpisodeSize(1, 1, 1), train=True)
+    with pytest.raises(UsageError, match="see the observation alone, and these tasks have none"):
+        learner().init(KEY, pulls.sample(KEY, ()))
     with pytest.raises(UsageError, match="maml_rl is for control"):
         learner(objective=cross_entropy)
     with pytest.raises(UsageError, match="maml_rl needs trajectories of at least 1, not 0"):
