@@ -204,6 +204,12 @@ def trial_metrics(trajectory: Trajectory, environment: Environment) -> Metrics:
     return with_loss(-total, metrics)
 
 
+@functools.partial(jax.vmap, out_axes=(0, 0, 0))
+def _split_keys(key: Array) -> tuple[Array, Array, Array]:
+    first, second, third = jax.random.split(key, 3)
+    return first, second, third
+
+
 def _update(
     settings: PolicyGradient,
     network: SequenceNetwork,
@@ -226,7 +232,7 @@ def _update(
         )
     if mesh is not None:
         keys = jax.lax.with_sharding_constraint(keys, NamedSharding(mesh, PartitionSpec("task")))
-    task_keys, trial_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    task_keys, trial_keys, order_keys = _split_keys(keys)
     problems = jax.vmap(sample, (0, None))(task_keys, data)
     actions = check_problem(problems, "rl2").environment.actions
     experience = jax.vmap(functools.partial(collect, settings, network, params))(
@@ -239,7 +245,7 @@ def _update(
         actions,
         (params, opt_state),
         experience,
-        jax.random.fold_in(keys[0], 1),
+        order_keys[0],
         epochs=epochs,
         minibatches=minibatches,
     )

@@ -13,6 +13,7 @@ from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
 from meta_jax.reinforcement.maml_rl import maml_rl, sample_trajectories
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from tests.checkers import key_and_leak_checks
 
 TASKS = load_source("navigation", horizon=8).tasks("train", EpisodeSize(1, 1, 1), train=True)
 NETWORK = mlp((8,))
@@ -146,3 +147,16 @@ def test_what_does_not_fit_is_refused():
         maml_rl(NETWORK, trajectories=0)
     with pytest.raises(UsageError, match="steps must be at least 0: steps=-1"):
         maml_rl(NETWORK, steps=-1)
+
+
+def test_random_keys_are_used_once_and_nothing_leaks():
+    ours = learner()
+
+    def everything(key):
+        init_key, loss_key, test_key = jax.random.split(key, 3)
+        params, state = ours.init(init_key, problem())
+        gradient = jax.grad(ours.loss, has_aux=True)(params, state, problem(), loss_key)
+        return gradient, ours.evaluate(params, state, problem(), test_key)
+
+    with key_and_leak_checks():
+        jax.eval_shape(jax.jit(everything), KEY)

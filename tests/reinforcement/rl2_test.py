@@ -19,6 +19,7 @@ from meta_jax.training.evaluation import make_evaluate
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
 from meta_jax.training.record import make_config
 from meta_jax.training.trained import Trained, load, save_trained
+from tests.checkers import key_and_leak_checks
 
 SIZE = EpisodeSize(1, 1, 1)
 SOURCE = load_source("bandit", arms=2, pulls=5)
@@ -119,3 +120,20 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="at least 1 arm and 1 pull: arms=0"):
         load_source("bandit", arms=0)
     assert isinstance(TASKS.sample(jax.random.key(0), ()), Problem)
+
+
+@pytest.mark.parametrize("memory", ["gru", "transformer", "snail"])
+def test_random_keys_are_used_once_and_nothing_leaks(memory):
+    learner = rl2(hidden_size=4, memory=memory, epochs=2, minibatches=2)
+    step = make_outer_step(learner, OPTIMIZER, TASKS.sample, task_batch=4)
+
+    def everything(seed):
+        state = init_train_state(learner, OPTIMIZER, TASKS, 0)
+        state, metrics = step(state, ())
+        task_key, key = jax.random.split(jax.random.key(seed))
+        task = TASKS.sample(task_key, ())
+        return metrics, learner.evaluate(state.params, {}, task, key)
+
+    with key_and_leak_checks():
+        found, _ = jax.eval_shape(jax.jit(everything), 0)
+    assert found["return"].shape == ()
