@@ -47,7 +47,7 @@ def conv4(
       >>> import jax, jax.numpy as jnp
       >>> network = conv4()
       >>> x = jnp.zeros((2, 28, 28, 1))
-      >>> params, state = network.init(jax.random.key(0), x)
+      >>> params, state = jax.jit(network.init)(jax.random.key(0), x)
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
       111936
       >>> network.apply(params, state, x, key=None, train=False)[0].shape
