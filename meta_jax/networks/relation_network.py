@@ -56,7 +56,8 @@ def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batc
       >>> network = relation_encoder()
       >>> x = jnp.zeros((2, 28, 28, 1))
       >>> params, state = jax.jit(network.init)(jax.random.key(0), x)
-      >>> network.apply(params, state, x, key=None, train=False)[0].shape
+      >>> embed = jax.jit(lambda x: network.apply(params, state, x, key=None, train=False)[0])
+      >>> embed(x).shape
       (2, 5, 5, 64)
     """
     check_mode(normalisation)
