@@ -30,7 +30,11 @@ def define_run_flags(values: flags.FlagValues) -> None:
         None,
         f"Network that embeds inputs, by default the learner's own: {choices('network')}.",
     )
-    string("tasks", "glyphs", f"Source of the tasks: {choices('tasks')}.")
+    string(
+        "tasks",
+        None,
+        f"Source of the tasks, by default glyphs or the learner's usual one: {choices('tasks')}.",
+    )
     string(
         "optimizer",
         None,
@@ -95,7 +99,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
       UsageError: an unknown name, or a network for a learner that has its own.
     """
     learner = registry.find("learner", selected["learner"] or "")
-    tasks = tasks_chosen(selected["tasks"])
+    tasks = tasks_chosen(selected["tasks"] or learner.tasks)
     return [
         Chosen("learner", learner, reserved=("objective",), run=learner.run),
         *network_candidates(learner, selected["network"]),
@@ -104,9 +108,14 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     ]
 
 
-def tasks_chosen(name: str | None) -> Chosen:
-    """A task source by the name that a flag gives; `--data_dir` is a flag of its own."""
-    return Chosen("tasks", find_source(name or "")[0], reserved=("data_dir",))
+def tasks_name(values: flags.FlagValues) -> str:
+    """The name of a run's tasks: what a flag says, or the learner's usual ones."""
+    return values.tasks or registry.find("learner", values.learner).tasks
+
+
+def tasks_chosen(name: str) -> Chosen:
+    """A task source by its name; `--data_dir` is a flag of its own."""
+    return Chosen("tasks", find_source(name)[0], reserved=("data_dir",))
 
 
 def optimizer_chosen(name: str) -> Chosen:

@@ -52,9 +52,10 @@ def load_tasks(values: flags.FlagValues) -> TaskSource:
     Raises:
       UsageError: a setting that it does not have, or data that is not there.
     """
-    chosen = run_flags.tasks_chosen(values.tasks)
+    name = run_flags.tasks_name(values)
+    chosen = run_flags.tasks_chosen(name)
     given = given_settings(values, chosen)
-    return load_source(values.tasks, **given, **data_dir_setting(chosen.component, values.data_dir))
+    return load_source(name, **given, **data_dir_setting(chosen.component, values.data_dir))
 
 
 def data_dir_setting(source: Component, data_dir: str | None) -> dict[str, str]:
@@ -123,9 +124,9 @@ def _run_record(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def _source_record(values: flags.FlagValues) -> dict[str, Any]:
-    chosen = run_flags.tasks_chosen(values.tasks)
-    settings = resolved_settings(chosen, given_settings(values, chosen))
-    return {"name": values.tasks, **settings}
+    name = run_flags.tasks_name(values)
+    chosen = run_flags.tasks_chosen(name)
+    return {"name": name, **resolved_settings(chosen, given_settings(values, chosen))}
 
 
 def _tasks_by_use(source: TaskSource, run: Mapping[str, Any]) -> tuple[Tasks, Tasks | None, Tasks]:

@@ -51,6 +51,7 @@ class Component(NamedTuple):
     normalisation: str | None  # a learner's usual normalisation
     optimizer: str | None  # a learner's usual outer optimizer
     run: Mapping[str, int] = {}  # usual settings of a run with it, such as {"task_batch": 16}
+    tasks: str = "glyphs"  # a learner's usual tasks
 
 
 _REGISTERED: dict[tuple[Kind, str], Component] = {}
@@ -81,6 +82,7 @@ def learner(
     network: str | None = "conv4",
     normalisation: str | None = None,
     optimizer: str = "adam",
+    tasks: str = "glyphs",
     run: Mapping[str, int] | None = None,
     defaults: Mapping[str, Default] | None = None,
 ) -> Callable[[Callable[P, MetaLearner]], Callable[P, MetaLearner]]:
@@ -95,6 +97,7 @@ def learner(
       network: Name of the network that it is used with by default; None where it has its own.
       normalisation: Default mode of that network's normalisation; None for the network's own.
       optimizer: Name of the outer optimizer that it is used with by default.
+      tasks: Name of the tasks that it is used with by default.
       run: Usual settings of a training run by their flags, such as {"task_batch": 16}: what the
         binaries take where a flag is not given.
       defaults: Functions (network, objective) -> value that resolve settings left at None, by
@@ -106,7 +109,8 @@ def learner(
 
     def decorate(factory: Callable[P, MetaLearner]) -> Callable[P, MetaLearner]:
         wrapped = _configured(factory, name, takes_network=network is not None, defaults=defaults)
-        _register(Component("learner", name, wrapped, network, normalisation, optimizer, run or {}))
+        usual = (network, normalisation, optimizer, run or {}, tasks)
+        _register(Component("learner", name, wrapped, *usual))
         return wrapped
 
     return decorate

@@ -56,7 +56,7 @@ class _Parts(NamedTuple):
     gae_lambda: float
 
 
-@registry.learner("maml_rl", network="mlp", run={"task_batch": 20})
+@registry.learner("maml_rl", network="mlp", tasks="navigation", run={"task_batch": 20})
 def maml_rl(
     network: Network,
     *,

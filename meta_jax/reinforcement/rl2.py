@@ -43,7 +43,7 @@ _MEMORIES: dict[Memory, Callable[[int, int], SequenceNetwork]] = {
 _MOST_EPISODES = 10  # whose returns are metrics of their own
 
 
-@registry.learner("rl2", network=None, run={"task_batch": 400})
+@registry.learner("rl2", network=None, tasks="bandit", run={"task_batch": 400})
 def rl2(
     *,
     objective: Objective = trial_return,

@@ -114,22 +114,25 @@ def load_once(name):
 )
 def test_a_run_has_the_usual_settings_of_its_components(arguments, shots, train_shots):
     values = run_flags.run_values([*arguments, "--eval_every=0"])
-    config = runs.build_run(values, load_once(values.tasks)).config
+    config = runs.build_run(values, load_once(run_flags.tasks_name(values))).config
     assert config["run"]["shots"] == shots
     assert config["run"]["train_shots"] == train_shots
 
 
 @pytest.mark.parametrize("name", registry.names("learner"))
 def test_a_learners_flag_alone_makes_a_run(name):
-    for tasks in ("glyphs", "sinusoid"):
-        values = run_flags.run_values([f"--learner={name}", f"--tasks={tasks}"])
+    usual = registry.find("learner", name).tasks
+    for tasks, given in ((usual, []), ("sinusoid", ["--tasks=sinusoid"])):
+        values = run_flags.run_values([f"--learner={name}", *given])
         try:
             run = runs.build_run(values, load_once(tasks))
         except UsageError as error:
             assert tasks == "sinusoid"
-            assert f"{name} is for classification" in str(error)
+            kind = "classification" if usual == "glyphs" else "control"
+            assert f"{name} is for {kind}" in str(error)
         else:
             assert run.config["learner"]["name"] == name
+            assert run.config["tasks"]["name"] == tasks
 
 
 class TestSettings:
@@ -241,7 +244,8 @@ class TestRecord:
     @pytest.mark.parametrize("name", registry.names("learner"))
     def test_a_learner_by_its_name_alone_has_its_own_defaults(self, name):
         component = registry.find("learner", name)
-        config = build(f"--learner={name}").config
+        usual = IMAGES if component.tasks == "glyphs" else load_once(component.tasks)
+        config = build(f"--learner={name}", source=usual).config
         for setting in registry.settings(component, reserved=("objective",)).values():
             if setting.default is not None:  # None is resolved by the registry
                 assert config["learner"][setting.name] == setting.default, setting.name
