@@ -107,5 +107,5 @@ def _step(
 def _optimal_return(horizon: int, task: Navigation) -> Array:
     moved = _LARGEST_MOVE * jnp.arange(1, horizon + 1)[:, None]
     left = jnp.linalg.norm(jnp.maximum(jnp.abs(task.goal - task.start) - moved, 0), axis=1)
-    # Where less than 0.01 was left the next distance is 0, so that the end of an episode costs none.
+    # Where less than 0.01 was left the next distance is 0, so that to end there changes nothing.
     return -left.sum()
