@@ -12,6 +12,7 @@ from meta_jax.reinforcement import bandit_strategies as strategies
 from meta_jax.reinforcement.bandit_strategies import Counts
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Problem
+from meta_jax.reinforcement.evaluation import trial_returns
 from meta_jax.reinforcement.gittins import (
     bayes_optimal_arms,
     bayes_optimal_return,
@@ -20,7 +21,7 @@ from meta_jax.reinforcement.gittins import (
 )
 from meta_jax.reinforcement.navigation import navigation
 from meta_jax.reinforcement.rollout import Percept, run_trial
-from meta_jax.reinforcement.strategy import random_actions, trial_returns
+from meta_jax.reinforcement.strategy import random_actions
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 
 PULLS = 8
