@@ -77,11 +77,11 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
     loop = LoopConfig(values.steps, values.log_every, values.eval_every, values.checkpoint_every)
     try:
         loop.check()
-        optimizer, optimizer_record = build_optimizer(values)
         training, validation, testing = _tasks_by_use(source, run)
         network = fitting_network(values, training)
         body = build_network(values, network) if network else None
         learner = build_learner(values, body, training)
+        optimizer, optimizer_record = build_optimizer(values, learner.updates_per_step)
         mesh = image_mesh(network, values.task_batch)
         training_learner = learner
         if network and mesh:
@@ -140,9 +140,13 @@ def _tasks_by_use(source: TaskSource, run: Mapping[str, Any]) -> tuple[Tasks, Ta
 
 
 def build_optimizer(
-    values: flags.FlagValues,
+    values: flags.FlagValues, updates_per_step: int = 1
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
     """Builds the outer optimizer of a run, and its record.
+
+    Args:
+      values: Parsed flags.
+      updates_per_step: Updates that the learner makes in an outer step.
 
     Raises:
       ValueError: settings that it does not have, or that do not fit each other.
@@ -150,7 +154,7 @@ def build_optimizer(
     name = values.optimizer or registry.find("learner", values.learner).optimizer or "adam"
     chosen = run_flags.optimizer_chosen(name)
     given = given_settings(values, chosen)
-    optimizer = registry.build_optimizer(chosen.component, values.steps, given)
+    optimizer = registry.build_optimizer(chosen.component, values.steps * updates_per_step, given)
     return optimizer, {"name": name, **resolved_settings(chosen, given)}
 
 

@@ -202,18 +202,22 @@ def score_text(score: MeanCI, objective: Objective) -> str:
 def line(found: Result) -> str:
     """The one human-readable line of a result."""
     tested, record = found
-    task = _task_text(record, tested.objective)
-    if tested.instances:
-        task = f"sequences of {record['ways']} classes x {len(tested.instances)} instances"
-    return (
-        f"{record['split']} {tested.objective.metric} {tested.text()} ({task}, "
-        f"{record['episodes']} episodes, normalisation {record['normalisation']})"
-    )
+    on = _measured_on(record, tested.objective, instances=len(tested.instances))
+    return f"{record['split']} {tested.objective.metric} {tested.text()} ({on})"
 
 
-def _task_text(record: Mapping[str, Any], objective: Objective) -> str:
-    shots = f"{record['shots']}-shot"
-    return f"{record['ways']}-way {shots}" if objective.kind == "classification" else shots
+def _measured_on(
+    record: Mapping[str, Any], objective: Objective, *, instances: int = 0, each: str = ""
+) -> str:
+    """What a result was measured on: the size and the number of episodes, or of trials."""
+    if objective.kind == "control":
+        return f"{record['episodes']} trials{each}"
+    size = f"{record['shots']}-shot"
+    if objective.kind == "classification":
+        size = f"{record['ways']}-way {size}"
+    if instances:
+        size = f"sequences of {record['ways']} classes x {instances} instances"
+    return f"{size}, {record['episodes']} episodes{each}, normalisation {record['normalisation']}"
 
 
 def over_seeds(found: Mapping[int, Mapping[str, Any]], objective: Objective) -> dict[str, Any]:
@@ -270,8 +274,7 @@ def seeds_line(record: Mapping[str, Any], objective: Objective) -> str:
     return (
         f"{record['split']} {objective.metric} {score_text(score, objective)} over "
         f"{len(record['seeds'])} seeds (standard deviation {record['std']:.2f}; "
-        f"{_task_text(record, objective)}, {record['episodes']} episodes each, normalisation "
-        f"{record['normalisation']})"
+        f"{_measured_on(record, objective, each=' each')})"
     )
 
 

@@ -12,6 +12,7 @@ the learners, the networks and the outer loop; the rest is in namespaces:
 - `learned_optimizers`: optimizers whose update rule is learned.
 - `objectives`: losses, metrics and what is better.
 - `registry`: components by name.
+- `reinforcement`: environments, trials and policies.
 - `serving`: classifiers of somebody's own classes, and exports.
 - `training`: outer steps, evaluation, checkpoints, optimizers and pictures.
 """
@@ -26,6 +27,7 @@ from meta_jax import (
     networks,
     objectives,
     registry,
+    reinforcement,
     serving,
     training,
 )
@@ -57,7 +59,6 @@ from meta_jax.networks import (
     from_linen,
     from_nnx,
     mlp,
-    relation_encoder,
     resnet12,
     strided_conv4,
 )
@@ -138,8 +139,8 @@ __all__ = [
     "prototypical",
     "r2d2",
     "registry",
+    "reinforcement",
     "relation",
-    "relation_encoder",
     "reptile",
     "resnet12",
     "serving",

@@ -113,8 +113,8 @@ class Objective(NamedTuple):
       loss: Function (outputs, y, mask) -> (scalar loss, metrics).
       metric: Metric that selects a model and is reported: a name among the metrics, or 'loss'.
       maximise: Whether more of the metric is better.
-      kind: Kind of the targets y: 'classification' for one-hot labels [n, ways], 'regression' for
-        real targets.
+      kind: Kind of the tasks: 'classification' where targets are one-hot labels [n, ways],
+        'regression' where they are real, 'control' where actions earn rewards.
       unit: '%' for a share, which is reported in per cent; otherwise empty.
       name: Name in records and flags: one of meta_jax, or 'package.module:attribute'.
     """
@@ -122,7 +122,7 @@ class Objective(NamedTuple):
     loss: ObjectiveLoss
     metric: str
     maximise: bool
-    kind: Literal["classification", "regression"] = "regression"
+    kind: Literal["classification", "regression", "control"] = "regression"
     unit: Literal["", "%"] = ""
     name: str = ""
 
@@ -260,6 +260,29 @@ class Evaluate(Protocol):
         ...
 
 
+class Update(Protocol):
+    """(optimizer, sample, params, state, opt_state, data, keys, *, mesh) -> what a step changes."""
+
+    def __call__(
+        self,
+        optimizer: Any,
+        sample: Sample,
+        params: PyTree,
+        state: PyTree,
+        opt_state: PyTree,
+        data: PyTree,
+        keys: Array,
+        /,
+        *,
+        mesh: Any = None,
+    ) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+        """Parameters, state, the optimizer's state and metrics after an outer step.
+
+        `keys` [task_batch] has a random key for each task; `mesh` shares them among devices.
+        """
+        ...
+
+
 class MetaLearner(NamedTuple):
     """A meta-learning method, as pure functions of one task.
 
@@ -274,6 +297,9 @@ class MetaLearner(NamedTuple):
       evaluate: Function (params, state, task, key) -> metrics of a test on one task.
       state_scope: 'shared' for one state of all tasks, 'task' for one state of each task.
       config: Name and settings of the learner, where a registered factory built it.
+      update: What an outer step does, where it is not one update by the gradient of the mean loss
+        over the tasks.
+      updates_per_step: Number of updates of the optimizer in an outer step.
     """
 
     init: Init
@@ -283,6 +309,8 @@ class MetaLearner(NamedTuple):
     evaluate: Evaluate
     state_scope: Literal["shared", "task"] = "shared"
     config: Config | None = None
+    update: Update | None = None
+    updates_per_step: int = 1
 
 
 # What a run says of itself beside the metrics, in lines of metrics and in the record of a result.

@@ -1,5 +1,7 @@
 """Objectives: what is asked of a learner's outputs, and which metric says what is better."""
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -150,11 +152,20 @@ def squared_error_loss(
     return loss, {"mse": loss}
 
 
+def _no_loss(outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, Metrics]:
+    """Rewards come from acting: there are no targets with which outputs could be compared."""
+    raise UsageError(
+        "tasks of reinforcement learning are for learners that act, such as rl2: choose one of "
+        "them, or other tasks"
+    )
+
+
 cross_entropy = Objective(
     cross_entropy_loss, "accuracy", True, "classification", "%", "cross_entropy"
 )
 squared_error = Objective(squared_error_loss, "mse", False, "regression", "", "squared_error")
-_NAMED = {objective.name: objective for objective in (cross_entropy, squared_error)}
+trial_return = Objective(_no_loss, "return", True, "control", "", "trial_return")
+_NAMED = {o.name: o for o in (cross_entropy, squared_error, trial_return)}
 
 
 def as_objective(objective: Objective | str) -> Objective:
@@ -199,6 +210,20 @@ def check_kind(objective: Objective, kind: str, learner: str) -> None:
             f"{learner} is for {kind}, and its tasks ask for {objective.kind} "
             f"({objective.name or objective.metric}): choose other tasks or another learner"
         )
+
+
+def target_kind(objective: Objective) -> Literal["classification", "regression"]:
+    """What the targets of an objective are.
+
+    Raises:
+      UsageError: there are no targets, since actions earn rewards.
+    """
+    if objective.kind == "control":
+        raise UsageError(
+            "this learner answers queries, and tasks of reinforcement learning have none: choose "
+            "other tasks, or a learner that acts, such as rl2"
+        )
+    return objective.kind
 
 
 def tree_rows(tree: PyTree) -> int:

@@ -15,6 +15,7 @@ import pytest
 import meta_jax as mj
 from docs.extending import (
     absolute_error,
+    corridor,
     fit_in_python,
     mixed_inputs,
     neural_process,
@@ -64,6 +65,13 @@ FLAGS = {
         f"--tasks={PATH}.mixed_inputs:measured_glyphs",
         f"--network={PATH}.mixed_inputs:mixed_network",
         "--network.features=4",
+    ],
+    "corridor": [
+        "--learner=rl2",
+        f"--tasks={PATH}.corridor:corridor_tasks",
+        "--learner.hidden_size=4",
+        "--learner.minibatches=1",
+        "--learner.epochs=1",
     ],
     "warm_optimizer": [
         f"--optimizer={PATH}.warm_optimizer:warm_lion",
@@ -248,3 +256,24 @@ def test_a_binary_takes_a_component_of_ones_own(tmp_path):
     assert "test accuracy" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["tasks"] == f"{PATH}.signal_tasks:signals"
+
+
+def test_in_the_corridor_a_prize_that_was_found_is_found_again():
+    environment = corridor.corridor()
+    mj.reinforcement.check_environment(environment)
+
+    def act(memory, percept, key):
+        """Goes where the last prize was, and first to a side."""
+        side = jnp.where(percept.reward > 0, percept.action, memory)
+        failed = percept.begins & (percept.reward == 0) & (percept.action >= 0)
+        side = jnp.where(failed, 1 - side, side)
+        return side, side, ()
+
+    def returns(task, side):
+        agent = mj.reinforcement.Agent(jnp.int32(side), act)
+        problem = mj.reinforcement.Problem(environment, task)
+        trial = mj.reinforcement.run_trial(jax.random.key(0), problem, agent)
+        return mj.reinforcement.episode_returns(trial, environment)
+
+    found = jax.jit(jax.vmap(returns, (0, None)), static_argnums=1)(jnp.array([False, True]), 0)
+    np.testing.assert_array_equal(found, [[1, 1, 1], [0, 1, 1]])

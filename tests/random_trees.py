@@ -15,7 +15,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 def moved(tree: PyTree, by: float = 0.3, seed: int = 42) -> PyTree:
     """Parameters away from their initial ones and zeros, so that each of them matters."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: jnp.asarray(p + by * rng.normal(size=p.shape)), tree)
+    return jax.tree.map(lambda p: jnp.asarray(np.asarray(p) + by * rng.normal(size=p.shape)), tree)
 
 
 def dtypes(tree: PyTree) -> PyTree:

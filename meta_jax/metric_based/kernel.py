@@ -14,7 +14,7 @@ from meta_jax.metric_based.primitives import (
     manhattan_distance,
     squared_distance,
 )
-from meta_jax.objectives import cross_entropy
+from meta_jax.objectives import cross_entropy, target_kind
 
 
 def _gaussian(a: Array, b: Array) -> Array:
@@ -84,6 +84,6 @@ def kernel_learner(
         choose(KERNELS, "kernel", kernel),
         bandwidth=bandwidth,
         learn_bandwidth=learn_bandwidth,
-        kind=objective.kind,
+        kind=target_kind(objective),
     )
     return metric_learner(network, head, objective, joint_encoding=joint_encoding)

@@ -21,7 +21,7 @@ from meta_jax.metric_based.primitives import (
     squared_distance,
 )
 from meta_jax.networks.lstm import init_lstm, lstm
-from meta_jax.objectives import cross_entropy
+from meta_jax.objectives import cross_entropy, target_kind
 
 
 def _negative_squared_distance(a: Array, b: Array) -> Array:
@@ -162,7 +162,7 @@ def _attention_head(similarity: str, temperature: float, objective: Objective) -
         choose(_SIMILARITIES, "similarity", similarity),
         bandwidth=temperature,
         learn_bandwidth=False,
-        kind=objective.kind,
+        kind=target_kind(objective),
     )
 
 

@@ -12,7 +12,7 @@ from meta_jax.metric_based.primitives import (
     cosine_similarity,
     squared_distance,
 )
-from meta_jax.objectives import cross_entropy
+from meta_jax.objectives import cross_entropy, target_kind
 
 
 def _negative_squared_distance(z: Array, c: Array) -> Array:
@@ -69,6 +69,6 @@ def prototypical(
       [0, 1]
     """
     similarity = choose(_SIMILARITIES, "distance", distance)
-    classifies = objective.kind == "classification"
+    classifies = target_kind(objective) == "classification"
     head = prototype_head(similarity) if classifies else prototype_regression_head()
     return metric_learner(network, head, objective, joint_encoding=joint_encoding)

@@ -47,10 +47,11 @@ def conv4(
       >>> import jax, jax.numpy as jnp
       >>> network = conv4()
       >>> x = jnp.zeros((2, 28, 28, 1))
-      >>> params, state = network.init(jax.random.key(0), x)
+      >>> params, state = jax.jit(network.init)(jax.random.key(0), x)
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
       111936
-      >>> network.apply(params, state, x, key=None, train=False)[0].shape
+      >>> embed = jax.jit(lambda x: network.apply(params, state, x, key=None, train=False)[0])
+      >>> embed(x).shape
       (2, 64)
     """
     return _network("conv4", features, normalisation, mesh, stride=1, pool=True, mean=False)

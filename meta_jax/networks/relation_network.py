@@ -55,8 +55,9 @@ def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batc
       >>> import jax, jax.numpy as jnp
       >>> network = relation_encoder()
       >>> x = jnp.zeros((2, 28, 28, 1))
-      >>> params, state = network.init(jax.random.key(0), x)
-      >>> network.apply(params, state, x, key=None, train=False)[0].shape
+      >>> params, state = jax.jit(network.init)(jax.random.key(0), x)
+      >>> embed = jax.jit(lambda x: network.apply(params, state, x, key=None, train=False)[0])
+      >>> embed(x).shape
       (2, 5, 5, 64)
     """
     check_mode(normalisation)

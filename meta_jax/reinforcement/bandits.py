@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment, SampleTask
+from meta_jax.reinforcement.source import environment_tasks
 
 Difficulty = Literal["uniform", "easy", "medium", "hard"]
 _WORSE_ARM = {"easy": 0.1, "medium": 0.25, "hard": 0.4}  # its probability; the other has the rest
 
 
+@environment_tasks("bandit")
 def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
     """Builds Bernoulli bandits (Duan et al. 2016, table 1).
 
@@ -41,6 +43,7 @@ def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
     return _environment(functools.partial(_uniform_arms, arms), arms, pulls)
 
 
+@environment_tasks("dependent_bandit")
 def dependent_bandit(*, difficulty: Difficulty = "uniform", pulls: int = 100) -> Environment:
     """Builds bandits of two arms that pay with probabilities p and 1 - p (Wang et al. 2016, 3.1).
 

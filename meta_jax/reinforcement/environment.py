@@ -155,7 +155,7 @@ def check_environment(environment: Environment) -> None:
                 f"{name} of an environment must be at least 1, not {getattr(environment, name)}"
             )
     key = jax.random.key(0)
-    action = example_action(environment.actions)
+    action = jnp.maximum(no_action(environment.actions), 0)
 
     def start(key: Array) -> tuple[PyTree, Any, Any]:
         task = environment.sample_task(key)
@@ -183,8 +183,8 @@ def check_environment(environment: Environment) -> None:
         ) from error
 
 
-def example_action(actions: Actions) -> Array:
-    """An action of the right shape and type: the first one, or zeros."""
+def no_action(actions: Actions) -> Array:
+    """What stands for the last action where there was none: -1, or zeros."""
     if isinstance(actions, Discrete):
-        return jnp.zeros((), jnp.int32)
+        return jnp.full((), -1, jnp.int32)
     return jnp.zeros(actions.size)

@@ -10,6 +10,7 @@ import numpy as np
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment
+from meta_jax.reinforcement.source import environment_tasks
 
 _MOVES = np.array([[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]])  # stay, up, right, down, left
 _STEP_REWARD, _GOAL_REWARD = -0.1, 1.0
@@ -27,6 +28,7 @@ class Visit(NamedTuple):
     time: Array
 
 
+@environment_tasks("grid_navigation")
 def grid_navigation(*, size: int = 5, episodes: int = 4, horizon: int = 15) -> Environment:
     """Builds the grid navigation (GridNavi) of Zintgraf et al. (2020), section 5.1.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Continuous, Environment
+from meta_jax.reinforcement.source import environment_tasks
 
 Start = Literal["fixed", "varying"]
 _LARGEST_MOVE = 0.1  # of each coordinate in one step
@@ -39,6 +40,7 @@ class Point(NamedTuple):
     time: Array
 
 
+@environment_tasks("navigation")
 def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed") -> Environment:
     """Builds the 2-D navigation tasks of Finn et al. (2017), section 5.3.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
-from meta_jax.reinforcement.environment import Environment, Problem, example_action
+from meta_jax.reinforcement.environment import Environment, Problem, no_action
 
 
 class Percept(NamedTuple):
@@ -15,7 +15,7 @@ class Percept(NamedTuple):
 
     Attributes:
       observation: Observation of the environment, [size].
-      action: Action of the step before; zeros at the first step of a trial.
+      action: Action of the step before; at the first step of a trial -1, or zeros.
       reward: Reward of the step before, a float scalar; 0 at the first step of a trial.
       begins: Whether an episode begins, a bool scalar; True at the first step of a trial.
     """
@@ -105,23 +105,20 @@ def run_trial(key: Array, problem: Problem, agent: Agent) -> Trajectory:
     start = _Moment(
         state,
         observation,
-        example_action(environment.actions),
+        no_action(environment.actions),
         jnp.zeros(()),
         jnp.bool_(True),
         agent.memory,
     )
-    body = functools.partial(_step, problem, agent)
-    _, trajectory = jax.lax.scan(body, start, (jnp.arange(steps), jax.random.split(key, steps)))
-    return trajectory
+    return jax.lax.scan(functools.partial(_step, problem, agent, key), start, jnp.arange(steps))[1]
 
 
 def _step(
-    problem: Problem, agent: Agent, moment: _Moment, inputs: tuple[Array, Array]
+    problem: Problem, agent: Agent, key: Array, moment: _Moment, t: Array
 ) -> tuple[_Moment, Trajectory]:
-    """One step of a trial; an episode begins at each multiple of the horizon."""
+    """Step t of a trial; an episode begins at each multiple of the horizon."""
     environment, task = problem.environment, problem.task
-    t, key = inputs
-    reset_key, act_key, step_key = jax.random.split(key, 3)
+    reset_key, act_key, step_key = jax.random.split(jax.random.fold_in(key, t), 3)
     begins = t % environment.horizon == 0
     state, observation = _where(
         begins, environment.reset(reset_key, task), (moment.state, moment.observation)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment
+from meta_jax.reinforcement.source import environment_tasks
 
 
 class TabularMDP(NamedTuple):
@@ -38,6 +39,7 @@ class Place(NamedTuple):
     time: Array
 
 
+@environment_tasks("tabular_mdp")
 def tabular_mdp(
     *, states: int = 10, actions: int = 5, episodes: int = 10, horizon: int = 10
 ) -> Environment:

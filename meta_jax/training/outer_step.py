@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, with_loss
+from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, Update, with_loss
 from meta_jax.lookup import UsageError
 
 
@@ -279,6 +279,8 @@ def make_outer_step(
     """
     chunk = _check_chunk(task_batch, task_chunk, 1 if mesh is None else mesh.size)
     optimizer = optax.with_extra_args_support(optimizer)
+    if learner.update is not None:
+        return functools.partial(_own_step, learner.update, optimizer, sample, task_batch, mesh)
 
     def outer_step(train_state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         step, params, state, opt_state, key = train_state
@@ -303,6 +305,24 @@ def make_outer_step(
         return TrainState(step + 1, params, new_state, opt_state, key), metrics
 
     return outer_step
+
+
+def _own_step(
+    update: Update,
+    optimizer: optax.GradientTransformationExtraArgs,
+    sample: Sample,
+    task_batch: int,
+    mesh: Mesh | None,
+    train_state: TrainState,
+    data: PyTree,
+) -> tuple[TrainState, Metrics]:
+    """One outer step of a learner that has an update of its own."""
+    step, params, state, opt_state, key = train_state
+    keys = jax.random.split(jax.random.fold_in(key, step), task_batch)
+    params, state, opt_state, metrics = update(
+        optimizer, sample, params, state, opt_state, data, keys, mesh=mesh
+    )
+    return TrainState(step + 1, params, state, opt_state, key), metrics
 
 
 def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:

@@ -13,12 +13,15 @@ from typing import Any
 import jax
 
 from meta_jax.core import Episode, MetaLearner, PyTree, Tasks, check_metrics
+from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.lookup import UsageError, load_attribute, local_path
 from meta_jax.objectives import check_several_ways
+from meta_jax.reinforcement.environment import Problem
 from meta_jax.training import checkpoints
 from meta_jax.training.writers import write_text
 
 CONFIG_FILE = "config.json"
+_ANY_SIZE = EpisodeSize(1, 1, 1)  # a trial has its own
 
 
 def make_config(
@@ -66,7 +69,7 @@ def make_config(
         },
         "optimizer": optimizer,
         "run": run,
-        "example": describe_task(task),
+        "example": _describe_problem(source) if isinstance(task, Problem) else describe_task(task),
     }
     try:
         return json.loads(json.dumps(config))
@@ -144,6 +147,7 @@ def describe_task(task: PyTree) -> Any:
       The description; None where something else is in it.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> describe_task({"x": jnp.zeros((3, 2)), "mask": None})
       {'dict': {'x': 'float32[3, 2]', 'mask': None}}
     """
@@ -151,6 +155,11 @@ def describe_task(task: PyTree) -> Any:
         return _describe(task)
     except TypeError:
         return None
+
+
+def _describe_problem(source: Mapping[str, Any] | None) -> Any:
+    """A task of reinforcement learning is described by the source of its environment."""
+    return {"problem": dict(source)} if source and "name" in source else None
 
 
 def _describe(tree: PyTree) -> Any:
@@ -173,7 +182,7 @@ def task_like(description: Any) -> PyTree:
     """Builds a task of `jax.ShapeDtypeStruct`s from its description.
 
     Args:
-      description: What `describe_task` gave.
+      description: The `example` of a record: what `describe_task` gave, or a source of problems.
 
     Raises:
       UsageError: it is no description, or a type in it is not found.
@@ -195,6 +204,9 @@ def _task_like(description: Any) -> PyTree:
     if isinstance(description, str):
         shape, dtype = checkpoints.shape_of(description), checkpoints.dtype_of(description)
         return jax.ShapeDtypeStruct(shape, dtype)
+    if "problem" in description:
+        tasks = load_source(**description["problem"]).tasks("train", _ANY_SIZE, train=False)
+        return jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
     if "dict" in description:
         return {name: _task_like(value) for name, value in description["dict"].items()}
     if "type" in description:

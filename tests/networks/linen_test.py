@@ -13,8 +13,9 @@ from meta_jax.networks.linen import from_linen, mentions_batch_norm
 from meta_jax.networks.normalisation import is_normalisation
 from meta_jax.optimization_based.maml import maml
 from tests.networks.padding_checks import check_padding_alone
+from tests.random_trees import normal
 
-X = jax.random.normal(jax.random.key(1), (6, 3))
+X = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
 MOMENTS = ("stored", "batch", "update", "replace")
 
 
@@ -57,8 +58,14 @@ class AllNorms(nn.Module):
         return nn.Dense(2)(x)
 
 
+def start(network, x=X):
+    return jax.tree.map(np.asarray, jax.jit(network.init)(jax.random.key(0), x))
+
+
 def jitted(network, **settings):
-    return jax.jit(lambda p, s, x, key=None: network.apply(p, s, x, key=key, **settings))
+    """`apply` of NumPy arrays."""
+    apply = jax.jit(lambda p, s, x, key=None: network.apply(p, s, x, key=key, **settings))
+    return lambda *arguments: jax.tree.map(np.asarray, apply(*arguments))
 
 
 def hidden_of(params, x=X):
@@ -68,21 +75,21 @@ def hidden_of(params, x=X):
 def test_batch_norm_statistics_are_the_state():
     network = from_linen(Normed())
     assert network.normalisation == "running"
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     assert set(params["weights"]) == {"Dense_0"}
     assert set(params["normalisation"]) == {"BatchNorm_0"}
     assert set(state) == {"batch_stats"}
     hidden = hidden_of(params)
 
-    z, new_state = network.apply(params, state, X, key=None, train=True, moments="update")
+    z, new_state = jitted(network, train=True, moments="update")(params, state, X)
     np.testing.assert_allclose(z.mean(0), np.zeros(4), atol=1e-6)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     kept = new_state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(kept["mean"], 0.1 * hidden.mean(0), atol=1e-6)
     np.testing.assert_allclose(kept["var"], 0.9 + 0.1 * hidden.var(0), atol=1e-6)
 
-    z, same_state = network.apply(params, new_state, X, key=None, train=False)
-    expected = (hidden - kept["mean"]) / jnp.sqrt(kept["var"] + 1e-5)
+    z, same_state = jitted(network, train=False)(params, new_state, X)
+    expected = (hidden - kept["mean"]) / np.sqrt(kept["var"] + 1e-5)
     np.testing.assert_allclose(z, expected, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, same_state, new_state)
 
@@ -91,14 +98,14 @@ def test_batch_norm_statistics_are_the_state():
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_moments_are_used_as_asked_whatever_the_switch(moments, train):
     network = from_linen(Normed())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     state = jax.tree.map(lambda leaf: leaf + 0.5, state)
     hidden = hidden_of(params)
     z, new_state = jitted(network, train=train, moments=moments)(params, state, X)
     old, kept = (s["batch_stats"]["BatchNorm_0"] for s in (state, new_state))
     batch = {"mean": hidden.mean(0), "var": hidden.var(0)}
     used = old if moments == "stored" else batch
-    np.testing.assert_allclose(z, (hidden - used["mean"]) / jnp.sqrt(used["var"] + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(z, (hidden - used["mean"]) / np.sqrt(used["var"] + 1e-5), atol=1e-5)
     share = {"stored": 0, "batch": 0, "update": 0.1, "replace": 1}[moments]
     for name in ("mean", "var"):
         expected = (1 - share) * old[name] + share * batch[name]
@@ -108,7 +115,7 @@ def test_moments_are_used_as_asked_whatever_the_switch(moments, train):
 def test_a_switch_called_training_is_set():
     network = from_linen(Training())
     assert network.normalisation == "running"
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     apply = jitted(network, train=True, moments="update")
     z, new_state = apply(params, state, X, jax.random.key(1))
     assert 0.3 < (z == 0).mean() < 0.7
@@ -121,7 +128,7 @@ def test_a_switch_called_training_is_set():
 
 def test_a_module_without_a_switch_follows_too():
     network = from_linen(Unswitched())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     z, same = jitted(network, train=False, moments="stored")(params, state, X)
     np.testing.assert_allclose(z, hidden_of(params) / np.sqrt(1 + 1e-5), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, same, state)
@@ -132,16 +139,16 @@ def test_a_module_without_a_switch_follows_too():
 @pytest.mark.parametrize("moments", ["update", "replace"])
 def test_padding_enters_no_moment(moments):
     network = from_linen(Normed())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     apply = jax.jit(
         lambda x, mask: network.apply(
             params, state, x, key=None, train=True, moments=moments, mask=mask
         )
     )
     z, new_state = apply(X, None)
-    padded = jnp.concatenate([X, jnp.full((2, 3), 1e4)])
-    z_padded, new_padded = apply(padded, jnp.arange(8) < 6)
-    np.testing.assert_allclose(z_padded[:6], z, atol=1e-5)
+    padded = np.concatenate([X, np.full((2, 3), 1e4, np.float32)])
+    z_padded, new_padded = apply(padded, np.arange(8) < 6)
+    np.testing.assert_allclose(np.asarray(z_padded)[:6], z, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), new_padded, new_state)
 
 
@@ -157,17 +164,17 @@ def test_padding_that_cannot_be_told_apart_is_refused():
             return nn.BatchNorm()(x.reshape(-1, 1)).reshape(x.shape)
 
     network = from_linen(Folded())
-    params, state = network.init(jax.random.key(0), X)
-    settings = {"key": None, "train": True, "mask": jnp.ones(6, bool)}
+    params, state = start(network)
+    settings = {"train": True, "mask": np.ones(6, bool)}
     with pytest.raises(ValueError, match="sees 18 rows, and the batch has 6"):
-        network.apply(params, state, X, moments="batch", **settings)
-    network.apply(params, state, X, moments="stored", **settings)
+        jitted(network, moments="batch", **settings)(params, state, X)
+    jitted(network, moments="stored", **settings)(params, state, X)
 
 
 def test_gradients_flow_through_moments_that_are_kept():
     """In the mode 'support' queries are normalised by what the support set left."""
     network = from_linen(Normed(), normalisation="support")
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
 
     def loss(params):
         _, kept = network.apply(params, state, X, key=None, train=True, moments="replace")
@@ -179,46 +186,44 @@ def test_gradients_flow_through_moments_that_are_kept():
         z = (hidden[:2] - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 1e-5)
         return (z**2).sum()
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
-        jax.grad(loss)(params)["weights"],
-        jax.grad(expected)(params)["weights"],
-    )
+    gradients = jax.jit(lambda params: [jax.grad(f)(params)["weights"] for f in (loss, expected)])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *gradients(params))
 
 
 def test_parameters_of_normalisation_are_known():
-    x = jax.random.normal(jax.random.key(2), (6, 4, 4))
+    x = np.asarray(normal(6, 4, 4, seed=2))
     network = from_linen(AllNorms())
     assert network.normalisation == "none"
-    params, state = network.init(jax.random.key(0), x)
+    params, state = start(network, x)
     assert state == {}
     found = jax.tree_util.tree_map_with_path(lambda path, _: is_normalisation(path), params)
     assert set(params["normalisation"]) == {"LayerNorm_0", "GroupNorm_0", "RMSNorm_0"}
     assert all(jax.tree.leaves(found["normalisation"]))
     assert not any(jax.tree.leaves(found["weights"]))
     assert set(params["weights"]) == {"Dense_0", "Dense_1"}
-    z, _ = network.apply(params, state, x, key=None, train=True)
-    module = AllNorms()
+    z, _ = jitted(network, train=True)(params, state, x)
     plain = {"params": {**params["normalisation"], **params["weights"]}}
-    np.testing.assert_allclose(z, module.apply(plain, x), atol=1e-6)
+    np.testing.assert_allclose(z, jax.jit(AllNorms().apply)(plain, x), atol=1e-6)
 
 
 def test_the_module_itself_may_be_a_normalisation():
     network = from_linen(nn.LayerNorm())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     assert set(params) == {"normalisation"}
-    z, _ = network.apply(params, state, X, key=None, train=True)
+    z, _ = jitted(network, train=True)(params, state, X)
     np.testing.assert_allclose(z.mean(1), np.zeros(6), atol=1e-5)
 
 
 def test_dropout_draws_from_the_key_while_training_only():
     network = from_linen(Dropped())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     assert state == {}
+
+    applies = {train: jitted(network, train=train) for train in (True, False)}
 
     def apply(seed, train):
         key = None if seed is None else jax.random.key(seed)
-        z, new_state = network.apply(params, state, X, key=key, train=train)
+        z, new_state = applies[train](params, state, X, key)
         assert new_state == state
         return z
 
@@ -235,9 +240,9 @@ def test_attention_s_dropout_follows_too():
         def __call__(self, x):
             return nn.MultiHeadDotProductAttention(2, qkv_features=8, dropout_rate=0.5)(x, x)
 
-    x = jax.random.normal(jax.random.key(2), (2, 5, 4))
+    x = np.asarray(normal(2, 5, 4, seed=2))
     network = from_linen(Attention())
-    params, state = network.init(jax.random.key(0), x)
+    params, state = start(network, x)
     test = jitted(network, train=False)
     train = jitted(network, train=True)
     np.testing.assert_array_equal(*(test(params, state, x, jax.random.key(i))[0] for i in (1, 2)))
@@ -247,9 +252,9 @@ def test_attention_s_dropout_follows_too():
 
 def test_a_module_without_flags_gets_none():
     network = from_linen(nn.Dense(2))
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     for train in (True, False):
-        z, new_state = network.apply(params, state, X, key=None, train=train)
+        z, new_state = jitted(network, train=train)(params, state, X)
         expected = X @ params["weights"]["kernel"] + params["weights"]["bias"]
         np.testing.assert_allclose(z, expected, atol=1e-6)
         assert new_state == state == {}
@@ -265,8 +270,8 @@ def test_a_switch_of_an_unknown_name_is_not_silent():
     with pytest.raises(ValueError, match="the Linen module Own takes 'augmenting', and whether"):
         from_linen(Own())
     network = from_linen(Own(), switches={"augmenting": True})
-    params, state = network.init(jax.random.key(0), X)
-    z, _ = network.apply(params, state, X, key=jax.random.key(1), train=True)
+    params, state = start(network)
+    z, _ = jitted(network, train=True)(params, state, X, jax.random.key(1))
     assert 0.3 < (z == 0).mean() < 0.7
     with pytest.raises(ValueError, match="has no parameter 'augment'"):
         from_linen(Own(), switches={"augment": True})
@@ -315,8 +320,8 @@ def test_batch_norm_that_was_not_found_beforehand_is_not_silent():
         network.init(jax.random.key(0), X)
     # Frozen moments are a choice of one's own.
     network = from_linen(Hidden(), normalisation="none")
-    params, state = network.init(jax.random.key(0), X)
-    z, _ = network.apply(params, state, X, key=None, train=True)
+    params, state = start(network)
+    z, _ = jitted(network, train=True)(params, state, X)
     np.testing.assert_allclose(z, X / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
@@ -327,10 +332,10 @@ def test_inputs_may_be_pytrees():
             z = nn.Embed(10, 4)(x["ids"])
             return (z * x["mask"][..., None]).sum(1)
 
-    x = {"ids": jnp.array([[1, 2], [3, 0]]), "mask": jnp.array([[1.0, 1.0], [1.0, 0.0]])}
+    x = {"ids": np.array([[1, 2], [3, 0]]), "mask": np.array([[1.0, 1.0], [1.0, 0.0]])}
     network = from_linen(OfWords())
-    params, state = network.init(jax.random.key(0), x)
-    z, _ = network.apply(params, state, x, key=None, train=True)
+    params, state = start(network, x)
+    z, _ = jitted(network, train=True)(params, state, x)
     table = params["weights"]["Embed_0"]["embedding"]
     np.testing.assert_allclose(z, [table[1] + table[2], table[3]], rtol=1e-6)
 
@@ -342,13 +347,13 @@ def test_what_a_module_sows_is_no_state():
             self.sow("intermediates", "x", x)
             return nn.Dense(2)(x)
 
-    _, state = from_linen(Sowing()).init(jax.random.key(0), X)
+    _, state = start(from_linen(Sowing()))
     assert state == {}
 
 
 def test_types_are_kept():
     network = from_linen(Normed())
-    tree = (*network.init(jax.random.key(0), X), X)
+    tree = (*start(network), X)
     tree = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
     for leaf in jax.tree.leaves(jitted(network, train=True, moments="replace")(*tree)):
         assert leaf.dtype == jnp.bfloat16
@@ -357,23 +362,24 @@ def test_types_are_kept():
 def test_no_key_is_used_twice():
     network = from_linen(Training())
     with jax.debug_key_reuse(True):
-        params, state = network.init(jax.random.key(0), X)
-        network.apply(params, state, X, key=jax.random.key(1), train=True, moments="update")
+        params, state = jax.jit(network.init)(jax.random.key(0), X)
+        apply = jitted(network, train=True, moments="update")
+        jax.block_until_ready(apply(params, state, X, jax.random.key(1)))
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_it_works_under_vmap_and_jit(train):
     network = from_linen(Normed())
-    params, state = network.init(jax.random.key(0), X)
-    tasks = jnp.stack([X, 2 * X + 1])
+    params, state = start(network)
+    tasks = np.stack([X, 2 * X + 1])
 
     def apply(x):
         return network.apply(params, state, x, key=None, train=train, moments="update")
 
-    batched, states = jax.jit(jax.vmap(apply))(tasks)
+    batched, states = jax.tree.map(np.asarray, jax.jit(jax.vmap(apply))(tasks))
     assert jax.tree.structure(states) == jax.tree.structure(state)
     for i in (0, 1):
-        np.testing.assert_allclose(batched[i], apply(tasks[i])[0], atol=1e-5)
+        np.testing.assert_allclose(batched[i], jax.jit(apply)(tasks[i])[0], atol=1e-5)
 
 
 class Noisy(nn.Module):
@@ -388,19 +394,18 @@ class Noisy(nn.Module):
 
 def test_streams_and_collections_of_any_name_are_supported():
     network = from_linen(Noisy())
-    params, state = network.init(jax.random.key(0), X)
+    params, state = start(network)
     assert state["head"]["scale"].tolist() == [2.0] * 3
-    one, two = (
-        network.apply(params, state, X, key=jax.random.key(seed), train=True)[0] for seed in (0, 1)
-    )
+    apply = jitted(network, train=True)
+    one, two = (apply(params, state, X, jax.random.key(seed))[0] for seed in (0, 1))
     assert (one != two).all()
     with pytest.raises(ValueError, match=r"draws at random .*noise.*give apply a key"):
         network.apply(params, state, X, key=None, train=False)
-    support = Batch(X, jnp.eye(6)[:, :2] + jnp.eye(6)[:, 2:4] + jnp.eye(6)[:, 4:])
+    support = Batch(X, np.tile(np.eye(2, dtype=np.float32), (3, 1)))
     for learner in (maml(network, steps=1), prototypical(network)):
         task = Episode(support, support)
-        start = jax.jit(learner.init)(jax.random.key(0), task)
-        assert np.isfinite(jax.jit(learner.loss)(*start, task, jax.random.key(1))[0])
+        initial = jax.jit(learner.init)(jax.random.key(0), task)
+        assert np.isfinite(jax.jit(learner.loss)(*initial, task, jax.random.key(1))[0])
 
 
 def test_what_is_no_linen_module_is_refused():

@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from meta_jax.networks.relation_network import (
     relation_encoder,
     relation_module,
 )
+from tests.random_trees import normal
 
 
 def size(tree):
@@ -38,8 +39,8 @@ def test_parameters(side, channels, padding, of_encoder, of_module, places):
 
 
 def test_the_first_parameters_are_the_authors():
-    maps = jnp.zeros((1, 5, 5, 64))
-    params, _ = init_relation_module(jax.random.key(0), maps)
+    maps = np.zeros((1, 5, 5, 64), np.float32)
+    params, _ = jax.tree.map(np.asarray, jax.jit(init_relation_module)(jax.random.key(0), maps))
     for block in ("block1", "block2"):
         kernel = params[block]["conv"]["kernel"]
         np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
@@ -52,11 +53,16 @@ def test_the_first_parameters_are_the_authors():
 
 def test_the_encoder_of_plain_blocks(x64):
     network = relation_encoder(3)
-    x = jax.random.normal(jax.random.key(1), (3, 14, 13, 1))
-    params, state = network.init(jax.random.key(0), x)
+    x = normal(3, 14, 13, 1, seed=1)
+    params, state = jax.jit(network.init)(jax.random.key(0), x)
     z, _ = jax.jit(
         lambda x: network.apply(params, state, x, key=None, train=True, moments="batch")
     )(x)
+    np.testing.assert_allclose(z, plain_blocks(params, x), atol=1e-10)
+
+
+@jax.jit
+def plain_blocks(params, x):
     for i, (padding, pool) in enumerate([("VALID", True)] * 2 + [("SAME", False)] * 2):
         block = params[f"block{i + 1}"]
         x = lax.conv_general_dilated(
@@ -70,49 +76,49 @@ def test_the_encoder_of_plain_blocks(x64):
         x = jnp.maximum(x, 0)
         if pool:
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    np.testing.assert_allclose(z, x, atol=1e-10)
+    return x
 
 
+@cache
 def maps_and_module(padding="SAME"):
     """Parameters and statistics away from their first values, three class maps, two queries."""
     side = 5 if padding == "SAME" else 10
-    keys = jax.random.split(jax.random.key(0), 4)
-    classes = jax.random.normal(keys[0], (3, side, side, 4))
-    queries = jax.random.normal(keys[1], (2, side, side, 4))
-    tree = init_relation_module(keys[2], classes, features=4, padding=padding)
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(keys[3], len(leaves))
-    leaves = [
-        a + 0.3 * abs(jax.random.normal(k, a.shape)) for a, k in zip(leaves, keys, strict=True)
-    ]
-    params, stats = treedef.unflatten(leaves)
-    params["block1"]["normalisation"]["scale"] *= jnp.array([1, -1, 1, 1])
+    classes, queries = (np.asarray(normal(n, side, side, 4, seed=n)) for n in (3, 2))
+    init = jax.jit(partial(init_relation_module, features=4, padding=padding))
+    tree, random = init(jax.random.key(0), classes), np.random.default_rng(0)
+    params, stats = jax.tree.map(lambda a: a + 0.3 * abs(random.normal(size=a.shape)), tree)
+    params["block1"]["normalisation"]["scale"] *= np.array([1, -1, 1, 1])
     return params, stats, classes, queries
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("moments", ["update", "stored"])
-@pytest.mark.parametrize("mask", [None, jnp.ones(2, bool)])
-def test_the_module_looks_at_concatenated_maps(x64, padding, moments, mask):
-    params, stats, classes, queries = maps_and_module(padding)
-    settings = {"normalisation": "running", "moments": moments, "padding": padding}
-    scores, new_stats = jax.jit(partial(relation_module, mask=mask, **settings))(
-        params, stats, classes, queries
-    )
+@partial(jax.jit, static_argnames=("moments", "padding"))
+def by_hand(params, stats, classes, queries, *, moments, padding):
     # One row for each pair: the class's channels first, then the query's.
     x = jnp.stack([jnp.concatenate([c, q], -1) for q in queries for c in classes])
-    expected_stats = {}
+    new_stats = {}
     for block in ("block1", "block2"):
-        x, expected_stats[block] = conv_block(
+        x, new_stats[block] = conv_block(
             params[block],
             stats[block],
             x,
             stride=1,
             pool=True,
-            **settings,
+            normalisation="running",
+            moments=moments,
+            padding=padding,
         )
     x = jax.nn.relu(linear(params["hidden"], x.reshape(6, -1)))
-    expected = linear(params["output"], x).reshape(2, 3)
+    return linear(params["output"], x).reshape(2, 3), new_stats
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("moments", ["update", "stored"])
+@pytest.mark.parametrize("mask", [None, np.ones(2, bool)])
+def test_the_module_looks_at_concatenated_maps(x64, padding, moments, mask):
+    arguments, settings = maps_and_module(padding), {"moments": moments, "padding": padding}
+    module = jax.jit(partial(relation_module, mask=mask, normalisation="running", **settings))
+    scores, new_stats = jax.tree.map(np.asarray, module(*arguments))
+    expected, expected_stats = by_hand(*arguments, **settings)
     np.testing.assert_allclose(scores, expected, atol=1e-12)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), new_stats, expected_stats
@@ -136,19 +142,20 @@ def test_inputs_that_are_no_feature_maps_or_too_small_are_refused():
 @pytest.mark.parametrize("mode", MODES)
 def test_pairs_of_padding_enter_no_moment(x64, mode):
     _, _, classes, queries = maps_and_module()
-    params, stats = init_relation_module(jax.random.key(5), classes, features=4, normalisation=mode)
+    init = jax.jit(partial(init_relation_module, features=4, normalisation=mode))
+    params, stats = init(jax.random.key(5), classes)
     settings = {"normalisation": mode, "moments": "replace"}
     module = jax.jit(partial(relation_module, **settings))
-    expected = module(params, stats, classes, queries)
-    rubbish = jnp.full((1, *classes.shape[1:]), 1e3)
+    expected = jax.tree.map(np.asarray, module(params, stats, classes, queries))
+    rubbish = np.full((1, *classes.shape[1:]), 1e3)
     scores, new_stats = module(
         params,
         stats,
         classes,
-        jnp.concatenate([queries, rubbish]),
-        mask=jnp.array([True, True, False]),
+        np.concatenate([queries, rubbish]),
+        mask=np.array([True, True, False]),
     )
-    np.testing.assert_allclose(scores[:2], expected[0], rtol=1e-10)
+    np.testing.assert_allclose(np.asarray(scores)[:2], expected[0], rtol=1e-10)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14), new_stats, expected[1]
     )
@@ -157,7 +164,7 @@ def test_pairs_of_padding_enter_no_moment(x64, mode):
 
 def test_an_export_takes_any_number_of_images_and_queries():
     network = relation_encoder(2, normalisation="running")
-    x = jax.random.normal(jax.random.key(1), (3, 26, 26, 1))
+    x = normal(3, 26, 26, 1, seed=1)
     settings = {"normalisation": "running", "moments": "stored"}
 
     @jax.jit
@@ -182,5 +189,7 @@ def test_an_export_takes_any_number_of_images_and_queries():
 
 def test_no_key_is_used_twice():
     with jax.debug_key_reuse(True):
-        relation_encoder(2).init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
-        init_relation_module(jax.random.key(0), jnp.zeros((1, 5, 5, 2)), features=2)
+        init = jax.jit(relation_encoder(2).init)
+        jax.block_until_ready(init(jax.random.key(0), np.zeros((1, 12, 12, 1))))
+        init = jax.jit(partial(init_relation_module, features=2))
+        jax.block_until_ready(init(jax.random.key(0), np.zeros((1, 5, 5, 2))))

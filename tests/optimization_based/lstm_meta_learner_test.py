@@ -33,25 +33,24 @@ pytestmark = pytest.mark.usefixtures("x64")
     ],
 )
 def test_preprocessing(x, wanted):
-    np.testing.assert_allclose(log_and_sign(jnp.asarray(x)), wanted, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(jax.jit(log_and_sign)(x), wanted, rtol=1e-12, atol=1e-15)
 
 
 def test_preprocessing_has_a_gradient_at_zero():
-    slopes = jax.jacobian(log_and_sign)(0.0)
+    slopes = jax.jit(jax.jacobian(log_and_sign))(0.0)
     np.testing.assert_allclose(slopes, [0.0, math.exp(10)], rtol=1e-12)
 
 
 def meta(rule, params, seed=0):
     """Meta-parameters away from their timid beginning."""
-    leaves, treedef = jax.tree.flatten(rule.init_meta(KEY, params))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [0.5 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
-    )
+    shapes = jax.eval_shape(rule.init_meta, KEY, params)
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: 0.5 * random.normal(size=leaf.shape), shapes)
 
 
 def saturated(rule, params, alpha):
-    zeros = jax.tree.map(jnp.zeros_like, rule.init_meta(KEY, params))
+    shapes = jax.eval_shape(rule.init_meta, KEY, params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     zeros["forget"]["bias"] += 1e3
     zeros["input"]["bias"] += math.log(alpha / (1 - alpha))
     return zeros
@@ -68,14 +67,19 @@ def problem(p, state, step):
 
 def test_saturated_gates_are_gradient_descent():
     rule, sgd = lstm_rule(), from_optax(optax.sgd(0.05))
-    end = run_inner_loop(problem, rule, saturated(rule, THETA, 0.05), THETA, {}, steps=6)
-    wanted = run_inner_loop(problem, sgd, {}, THETA, {}, steps=6)
-    assert_trees_close(end.params, wanted.params, rtol=1e-13)
-    assert abs(end.params["a"] - THETA["a"]).max() > 0.1
+
+    @jax.jit
+    def both(meta, theta):
+        loops = ((rule, meta), (sgd, {}))
+        return [run_inner_loop(problem, *each, theta, {}, steps=6).params for each in loops]
+
+    end, wanted = both(saturated(rule, THETA, 0.05), THETA)
+    assert_trees_close(end, wanted, rtol=1e-13)
+    assert abs(np.asarray(end["a"]) - THETA["a"]).max() > 0.1
 
 
 def test_the_number_of_parameters_and_how_they_begin():
-    parameters = lstm_rule().init_meta(KEY, THETA)
+    parameters = jax.tree.map(np.asarray, jax.jit(lstm_rule().init_meta)(KEY, THETA))
     assert sum(leaf.size for leaf in jax.tree.leaves(parameters["lstm"])) == 2_000
     assert sum(leaf.size for leaf in jax.tree.leaves(parameters["input"])) == 23
     assert 4 <= parameters["forget"]["bias"] <= 5
@@ -84,7 +88,7 @@ def test_the_number_of_parameters_and_how_they_begin():
 
 
 def test_the_paper_s_network_has_its_number_of_parameters():
-    batch = Batch(jnp.zeros((5, 84, 84, 3)), jnp.eye(5))
+    batch = Batch(np.zeros((5, 84, 84, 3)), np.eye(5))
     learner = lstm_meta_learner(conv4(32, normalisation="support"))
     params, _ = jax.eval_shape(learner.init, KEY, Episode(batch, batch))
     assert sum(leaf.size for leaf in jax.tree.leaves(params["learner"])) == 32_901
@@ -93,14 +97,13 @@ def test_the_paper_s_network_has_its_number_of_parameters():
 def test_one_coordinate_by_hand():
     rule = lstm_rule(hidden_size=2)
     m = meta(rule, THETA)
-    theta, state = 0.4, rule.init(m, jnp.array([0.4]))
+    update, preprocess = jax.jit(rule.update), jax.jit(log_and_sign)
+    theta, state = 0.4, jax.jit(rule.init)(m, np.array([0.4]))
     h = c = np.zeros(2)
     before = {"input": 0.0, "forget": 0.0}
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     for gradient, loss in ((0.5, 2.0), (-1e-6, 0.3)):
-        seen = np.concatenate(
-            [log_and_sign(jnp.asarray(loss)), log_and_sign(jnp.asarray(gradient)), h]
-        )
+        seen = np.concatenate([preprocess(loss), preprocess(gradient), h])
         f, i, o, g = np.split(seen @ m["lstm"]["kernel"] + m["lstm"]["bias"], 4)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
@@ -108,10 +111,8 @@ def test_one_coordinate_by_hand():
             inputs = np.concatenate([h, [theta, before[name]]])
             before[name] = float((inputs @ m[name]["kernel"] + m[name]["bias"])[0])
         wanted = sigmoid(before["forget"]) * theta - sigmoid(before["input"]) * gradient
-        updates, state = rule.update(
-            m, jnp.array([gradient]), state, jnp.array([theta]), loss=jnp.asarray(loss)
-        )
-        theta = theta + float(updates[0])
+        updates, state = update(m, np.array([gradient]), state, np.array([theta]), loss=loss)
+        theta = theta + float(np.asarray(updates)[0])
         np.testing.assert_allclose(theta, wanted, rtol=1e-12)
 
 
@@ -121,13 +122,14 @@ def test_permuted_coordinates_permute_the_updates():
     theta, gradients = random.normal(size=(2, 600))  # more than one chunk on a CPU
     order = random.permutation(600)
 
+    m = meta(rule, theta)
+    init, update = jax.jit(rule.init), jax.jit(rule.update)
+
     def run(theta, gradient):
-        m, state = meta(rule, jnp.asarray(theta)), rule.init({}, jnp.asarray(theta))
+        state = init({}, theta)
         for _ in range(3):
-            updates, state = rule.update(
-                m, jnp.asarray(gradient), state, jnp.asarray(theta), loss=jnp.asarray(0.5)
-            )
-            theta = theta + updates
+            updates, state = update(m, gradient, state, theta, loss=0.5)
+            theta = theta + np.asarray(updates)
         return theta
 
     moved = run(theta, gradients)
@@ -143,25 +145,34 @@ def test_independent_gradients_leave_no_hessian():
     def end(theta):
         return run_inner_loop(problem, rule, m, theta, {}, steps=3, adjoint=FIRST_ORDER).params
 
-    seen, theta, state = [], THETA, rule.init(m, THETA)
-    for _ in range(3):
-        (loss, _), gradient = jax.value_and_grad(problem, has_aux=True)(theta, {}, 0)
-        seen.append((loss, gradient))
-        updates, state = rule.update(m, gradient, state, theta, loss=loss)
-        theta = optax.apply_updates(theta, updates)
+    def unrolled_end(theta):
+        return run_inner_loop(problem, rule, m, theta, {}, steps=3).params
 
-    def replay(theta):
+    @jax.jit
+    def observe(theta):
+        seen, state = [], rule.init(m, theta)
+        for _ in range(3):
+            (loss, _), gradient = jax.value_and_grad(problem, has_aux=True)(theta, {}, 0)
+            seen.append((loss, gradient))
+            updates, state = rule.update(m, gradient, state, theta, loss=loss)
+            theta = optax.apply_updates(theta, updates)
+        return seen
+
+    def replay(theta, seen):
         state = rule.init(m, theta)
         for loss, gradient in seen:
             updates, state = rule.update(m, gradient, state, theta, loss=loss)
             theta = optax.apply_updates(theta, updates)
         return theta
 
-    assert_trees_close(jax.jacobian(end)(THETA), jax.jacobian(replay)(THETA), atol=1e-10)
-    unrolled = jax.jacobian(lambda t: run_inner_loop(problem, rule, m, t, {}, steps=3).params)(
-        THETA
-    )
-    assert abs(unrolled["b"]["b"] - jax.jacobian(end)(THETA)["b"]["b"]) > 1e-3
+    @jax.jit
+    def jacobians(theta, seen):
+        ours = (jax.jacobian(f)(theta) for f in (end, unrolled_end))
+        return *ours, jax.jacobian(replay)(theta, seen)
+
+    found, unrolled, wanted = jax.tree.map(np.asarray, jacobians(THETA, observe(THETA)))
+    assert_trees_close(found, wanted, atol=1e-10)
+    assert abs(unrolled["b"]["b"] - found["b"]["b"]) > 1e-3
 
 
 def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
@@ -172,27 +183,36 @@ def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
     assert_trees_close(aux.state, state)
     # Saturated at a rate of zero, the parameters stay: each step sees the same statistics.
     still = {**params, "rule": saturated(lstm_rule(2), params["learner"], 1e-300)}
-    adapted = learner.adapt(still, state, images().support, KEY, train=True)
-    body, x = params["learner"]["network"], images().support.x
-    _, own = network.apply(body, state, x, key=None, train=True, moments="replace")
-    # Two steps, and once more after the last update.
-    wanted = jax.tree.map(lambda old, new: 0.2**3 * old + (1 - 0.2**3) * new, state, own)
-    assert_trees_close(adapted.state, wanted)
-    queries, same = per_task_statistics(network, 0.8).apply(
-        body, wanted, images().query.x, key=None, train=False, moments="stored"
-    )
+
+    @jax.jit
+    def adapted_and_wanted(params, support, query):
+        adapted = learner.adapt(params, state, support, KEY, train=True)
+        body = params["learner"]["network"]
+        _, own = network.apply(body, state, support.x, key=None, train=True, moments="replace")
+        # Two steps, and once more after the last update.
+        wanted = jax.tree.map(lambda old, new: 0.2**3 * old + (1 - 0.2**3) * new, state, own)
+        queries, same = per_task_statistics(network, 0.8).apply(
+            body, wanted, query.x, key=None, train=False, moments="stored"
+        )
+        return adapted.state, wanted, queries, same
+
+    found, wanted, queries, same = adapted_and_wanted(still, *images())
+    assert_trees_close(found, wanted)
     assert_trees_close(same, wanted)
     assert np.isfinite(queries).all()
 
 
 def test_the_count_of_tasknorm_is_not_averaged():
     network = per_task_statistics(normalised_maps("tasknorm"), 0.8)
-    params, state = network.init(KEY, images().support.x)
-    _, new = network.apply(
-        params, state, images().support.x, key=None, train=True, moments="replace"
-    )
+
+    @jax.jit
+    def new_and_batch(x):
+        params, state = network.init(KEY, x)
+        _, new = network.apply(params, state, x, key=None, train=True, moments="replace")
+        return new, batch_moments(x)
+
+    new, batch = jax.tree.map(np.asarray, new_and_batch(images().support.x))
     assert new["count"] == 6
-    batch = batch_moments(images().support.x)
     np.testing.assert_allclose(new["mean"], 0.8 * batch.mean)
     np.testing.assert_allclose(new["var"], 0.2 + 0.8 * batch.var)
 
@@ -211,7 +231,7 @@ def normalised_maps(mode):
 
 def test_the_rule_needs_the_loss():
     rule = lstm_rule(2)
-    params = jnp.ones(3)
+    params = np.ones(3)
     with pytest.raises(TypeError, match="give it loss="):
         rule.update(meta(rule, params), params, rule.init({}, params), params)
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -220,7 +240,7 @@ def test_the_rule_needs_the_loss():
 
 def test_it_learns_to_learn_one_task():
     learner = lstm_meta_learner(tanh_network(), steps=3, hidden_size=4)
-    params, state = learner.init(KEY, vectors())
+    params, state = jax.jit(learner.init)(KEY, vectors())
     optimizer = optax.adam(0.05)
 
     @jax.jit

@@ -6,6 +6,7 @@ import numpy as np
 
 from meta_jax.core import Batch, Episode, Network
 from meta_jax.networks.normalisation import init_normalisation, normalise
+from tests.random_trees import normal
 
 KEY = jax.random.key(0)
 
@@ -65,27 +66,24 @@ def padded(batch, rows=2, value=7.0):
     """A batch whose last rows are padding, with rubbish in them."""
 
     def pad(leaf):
-        return jnp.concatenate([leaf, jnp.full((rows, *leaf.shape[1:]), value, leaf.dtype)])
+        rubbish = np.full((rows, *leaf.shape[1:]), value, leaf.dtype)
+        return jnp.asarray(np.concatenate([leaf, rubbish]))
 
     n = batch.y.shape[0]
-    return Batch(jax.tree.map(pad, batch.x), pad(batch.y), jnp.arange(n + rows) < n)
+    return Batch(jax.tree.map(pad, batch.x), pad(batch.y), jnp.asarray(np.arange(n + rows) < n))
+
+
+def _episode(shape, seed, ways):
+    y = jnp.asarray(np.tile(np.eye(ways), (2, 1)))
+    return Episode(*(Batch(normal(2 * ways, *shape, seed=2 * seed + i), y) for i in range(2)))
 
 
 def vectors(seed=0, ways=3):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return Episode(
-        *(Batch(jax.random.normal(k, (2 * ways, 4)), jnp.tile(jnp.eye(ways), (2, 1))) for k in keys)
-    )
+    return _episode((4,), seed, ways)
 
 
 def images(seed=0, ways=3):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    return Episode(
-        *(
-            Batch(jax.random.normal(k, (2 * ways, 8, 8, 1)), jnp.tile(jnp.eye(ways), (2, 1)))
-            for k in keys
-        )
-    )
+    return _episode((8, 8, 1), seed, ways)
 
 
 def loss_and_gradient(learner, *arguments):

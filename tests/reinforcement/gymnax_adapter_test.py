@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from meta_jax.lookup import UsageError
-from meta_jax.reinforcement import gymnax_environment as adapter
+from meta_jax.reinforcement import gymnax_adapter as adapter
 from meta_jax.reinforcement.environment import Continuous, Discrete, check_environment
 from meta_jax.reinforcement.evaluation import trial_returns
-from meta_jax.reinforcement.gymnax_environment import gymnax_environment
+from meta_jax.reinforcement.gymnax_adapter import gymnax_environment
 from meta_jax.reinforcement.strategy import random_actions
 
 

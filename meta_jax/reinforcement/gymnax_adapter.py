@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Actions, Continuous, Discrete, Environment
+from meta_jax.reinforcement.source import environment_tasks
 
 
 class SampleParameters(Protocol):
@@ -20,8 +21,10 @@ class SampleParameters(Protocol):
         ...
 
 
+@environment_tasks("gymnax")
 def gymnax_environment(
     name: str,
+    /,
     *,
     episodes: int = 2,
     horizon: int | None = None,

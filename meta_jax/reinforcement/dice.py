@@ -1,0 +1,37 @@
+"""Surrogates whose derivatives of any order are those of an expected return."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import Array
+
+
+def dice_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> Array:
+    """Loaded DiCE of one trajectory, to be maximised (Farquhar et al. 2019, equation 8).
+
+    sum_t (magic(w_0 + ... + w_t) - magic(w_0 + ... + w_{t-1})) A_t with w_t = log pi(a_t) and
+    magic(w) = exp(w - stop_gradient(w)). Its value is 0; its gradient is that of a policy gradient,
+    sum_t A_t grad w_t, and its second derivatives are unbiased too, unlike those of the plain
+    surrogate sum_t A_t w_t, which forget that the policy chooses what is sampled.
+
+    Args:
+      log_probabilities: Logarithms of the probabilities of the actions, [steps].
+      advantages: Advantages, constants, [steps].
+      mask: bool [steps], False for padding.
+
+    Examples:
+      >>> w, a = jnp.array([-0.5, -1.0]), jnp.array([2.0, 3.0])
+      >>> jax.grad(dice_surrogate)(w, a, jnp.ones(2, bool)).tolist()
+      [2.0, 3.0]
+    """
+    chex.assert_rank([log_probabilities, advantages, mask], 1)
+    chex.assert_equal_shape([log_probabilities, advantages, mask])
+    w = jnp.where(mask, log_probabilities, 0)
+    upto = jnp.cumsum(w)
+    difference = _magic(upto) - _magic(upto - w)
+    return jnp.where(mask, difference * jax.lax.stop_gradient(advantages), 0).sum()
+
+
+def _magic(w: Array) -> Array:
+    return jnp.exp(w - jax.lax.stop_gradient(w))

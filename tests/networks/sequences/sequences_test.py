@@ -1,0 +1,112 @@
+"""Networks that read a sequence at once, or step by step."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_jax.lookup import UsageError
+from meta_jax.networks.sequences import causal_transformer, recurrent, snail
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+XS = np.random.default_rng(1).normal(size=(6, 3))
+MASK = np.array([True, True, False, True, True, True])
+NETWORKS = {
+    "gru": recurrent(4, "gru"),
+    "lstm": recurrent(4, "lstm"),
+    "transformer": causal_transformer(8, layers=2, heads=2),
+    "snail": snail(width=4, filters=3, key_size=2, value_size=3),
+}
+
+
+@functools.cache
+def params(name):
+    init = jax.jit(NETWORKS[name].init, static_argnums=(1, 2))
+    leaves, treedef = jax.tree.flatten(init(jax.random.key(0), 3, 6))
+    noise = np.random.default_rng(0)
+    return treedef.unflatten([leaf + 0.3 * noise.standard_normal(leaf.shape) for leaf in leaves])
+
+
+@functools.cache
+def read(name):
+    return jax.jit(NETWORKS[name].read)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_sequence_read_at_once_is_its_steps_one_by_one(name):
+    network = NETWORKS[name]
+
+    def one_by_one(params, xs):
+        return jax.lax.scan(
+            functools.partial(network.step, params), network.start(params, len(xs)), xs
+        )[1]
+
+    expected = jax.jit(one_by_one)(params(name), XS[MASK])
+    found = read(name)(params(name), XS, MASK)
+    np.testing.assert_allclose(found[MASK], expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_sees_all_steps_before_and_none_after(name):
+    gradient = jax.jit(jax.jacobian(lambda p, xs: NETWORKS[name].read(p, xs, MASK).sum(1), 1))
+    depends = np.asarray(abs(gradient(params(name), XS)).sum(2) > 1e-12)[MASK][:, MASK]
+    np.testing.assert_array_equal(depends, np.tril(np.ones((5, 5), bool)))
+
+
+def test_the_gru_is_that_of_flax():
+    ours = params("gru")
+    gates = {}
+    for i, name in enumerate("rzn"):
+        columns = slice(4 * i, 4 * i + 4)
+        gates[f"i{name}"] = jax.tree.map(lambda leaf, c=columns: leaf[..., c], ours["input"])
+        gates[f"h{name}"] = {"kernel": ours["recurrent"]["kernel"][:, columns]}
+    gates["hn"]["bias"] = ours["recurrent"]["bias"]
+    h = np.random.default_rng(4).normal(size=4)
+    expected, _ = nn.GRUCell(4).apply({"params": gates}, h, XS[0])
+    found, features = jax.jit(NETWORKS["gru"].step)(ours, h, XS[0])
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_array_equal(features, found)
+
+
+def test_the_transformer_is_that_of_flax():
+    """One layer: attention and an MLP of flax's, each behind a normalisation."""
+    network = causal_transformer(8, layers=1, heads=2)
+    ours = jax.jit(lambda k: network.init(k, 3, 6))(jax.random.key(3))
+    (layer,) = ours["layers"]
+    projected = layer["query_key_value"]["kernel"].reshape(8, 2, 12)
+    kernels = np.split(projected, 3, axis=-1)
+    attention = {
+        name: {"kernel": kernel, "bias": np.zeros((2, 4))}
+        for name, kernel in zip(("query", "key", "value"), kernels, strict=True)
+    }
+    output = layer["attention_output"]
+    attention["out"] = {"kernel": output["kernel"].reshape(2, 4, 8), "bias": output["bias"]}
+
+    def normalised(z):
+        return nn.LayerNorm(epsilon=1e-5, use_bias=False, use_scale=False).apply({}, z)
+
+    @jax.jit
+    def expected(xs):
+        angles = np.arange(6)[:, None] * np.array([1, 0.1, 0.01, 0.001])
+        z = xs @ ours["input"]["kernel"] + np.concatenate([np.sin(angles), np.cos(angles)], 1)
+        z += nn.MultiHeadDotProductAttention(2).apply(
+            {"params": attention}, normalised(z), mask=nn.make_causal_mask(jnp.ones(6))
+        )
+        hidden = nn.gelu(normalised(z) @ layer["hidden"]["kernel"])
+        return normalised(z + hidden @ layer["output"]["kernel"])
+
+    found = jax.jit(network.read)(ours, XS, np.ones(6, bool))
+    np.testing.assert_allclose(found, expected(XS), atol=1e-6)
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="width=6, heads=4"):
+        causal_transformer(6, heads=4)
+    with pytest.raises(UsageError, match="snail needs filters of at least 1"):
+        snail(filters=0)
+    with pytest.raises(UsageError, match="hidden_size"):
+        recurrent(0)
