@@ -20,15 +20,10 @@ from meta_jax.lookup import UsageError, local_path
 from meta_jax.reinforcement.bandit_strategies import bandit_candidates
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Environment
+from meta_jax.reinforcement.evaluation import Tuned, optimal_returns, trial_returns, tune
 from meta_jax.reinforcement.gittins import bayes_optimal_return
 from meta_jax.reinforcement.mdp_strategies import mdp_candidates
-from meta_jax.reinforcement.strategy import (
-    Candidate,
-    Tuned,
-    optimal_returns,
-    trial_returns,
-    tune,
-)
+from meta_jax.reinforcement.strategy import Candidate
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 from meta_jax.training.evaluation import MeanCI, confidence_interval
 from meta_jax.training.writers import write_text

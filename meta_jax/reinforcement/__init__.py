@@ -12,6 +12,7 @@ from meta_jax.reinforcement.environment import (
     Problem,
     check_environment,
 )
+from meta_jax.reinforcement.evaluation import optimal_returns, trial_returns, tune
 from meta_jax.reinforcement.gittins import (
     bayes_optimal_return,
     finite_horizon_indices,
@@ -30,7 +31,6 @@ from meta_jax.reinforcement.rollout import (
     run_trial,
 )
 from meta_jax.reinforcement.source import environment_tasks, source_from_environment
-from meta_jax.reinforcement.strategy import optimal_returns, trial_returns, tune
 from meta_jax.reinforcement.tabular_mdp import finite_horizon_values, tabular_mdp
 
 __all__ = [

@@ -79,12 +79,11 @@ def _agent(plan: Partial, epsilon: Array | float, problem: Problem) -> Agent:
     """
     environment = problem.environment
     actions = number_of_actions(environment)
-    if len(environment.observation.shape) != 1 or environment.horizon == 1:
+    states = environment.observation.size
+    if not states:
         raise UsageError(
-            "the strategy is for tabular MDPs, whose observations are states one-hot and whose "
-            "episodes have several steps: take one for bandits"
+            "the strategy is for tabular MDPs, which show their state one-hot: take one for bandits"
         )
-    states = environment.observation.shape[0]
     start = Seen(
         jnp.zeros((states, actions, states)),
         jnp.zeros((states, actions)),

@@ -11,8 +11,9 @@ import pytest
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement import gymnax_adapter as adapter
 from meta_jax.reinforcement.environment import Continuous, Discrete, check_environment
+from meta_jax.reinforcement.evaluation import trial_returns
 from meta_jax.reinforcement.gymnax_adapter import gymnax_environment
-from meta_jax.reinforcement.strategy import random_actions, trial_returns
+from meta_jax.reinforcement.strategy import random_actions
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from meta_jax.reinforcement import mdp_strategies as strategies
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.reinforcement.mdp_strategies import EMPIRICAL, Prior, Seen, most_favourable
-from meta_jax.reinforcement.rollout import Agent, run_trial
+from meta_jax.reinforcement.rollout import Agent, Percept, run_trial
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 
 STATES, ACTIONS, HORIZON, EPISODES = 4, 3, 5, 3
@@ -127,10 +127,8 @@ def seen(scale=1):
 @jax.jit
 def plan(strategy, seen, key):
     """Values of a strategy that begins an episode in state 0 with what it has seen."""
-    problem = Problem(MDP, MDP.sample_task(key))
-    agent = strategy(problem)
-    percept = run_trial(key, problem, agent).percept
-    percept = jax.tree.map(lambda leaf: leaf[0], percept)._replace(reward=jnp.zeros(()))
+    agent = strategy(Problem(MDP, None))
+    percept = Percept(jnp.eye(STATES)[0], jnp.array(0), jnp.array(0.0), jnp.bool_(True))
     before = seen._replace(state=jnp.full((), -1, jnp.int32))
     return agent.act(before, percept, key)[1].values
 

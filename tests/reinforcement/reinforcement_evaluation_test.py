@@ -9,19 +9,13 @@ import pytest
 from jax.tree_util import Partial
 
 from meta_jax.lookup import UsageError
-from meta_jax.reinforcement import strategy
+from meta_jax.reinforcement import evaluation
 from meta_jax.reinforcement.bandit_strategies import best_arm, epsilon_greedy
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Problem
+from meta_jax.reinforcement.evaluation import optimal_returns, trial_returns, tune
 from meta_jax.reinforcement.rollout import Agent, run_trial
-from meta_jax.reinforcement.strategy import (
-    Candidate,
-    best_action,
-    optimal_returns,
-    random_actions,
-    trial_returns,
-    tune,
-)
+from meta_jax.reinforcement.strategy import Candidate, best_action, random_actions
 
 BANDIT = bandit(arms=3, pulls=6)
 KEY = jax.random.key(0)
@@ -42,9 +36,9 @@ def test_returns_are_those_of_one_trial_after_another():
 
 def test_another_parameter_needs_no_compilation():
     trial_returns(BANDIT, epsilon_greedy(0.2), KEY, 5, chunk=2)
-    before = strategy._returns._cache_size()
+    before = evaluation._returns._cache_size()
     trial_returns(BANDIT, epsilon_greedy(0.7), KEY, 9, chunk=2)
-    assert strategy._returns._cache_size() == before
+    assert evaluation._returns._cache_size() == before
 
 
 def test_optimal_returns_are_of_the_same_tasks():
