@@ -45,3 +45,16 @@ def generalised_advantages(
     zero = jnp.zeros((), values.dtype)
     _, advantages = jax.lax.scan(back, (zero, zero), (rewards, values, mask), reverse=True)
     return advantages
+
+
+def standardised(advantages: Array, mask: Array) -> Array:
+    """Advantages of mean 0 and deviation 1 over all steps that are not padding; 0 in padding.
+
+    Args:
+      advantages: Advantages of any shape.
+      mask: bool of the same shape, False for padding.
+    """
+    count = mask.sum()
+    mean = jnp.where(mask, advantages, 0).sum() / count
+    centred = jnp.where(mask, advantages - mean, 0)
+    return centred / (jnp.sqrt((centred**2).sum() / count) + 1e-8)

@@ -30,7 +30,7 @@ from meta_jax.inner_loop import (
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.objectives import check_kind, trial_return
-from meta_jax.reinforcement.advantages import generalised_advantages
+from meta_jax.reinforcement.advantages import generalised_advantages, standardised
 from meta_jax.reinforcement.baselines import fit_baseline, linear_features, returns_to_go
 from meta_jax.reinforcement.dice import dice_surrogate
 from meta_jax.reinforcement.environment import Actions, Discrete, Problem
@@ -224,9 +224,7 @@ def _advantages(parts: _Parts, problem: Problem, found: Trajectory) -> Array:
             generalised_advantages, discount=parts.discount, gae_lambda=parts.gae_lambda
         )
     )(found.reward, baseline, mask)
-    mean = jnp.where(mask, advantage, 0).sum() / mask.sum()
-    centred = jnp.where(mask, advantage - mean, 0)
-    return centred / (jnp.sqrt((centred**2).sum() / mask.sum()) + 1e-8)
+    return standardised(advantage, mask)
 
 
 def _surrogate(
@@ -249,6 +247,13 @@ class _Seen(NamedTuple):
     mean_return: Array
 
 
+def _size(parts: _Parts, train: bool) -> tuple[int, int]:
+    """Number of inner steps, and of the trajectories of each, in training or in tests."""
+    if train:
+        return parts.steps, parts.trajectories
+    return parts.eval_steps, parts.eval_trajectories
+
+
 def _inner_loop(
     parts: _Parts,
     params: PyTree,
@@ -256,10 +261,10 @@ def _inner_loop(
     problem: Problem,
     key: Array,
     *,
-    steps: int,
-    trajectories: int,
+    train: bool,
 ) -> tuple[PyTree, InnerLoopResult]:
     """The adapted policy, and the inner loop; what it observed is the return before each step."""
+    steps, trajectories = _size(parts, train)
     changed, kept = _split(parts.adapted, params["policy"])
 
     def loss(changed: PyTree, seen: _Seen, step: Array) -> tuple[Array, _Seen]:
@@ -286,10 +291,7 @@ def _adapt(
 ) -> PyTree:
     """The policy after the inner loop, which acts in the task itself."""
     problem = check_problem(task, "maml_rl")
-    steps, count = (
-        (parts.steps, parts.trajectories) if train else (parts.eval_steps, parts.eval_trajectories)
-    )
-    policy, _ = _inner_loop(parts, params, state, problem, key, steps=steps, trajectories=count)
+    policy, _ = _inner_loop(parts, params, state, problem, key, train=train)
     return policy, state
 
 
@@ -309,23 +311,22 @@ def _predict(
     return _outputs(parts.network, state, policy, x), state
 
 
+def _adapt_and_act(
+    parts: _Parts, params: PyTree, state: PyTree, problem: Problem, key: Array, *, train: bool
+) -> tuple[PyTree, InnerLoopResult, Trajectory]:
+    """The adapted policy, its inner loop, and trajectories that it samples then."""
+    inner_key, outer_key = jax.random.split(key)
+    policy, ended = _inner_loop(parts, params, state, problem, inner_key, train=train)
+    _, count = _size(parts, train)
+    found = sample_trajectories(parts.network, state, policy, problem, outer_key, count)
+    return policy, ended, found
+
+
 def _loss(
     parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array
 ) -> tuple[Array, LossAux]:
     problem = check_problem(task, "maml_rl")
-    inner_key, outer_key = jax.random.split(key)
-    policy, ended = _inner_loop(
-        parts,
-        params,
-        state,
-        problem,
-        inner_key,
-        steps=parts.steps,
-        trajectories=parts.trajectories,
-    )
-    found = sample_trajectories(
-        parts.network, state, policy, problem, outer_key, parts.trajectories
-    )
+    policy, ended, found = _adapt_and_act(parts, params, state, problem, key, train=True)
     mean_return = found.reward.sum(1).mean()
     metrics = {"return": mean_return}
     if parts.steps:
@@ -337,19 +338,7 @@ def _loss(
 
 def _evaluate(parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array) -> Metrics:
     problem = check_problem(task, "maml_rl")
-    inner_key, outer_key = jax.random.split(key)
-    policy, ended = _inner_loop(
-        parts,
-        params,
-        state,
-        problem,
-        inner_key,
-        steps=parts.eval_steps,
-        trajectories=parts.eval_trajectories,
-    )
-    found = sample_trajectories(
-        parts.network, state, policy, problem, outer_key, parts.eval_trajectories
-    )
+    _, ended, found = _adapt_and_act(parts, params, state, problem, key, train=False)
     last = found.reward.sum(1).mean()
     returns = [*(ended.observed[i] for i in range(parts.eval_steps)), last]
     by_step = {f"return_after_{i}": value for i, value in enumerate(returns)}

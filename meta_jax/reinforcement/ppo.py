@@ -10,7 +10,7 @@ import optax
 from meta_jax.core import Array, Metrics, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.sequences import SequenceNetwork
-from meta_jax.reinforcement.advantages import generalised_advantages
+from meta_jax.reinforcement.advantages import generalised_advantages, standardised
 from meta_jax.reinforcement.environment import Actions, Problem
 from meta_jax.reinforcement.policies import entropy, log_probability
 from meta_jax.reinforcement.rollout import Trajectory, run_trial
@@ -134,12 +134,9 @@ def surrogate_loss(
 
 def normalised(experience: Experience) -> Experience:
     """Advantages of mean 0 and deviation 1 over all steps of many trials, [trials, steps]."""
-    mask = experience.trajectory.mask
-    count = mask.sum()
-    mean = jnp.where(mask, experience.advantage, 0).sum() / count
-    centred = jnp.where(mask, experience.advantage - mean, 0)
-    deviation = jnp.sqrt((centred**2).sum() / count)
-    return experience._replace(advantage=centred / (deviation + 1e-8))
+    return experience._replace(
+        advantage=standardised(experience.advantage, experience.trajectory.mask)
+    )
 
 
 def ppo_updates(
