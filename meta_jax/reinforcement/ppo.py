@@ -9,12 +9,11 @@ import optax
 
 from meta_jax.core import Array, Metrics, PyTree
 from meta_jax.lookup import UsageError
-from meta_jax.networks.sequences import SequenceNetwork
 from meta_jax.reinforcement.advantages import generalised_advantages, standardised
 from meta_jax.reinforcement.environment import Actions, Problem
 from meta_jax.reinforcement.policies import entropy, log_probability
 from meta_jax.reinforcement.rollout import Trajectory, run_trial
-from meta_jax.reinforcement.trial_policy import as_agent, read_trial
+from meta_jax.reinforcement.trial_policy import TrialPolicy, as_agent, read_trial
 
 Reward = Literal["sampled", "expected", "regret"]
 
@@ -74,13 +73,13 @@ def learning_rewards(trajectory: Trajectory, reward: Reward) -> Array:
 
 def collect(
     settings: PolicyGradient,
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     params: PyTree,
     problem: Problem,
     key: Array,
 ) -> Experience:
     """Acts for a trial of one task, and works out what is to be learned from it."""
-    agent = as_agent(network, params, problem.environment)
+    agent = as_agent(policy, params, problem.environment)
     trajectory = run_trial(key, problem, agent)
     values = trajectory.extras.value
     advantage = generalised_advantages(
@@ -95,7 +94,7 @@ def collect(
 
 def surrogate_loss(
     settings: PolicyGradient,
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     actions: Actions,
     params: PyTree,
     experience: Experience,
@@ -108,13 +107,13 @@ def surrogate_loss(
 
     Args:
       settings: Settings of the policy gradient.
-      network: The memory.
+      policy: The policy.
       actions: Actions there are.
       params: Parameters of the policy.
       experience: The trial, its advantages as they are to be used.
     """
     trajectory, advantage, target = experience
-    outputs, values = read_trial(network, params, actions, trajectory)
+    outputs, values = read_trial(policy, params, actions, trajectory)
     log_p = jax.vmap(functools.partial(log_probability, actions=actions))(
         outputs, trajectory.action
     )
@@ -141,7 +140,7 @@ def normalised(experience: Experience) -> Experience:
 
 def ppo_updates(
     settings: PolicyGradient,
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     optimizer: optax.GradientTransformationExtraArgs,
     actions: Actions,
     carry: tuple[PyTree, PyTree],
@@ -155,7 +154,7 @@ def ppo_updates(
 
     Args:
       settings: Settings of the policy gradient.
-      network: The memory.
+      policy: The policy.
       optimizer: The optimizer.
       actions: Actions there are.
       carry: Parameters and the optimizer's state.
@@ -171,7 +170,7 @@ def ppo_updates(
     trials = experience.advantage.shape[0]
     order = jax.vmap(lambda k: jax.random.permutation(k, trials))(jax.random.split(key, epochs))
     rows = order.reshape(epochs * minibatches, trials // minibatches)
-    loss_of = functools.partial(surrogate_loss, settings, network, actions)
+    loss_of = functools.partial(surrogate_loss, settings, policy, actions)
 
     def batch_loss(params: PyTree, batch: Experience) -> tuple[Array, Metrics]:
         losses, metrics = jax.vmap(loss_of, (None, 0))(params, batch)

@@ -26,6 +26,8 @@ from meta_jax.reinforcement.ppo import (
 from meta_jax.reinforcement.rollout import Percept, Trajectory, episode_returns, run_trial
 from meta_jax.reinforcement.trial_policy import (
     Choice,
+    Inputs,
+    TrialPolicy,
     act_once,
     as_agent,
     check_problem,
@@ -50,6 +52,7 @@ def rl2(
     memory: Memory = "gru",
     hidden_size: int = 64,
     layers: int = 2,
+    inputs: Inputs = "steps",
     algorithm: Literal["ppo", "a2c"] = "ppo",
     reward: Reward = "sampled",
     discount: float = 0.99,
@@ -73,6 +76,9 @@ def rl2(
       hidden_size: Units of the recurrent layer, width of the transformer, or channels that each
         convolution of SNAIL adds.
       layers: Number of layers of the transformer.
+      inputs: What the memory reads of the step before: in 'steps' its action and reward; in
+        'transitions' the pair of its observation and action, plain and times the reward, which
+        suits environments of few states.
       algorithm: Policy gradient: 'ppo' makes `epochs` x `minibatches` updates in an outer step,
         'a2c' makes one.
       reward: Reward that is learned from: 'sampled', those that came; 'expected', their means;
@@ -106,26 +112,26 @@ def rl2(
     """
     check_kind(objective, "control", "rl2")
     check_at_least_one("rl2", epochs=epochs, minibatches=minibatches)
-    network = _MEMORIES[memory](hidden_size, layers)
+    policy = TrialPolicy(_MEMORIES[memory](hidden_size, layers), inputs)
     settings = PolicyGradient(reward, discount, gae_lambda, entropy_weight, value_weight, clip)
-    update = functools.partial(_update, settings, network, epochs, minibatches)
+    update = functools.partial(_update, settings, policy, epochs, minibatches)
     return MetaLearner(
-        functools.partial(_init, network),
-        functools.partial(_adapt, network),
-        functools.partial(_predict, network),
-        functools.partial(_loss, settings, network),
-        functools.partial(_evaluate, network),
+        functools.partial(_init, policy),
+        functools.partial(_adapt, policy),
+        functools.partial(_predict, policy),
+        functools.partial(_loss, settings, policy),
+        functools.partial(_evaluate, policy),
         update=update if algorithm == "ppo" else None,
         updates_per_step=epochs * minibatches if algorithm == "ppo" else 1,
     )
 
 
-def _init(network: SequenceNetwork, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
-    return init_policy(network, key, check_problem(task, "rl2").environment), {}
+def _init(policy: TrialPolicy, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
+    return init_policy(policy, key, check_problem(task, "rl2").environment), {}
 
 
 def _adapt(
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     params: PyTree,
     state: PyTree,
     task: PyTree,
@@ -135,11 +141,11 @@ def _adapt(
 ) -> PyTree:
     """The memory at the beginning of a trial of a task, of which only the environment is seen."""
     del state, key, train
-    return start_memory(network, params, check_problem(task, "rl2").environment)
+    return start_memory(policy, params, check_problem(task, "rl2").environment)
 
 
 def _predict(
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     params: PyTree,
     memory: PyTree,
     percept: Percept,
@@ -153,13 +159,13 @@ def _predict(
     outputs = params["policy"]["bias"].shape[0]
     is_discrete = jnp.issubdtype(percept.action.dtype, jnp.integer)
     actions = Discrete(outputs) if is_discrete else Continuous(outputs // 2)
-    action, memory, choice = act_once(network, params, actions, memory, percept, key)
+    action, memory, choice = act_once(policy, params, actions, memory, percept, key)
     return (action, choice), memory
 
 
 def _loss(
     settings: PolicyGradient,
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     params: PyTree,
     state: PyTree,
     task: PyTree,
@@ -167,18 +173,18 @@ def _loss(
 ) -> tuple[Array, LossAux]:
     """The loss of advantage actor-critic on one trial that the policy acts now."""
     problem = check_problem(task, "rl2")
-    experience = collect(settings, network, jax.lax.stop_gradient(params), problem, key)
+    experience = collect(settings, policy, jax.lax.stop_gradient(params), problem, key)
     loss, metrics = surrogate_loss(
-        settings, network, problem.environment.actions, params, experience
+        settings, policy, problem.environment.actions, params, experience
     )
     return loss, LossAux(state, {**metrics, "return": experience.trajectory.reward.sum()})
 
 
 def _evaluate(
-    network: SequenceNetwork, params: PyTree, state: PyTree, task: PyTree, key: Array
+    policy: TrialPolicy, params: PyTree, state: PyTree, task: PyTree, key: Array
 ) -> Metrics:
     problem = check_problem(task, "rl2")
-    agent = as_agent(network, params, problem.environment)
+    agent = as_agent(policy, params, problem.environment)
     return trial_metrics(run_trial(key, problem, agent), problem.environment)
 
 
@@ -212,7 +218,7 @@ def _split_keys(key: Array) -> tuple[Array, Array, Array]:
 
 def _update(
     settings: PolicyGradient,
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     epochs: int,
     minibatches: int,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -235,12 +241,12 @@ def _update(
     task_keys, trial_keys, order_keys = _split_keys(keys)
     problems = jax.vmap(sample, (0, None))(task_keys, data)
     actions = check_problem(problems, "rl2").environment.actions
-    experience = jax.vmap(functools.partial(collect, settings, network, params))(
+    experience = jax.vmap(functools.partial(collect, settings, policy, params))(
         problems, trial_keys
     )
     (params, opt_state), metrics = ppo_updates(
         settings,
-        network,
+        policy,
         optimizer,
         actions,
         (params, opt_state),

@@ -15,12 +15,14 @@ class Percept(NamedTuple):
 
     Attributes:
       observation: Observation of the environment, [size].
+      last_observation: Observation of the step before; zeros at the first step of a trial.
       action: Action of the step before; at the first step of a trial -1, or zeros.
       reward: Reward of the step before, a float scalar; 0 at the first step of a trial.
       begins: Whether an episode begins, a bool scalar; True at the first step of a trial.
     """
 
     observation: Array
+    last_observation: Array
     action: Array
     reward: Array
     begins: Array
@@ -78,6 +80,7 @@ class _Moment(NamedTuple):
 
     state: PyTree  # of the environment
     observation: Array
+    last_observation: Array
     action: Array
     reward: Array
     alive: Array  # whether the episode goes on
@@ -105,6 +108,7 @@ def run_trial(key: Array, problem: Problem, agent: Agent) -> Trajectory:
     start = _Moment(
         state,
         observation,
+        jnp.zeros_like(observation),
         no_action(environment.actions),
         jnp.zeros(()),
         jnp.bool_(True),
@@ -124,7 +128,7 @@ def _step(
         begins, environment.reset(reset_key, task), (moment.state, moment.observation)
     )
     alive = moment.alive | begins
-    percept = Percept(observation, moment.action, moment.reward, begins)
+    percept = Percept(observation, moment.last_observation, moment.action, moment.reward, begins)
     action, memory, extras = agent.act(moment.memory, percept, act_key)
     after, seen, reward, done = environment.step(step_key, task, state, action)
     step = Trajectory(
@@ -139,7 +143,7 @@ def _step(
     )
     moment = _where(
         alive,
-        _Moment(after, seen, action, reward, ~done, memory),
+        _Moment(after, seen, observation, action, reward, ~done, memory),
         moment._replace(state=state, observation=observation, alive=alive),
     )
     return moment, step

@@ -1,7 +1,7 @@
 """A learned policy that reads the trial so far: inputs, outputs, and how it acts."""
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,20 @@ from meta_jax.networks.sequences import SequenceNetwork
 from meta_jax.reinforcement.environment import Actions, Discrete, Environment, Problem
 from meta_jax.reinforcement.policies import log_probability, num_outputs, sample_action
 from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory
+
+Inputs = Literal["steps", "transitions"]
+
+
+class TrialPolicy(NamedTuple):
+    """A policy without its parameters.
+
+    Attributes:
+      network: The memory.
+      inputs: What it reads at each step, as `percept_vector` says.
+    """
+
+    network: SequenceNetwork
+    inputs: Inputs = "steps"
 
 
 class Choice(NamedTuple):
@@ -41,16 +55,16 @@ def check_problem(task: PyTree, learner: str) -> Problem:
     return task
 
 
-def init_policy(network: SequenceNetwork, key: Array, environment: Environment) -> PyTree:
+def init_policy(policy: TrialPolicy, key: Array, environment: Environment) -> PyTree:
     """Initial parameters: {'memory', 'policy', 'value'}; all actions begin about equally likely."""
     memory_key, policy_key, value_key = jax.random.split(key, 3)
     actions, observation = environment.actions, environment.observation
     size = actions.n if isinstance(actions, Discrete) else actions.size
-    inputs = observation.shape[0] + size + 2
+    inputs = _num_inputs(policy.inputs, observation.shape[0], size)
     steps = environment.episodes * environment.horizon
-    memory = network.init(memory_key, inputs, steps)
+    memory = policy.network.init(memory_key, inputs, steps)
     x = jax.ShapeDtypeStruct((steps, inputs), observation.dtype)
-    features = jax.eval_shape(network.read, memory, x, jnp.ones(steps, bool)).shape[1]
+    features = jax.eval_shape(policy.network.read, memory, x, jnp.ones(steps, bool)).shape[1]
     return {
         "memory": memory,
         "policy": init_head(policy_key, features, num_outputs(actions), 0.01),
@@ -64,32 +78,44 @@ def init_head(key: Array, inputs: int, outputs: int, scale: float) -> PyTree:
     return {"kernel": kernel, "bias": jnp.zeros(outputs, kernel.dtype)}
 
 
-def percept_vector(actions: Actions, percept: Percept) -> Array:
-    """Input of the memory (Duan et al. 2016), [inputs].
+def percept_vector(inputs: Inputs, actions: Actions, percept: Percept) -> Array:
+    """Input of the memory at a step, [inputs].
 
-    It is the observation, the last action (one-hot where actions are discrete, and zero before the
-    first), the last reward, and whether an episode begins.
+    With 'steps' it is the observation, the last action (one-hot where actions are discrete, and
+    zero before the first), the last reward, and whether an episode begins (Duan et al. 2016). With
+    'transitions' it has the products of the last observation and the last action instead of the
+    action, once as they are and once times the last reward: a number for each pair of state and
+    action, where both are one-hot. An observation without numbers counts as 1.
     """
     action = percept.action
     if isinstance(actions, Discrete):
         action = jax.nn.one_hot(action, actions.n)
     rest = jnp.stack([percept.reward, percept.begins.astype(percept.reward.dtype)])
+    if inputs == "transitions":
+        seen = percept.last_observation if percept.observation.size else jnp.ones(1)
+        pairs = jnp.outer(seen, action).ravel()
+        action = jnp.concatenate([pairs, pairs * percept.reward])
     return jnp.concatenate([percept.observation, action, rest])
 
 
-def as_agent(network: SequenceNetwork, params: PyTree, environment: Environment) -> Agent:
+def _num_inputs(inputs: Inputs, observation: int, action: int) -> int:
+    of_action = action if inputs == "steps" else 2 * max(observation, 1) * action
+    return observation + of_action + 2
+
+
+def as_agent(policy: TrialPolicy, params: PyTree, environment: Environment) -> Agent:
     """The policy with its parameters, as it acts; its extras are `Choice`s."""
-    act = functools.partial(act_once, network, params, environment.actions)
-    return Agent(start_memory(network, params, environment), act)
+    act = functools.partial(act_once, policy, params, environment.actions)
+    return Agent(start_memory(policy, params, environment), act)
 
 
-def start_memory(network: SequenceNetwork, params: PyTree, environment: Environment) -> PyTree:
+def start_memory(policy: TrialPolicy, params: PyTree, environment: Environment) -> PyTree:
     """The memory at the beginning of a trial."""
-    return network.start(params["memory"], environment.episodes * environment.horizon)
+    return policy.network.start(params["memory"], environment.episodes * environment.horizon)
 
 
 def act_once(
-    network: SequenceNetwork,
+    policy: TrialPolicy,
     params: PyTree,
     actions: Actions,
     memory: PyTree,
@@ -97,7 +123,9 @@ def act_once(
     key: Array,
 ) -> tuple[Array, PyTree, Choice]:
     """Reads a percept and draws an action: (action, memory, choice)."""
-    memory, features = network.step(params["memory"], memory, percept_vector(actions, percept))
+    memory, features = policy.network.step(
+        params["memory"], memory, percept_vector(policy.inputs, actions, percept)
+    )
     outputs, value = _outputs(params, features)
     action = sample_action(key, outputs, actions)
     return action, memory, Choice(log_probability(outputs, action, actions), value)
@@ -108,12 +136,12 @@ def _outputs(params: PyTree, features: Array) -> tuple[Array, Array]:
 
 
 def read_trial(
-    network: SequenceNetwork, params: PyTree, actions: Actions, trajectory: Trajectory
+    policy: TrialPolicy, params: PyTree, actions: Actions, trajectory: Trajectory
 ) -> tuple[Array, Array]:
     """What the policy gives at each step of a trial that was acted before.
 
     Args:
-      network: The memory.
+      policy: The policy.
       params: Parameters, which may have moved since.
       actions: Actions there are.
       trajectory: The trial, [steps].
@@ -121,5 +149,5 @@ def read_trial(
     Returns:
       The numbers that describe its policy, [steps, outputs], and its values [steps].
     """
-    xs = jax.vmap(functools.partial(percept_vector, actions))(trajectory.percept)
-    return _outputs(params, network.read(params["memory"], xs, trajectory.mask))
+    xs = jax.vmap(functools.partial(percept_vector, policy.inputs, actions))(trajectory.percept)
+    return _outputs(params, policy.network.read(params["memory"], xs, trajectory.mask))

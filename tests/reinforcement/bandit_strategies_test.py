@@ -97,7 +97,7 @@ def frequencies(strategy):
     problem = Problem(bandit(arms=3), jnp.full(3, 0.5))
     agent = strategy(problem)
     # The ninth percept tells of a success of the third arm.
-    percept = Percept(jnp.zeros(0), jnp.array(2), jnp.array(1.0), jnp.bool_(True))
+    percept = Percept(jnp.zeros(0), jnp.zeros(0), jnp.array(2), jnp.array(1.0), jnp.bool_(True))
     keys = jax.random.split(jax.random.key(1), DRAWS)
     arms, memory, _ = jax.vmap(lambda key: agent.act(SEEN, percept, key))(keys)
     return jnp.bincount(arms, length=3) / DRAWS, jax.tree.map(lambda leaf: leaf[0], memory)

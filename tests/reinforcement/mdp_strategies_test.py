@@ -128,7 +128,9 @@ def seen(scale=1):
 def plan(strategy, seen, key):
     """Values of a strategy that begins an episode in state 0 with what it has seen."""
     agent = strategy(Problem(MDP, None))
-    percept = Percept(jnp.eye(STATES)[0], jnp.array(0), jnp.array(0.0), jnp.bool_(True))
+    percept = Percept(
+        jnp.eye(STATES)[0], jnp.zeros(STATES), jnp.array(0), jnp.array(0.0), jnp.bool_(True)
+    )
     before = seen._replace(state=jnp.full((), -1, jnp.int32))
     return agent.act(before, percept, key)[1].values
 

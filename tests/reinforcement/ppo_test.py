@@ -17,11 +17,11 @@ from meta_jax.reinforcement.ppo import (
     normalised,
     surrogate_loss,
 )
-from meta_jax.reinforcement.trial_policy import init_policy, read_trial
+from meta_jax.reinforcement.trial_policy import TrialPolicy, init_policy, read_trial
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-NETWORK = recurrent(4)
+POLICY = TrialPolicy(recurrent(4))
 ENVIRONMENT = bandit(arms=3, pulls=4)
 ACTIONS = ENVIRONMENT.actions
 PLAIN = PolicyGradient(entropy_weight=0.0, value_weight=0.0, gae_lambda=1.0, discount=1.0)
@@ -36,13 +36,13 @@ def params():
 
 
 def init(key):
-    return init_policy(NETWORK, key, ENVIRONMENT)
+    return init_policy(POLICY, key, ENVIRONMENT)
 
 
 @functools.cache
 def experience(settings=PLAIN, seed=0):
     task = jnp.array([0.2, 0.9, 0.5])
-    run = jax.jit(functools.partial(collect, settings, NETWORK))
+    run = jax.jit(functools.partial(collect, settings, POLICY))
     return run(params(), Problem(ENVIRONMENT, task), jax.random.key(seed))
 
 
@@ -50,10 +50,10 @@ def test_where_the_parameters_are_those_that_acted_it_is_the_policy_gradient():
     found = experience()
 
     def loss(p):
-        return surrogate_loss(PLAIN, NETWORK, ACTIONS, p, found)[0]
+        return surrogate_loss(PLAIN, POLICY, ACTIONS, p, found)[0]
 
     def expected(p):
-        outputs, _ = read_trial(NETWORK, p, ACTIONS, found.trajectory)
+        outputs, _ = read_trial(POLICY, p, ACTIONS, found.trajectory)
         log_p = jax.vmap(functools.partial(log_probability, actions=ACTIONS))(
             outputs, found.trajectory.action
         )
@@ -74,7 +74,7 @@ def test_a_ratio_beyond_the_clip_gives_no_gradient():
     choice = found.trajectory.extras
     moved = choice._replace(log_probability=choice.log_probability + towards)
     found = found._replace(trajectory=found.trajectory._replace(extras=moved))
-    gradient = jax.jit(jax.grad(lambda p: surrogate_loss(PLAIN, NETWORK, ACTIONS, p, found)[0]))
+    gradient = jax.jit(jax.grad(lambda p: surrogate_loss(PLAIN, POLICY, ACTIONS, p, found)[0]))
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient(params())))
 
 
@@ -85,15 +85,15 @@ def test_the_expected_gradient_is_exact():
     settings = PLAIN._replace(reward="expected")
 
     def one(key):
-        found = collect(settings, NETWORK, params(), Problem(environment, task), key)
+        found = collect(settings, POLICY, params(), Problem(environment, task), key)
 
         def loss(p):
-            return surrogate_loss(settings, NETWORK, ACTIONS, p, found)[0]
+            return surrogate_loss(settings, POLICY, ACTIONS, p, found)[0]
 
         return -jax.grad(loss)(params())["policy"]["bias"], found.trajectory
 
     gradients, trajectory = jax.jit(jax.vmap(one))(jax.random.split(KEY, 4000))
-    outputs, _ = read_trial(NETWORK, params(), ACTIONS, jax.tree.map(lambda t: t[0], trajectory))
+    outputs, _ = read_trial(POLICY, params(), ACTIONS, jax.tree.map(lambda t: t[0], trajectory))
     p = np.asarray(jax.nn.softmax(outputs[0]))
     exact = p * (np.asarray(task) - p @ np.asarray(task))
     error = np.asarray(gradients).std(0) / np.sqrt(4000)

@@ -12,9 +12,11 @@ from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
-from meta_jax.reinforcement.environment import Problem
+from meta_jax.reinforcement.environment import Discrete, Problem
 from meta_jax.reinforcement.rl2 import rl2
-from meta_jax.reinforcement.rollout import Percept
+from meta_jax.reinforcement.rollout import Agent, Percept, run_trial
+from meta_jax.reinforcement.tabular_mdp import tabular_mdp
+from meta_jax.reinforcement.trial_policy import percept_vector
 from meta_jax.training.evaluation import make_evaluate
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
 from meta_jax.training.record import make_config
@@ -88,7 +90,7 @@ def test_one_acts_with_it_step_by_step():
     params = start().params
     task = TASKS.sample(jax.random.key(3), ())
     memory = LEARNER.adapt(params, {}, task, jax.random.key(0), train=False)
-    percept = Percept(jnp.zeros(0), jnp.int32(-1), jnp.zeros(()), jnp.bool_(True))
+    percept = Percept(jnp.zeros(0), jnp.zeros(0), jnp.int32(-1), jnp.zeros(()), jnp.bool_(True))
     (action, choice), after = LEARNER.predict(
         params, memory, percept, jax.random.key(1), train=False
     )
@@ -137,3 +139,26 @@ def test_random_keys_are_used_once_and_nothing_leaks(memory):
     with key_and_leak_checks():
         found, _ = jax.eval_shape(jax.jit(everything), 0)
     assert found["return"].shape == ()
+
+
+def test_transitions_are_inputs_by_pair_of_observation_and_action():
+    percept = Percept(jnp.eye(2)[0], jnp.eye(2)[1], jnp.int32(2), jnp.float32(-3), jnp.bool_(False))
+    pairs = [0, 0, 0, 0, 0, 1]
+    found = percept_vector("transitions", Discrete(3), percept)
+    np.testing.assert_array_equal(found, [1, 0, *pairs, *(-3 * np.array(pairs)), -3, 0])
+    # At the first step of a trial there is none; a bandit's observation has no numbers.
+    first = Percept(jnp.zeros(0), jnp.zeros(0), jnp.int32(-1), jnp.zeros(()), jnp.bool_(True))
+    np.testing.assert_array_equal(percept_vector("transitions", Discrete(2), first), [0] * 5 + [1])
+    learner = rl2(hidden_size=4, inputs="transitions")
+    params, _ = jax.eval_shape(learner.init, jax.random.key(0), TASKS.sample(jax.random.key(0), ()))
+    assert params["memory"]["input"]["kernel"].shape == (6, 12)
+
+
+def test_an_agent_gets_the_observation_of_the_step_before():
+    environment = tabular_mdp(states=3, actions=2, episodes=2, horizon=3)
+    problem = Problem(environment, environment.sample_task(jax.random.key(0)))
+    agent = Agent((), lambda memory, percept, key: (jnp.int32(1), memory, ()))
+    percept = run_trial(jax.random.key(1), problem, agent).percept
+    np.testing.assert_array_equal(percept.last_observation[0], np.zeros(3))
+    # The last step of an episode leads to a state that nobody sees.
+    np.testing.assert_array_equal(percept.last_observation[1:], percept.observation[:-1])
