@@ -1,6 +1,7 @@
 """MAML for reinforcement learning: a policy that a few policy gradients adapt to a task."""
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,13 +33,15 @@ from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.objectives import check_kind, trial_return
 from meta_jax.reinforcement.advantages import generalised_advantages, standardised
 from meta_jax.reinforcement.baselines import fit_baseline, linear_features, returns_to_go
-from meta_jax.reinforcement.dice import dice_surrogate
+from meta_jax.reinforcement.dice import dice_surrogate, lvc_surrogate
 from meta_jax.reinforcement.environment import Actions, Discrete, Problem
 from meta_jax.reinforcement.policies import log_probability, sample_action
 from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory, run_trial
 from meta_jax.reinforcement.trial_policy import check_problem
 
 Part = Literal["all", "head", "body"]
+Surrogate = Literal["dice", "lvc"]
+_SURROGATES = {"dice": dice_surrogate, "lvc": lvc_surrogate}
 
 
 class _Parts(NamedTuple):
@@ -54,6 +57,8 @@ class _Parts(NamedTuple):
     eval_trajectories: int
     discount: float
     gae_lambda: float
+    surrogate: Surrogate
+    initial_scale: float
 
 
 @registry.learner("maml_rl", network="mlp", tasks="navigation", run={"task_batch": 20})
@@ -72,6 +77,8 @@ def maml_rl(
     adjoint: Adjoint | str = "unrolled",
     discount: float = 0.99,
     gae_lambda: float = 1.0,
+    surrogate: Surrogate = "dice",
+    initial_scale: float = 1.0,
 ) -> MetaLearner:
     """Builds a MAML learner of policies (Finn, Abbeel and Levine 2017, section 5.3).
 
@@ -98,6 +105,9 @@ def maml_rl(
         checkpointed, truncated:K or first_order.
       discount: Discount of the return.
       gae_lambda: Lambda of the generalised advantage estimates; with 1, returns less the baseline.
+      surrogate: Loss whose gradient is the policy gradient: 'dice', with unbiased second
+        derivatives, or 'lvc', whose second derivatives are biased and vary less.
+      initial_scale: Standard deviation of the actions of a Gaussian policy before training.
 
     Returns:
       The learner. Its metrics are 'return', the mean return after all inner steps, and
@@ -110,6 +120,8 @@ def maml_rl(
     check_at_least_one("maml_rl", trajectories=trajectories, eval_trajectories=eval_trajectories)
     if min(steps, eval_steps) < 0:
         raise UsageError(f"steps must be at least 0: steps={steps}, eval_steps={eval_steps}")
+    if not initial_scale > 0:
+        raise UsageError(f"initial_scale={initial_scale} must be above 0")
     if network.normalisation != "none":
         raise UsageError("maml_rl needs a network without normalisation, such as mlp")
     parts = _Parts(
@@ -123,6 +135,8 @@ def maml_rl(
         eval_trajectories,
         discount,
         gae_lambda,
+        surrogate,
+        initial_scale,
     )
     return MetaLearner(
         functools.partial(_init, parts),
@@ -154,7 +168,7 @@ def _init(parts: _Parts, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
     outputs = actions.n if isinstance(actions, Discrete) else actions.size
     policy = {"network": body, "head": init_linear(head_key, z.shape[1], outputs)}
     if not isinstance(actions, Discrete):
-        policy["log_scale"] = jnp.zeros(actions.size, z.dtype)
+        policy["log_scale"] = jnp.full(actions.size, math.log(parts.initial_scale), z.dtype)
     changed, _ = _split(parts.adapted, policy)
     return {"policy": policy, "rule": parts.rule.init_meta(rule_key, changed)}, state
 
@@ -230,14 +244,15 @@ def _advantages(parts: _Parts, problem: Problem, found: Trajectory) -> Array:
 def _surrogate(
     parts: _Parts, problem: Problem, state: PyTree, policy: PyTree, found: Trajectory
 ) -> Array:
-    """The loss of a policy on trajectories that it sampled itself: minus DiCE, for each step."""
+    """The loss of a policy on trajectories that it sampled itself: the surrogate, negative."""
     advantage = _advantages(parts, problem, found)
     count, steps = found.mask.shape
     observations = found.percept.observation.reshape(count * steps, -1)
     outputs = _outputs(parts.network, state, policy, observations).reshape(count, steps, -1)
     of_action = functools.partial(log_probability, actions=problem.environment.actions)
     log_p = jax.vmap(jax.vmap(of_action))(outputs, found.action)
-    return -jax.vmap(dice_surrogate)(log_p, advantage, found.mask).sum() / found.mask.sum()
+    surrogate = _SURROGATES[parts.surrogate]
+    return -jax.vmap(surrogate)(log_p, advantage, found.mask).sum() / found.mask.sum()
 
 
 class _Seen(NamedTuple):

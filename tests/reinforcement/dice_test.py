@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from meta_jax.reinforcement.baselines import fit_baseline, linear_features, returns_to_go
-from meta_jax.reinforcement.dice import dice_surrogate
+from meta_jax.reinforcement.dice import dice_surrogate, lvc_surrogate
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -15,11 +17,11 @@ def mean_reward(theta):
     return jax.nn.softmax(theta) @ REWARDS
 
 
-def expected_dice(theta):
-    """The surrogate in expectation over one pull of three arms."""
+def expected(surrogate, theta):
+    """A surrogate in expectation over one pull of three arms."""
     p = jax.lax.stop_gradient(jax.nn.softmax(theta))
     log_p = jax.nn.log_softmax(theta)[:, None]
-    return jax.vmap(dice_surrogate)(log_p, (p * REWARDS)[:, None], jnp.ones((3, 1), bool)).sum()
+    return jax.vmap(surrogate)(log_p, (p * REWARDS)[:, None], jnp.ones((3, 1), bool)).sum()
 
 
 def expected_plain(theta):
@@ -34,23 +36,35 @@ def meta_gradient(surrogate):
     return jax.jit(jax.grad(after))(THETA)
 
 
-def test_the_meta_gradient_of_a_bandit_is_exact():
+@pytest.mark.parametrize("surrogate", [dice_surrogate, lvc_surrogate])
+def test_the_meta_gradient_of_a_bandit_is_exact(surrogate):
     exact = meta_gradient(mean_reward)
     np.testing.assert_allclose(exact, [0.161723, -0.126879, -0.034844], atol=1e-6)
-    np.testing.assert_allclose(meta_gradient(expected_dice), exact, atol=1e-12)
+    found = meta_gradient(functools.partial(expected, surrogate))
+    np.testing.assert_allclose(found, exact, atol=1e-12)
     plain = meta_gradient(expected_plain)
     np.testing.assert_allclose(plain, [0.143925, -0.121556, -0.022369], atol=1e-6)
 
 
-def test_padding_counts_nowhere():
+@pytest.mark.parametrize("surrogate", [dice_surrogate, lvc_surrogate])
+def test_padding_counts_nowhere(surrogate):
     w, a = jnp.array([-0.5, -7.0, -1.0]), jnp.array([2.0, 9.0, 3.0])
     mask = jnp.array([True, False, True])
-    hessian = jax.jit(jax.hessian(dice_surrogate))
+    hessian = jax.jit(jax.hessian(surrogate))
     found = hessian(w, a, mask)
     expected = hessian(w[mask], a[mask], jnp.ones(2, bool))
     np.testing.assert_allclose(found[mask][:, mask], expected, atol=1e-12)
     assert not found[1].any()
-    np.testing.assert_allclose(jax.grad(dice_surrogate)(w, a, mask), [2.0, 0.0, 3.0])
+    np.testing.assert_allclose(jax.grad(surrogate)(w, a, mask), [2.0, 0.0, 3.0])
+
+
+def test_the_curvature_of_lvc_is_that_of_single_steps():
+    w, a = jnp.array([-0.5, -7.0, -1.0]), jnp.array([2.0, 9.0, 3.0])
+    mask = jnp.ones(3, bool)
+    full, single = (jax.hessian(s)(w, a, mask) for s in (dice_surrogate, lvc_surrogate))
+    np.testing.assert_allclose(single, np.diag(a))
+    # DiCE: the probability of a step weighs the advantages of all later ones.
+    np.testing.assert_allclose(full, [[2, 9, 3], [9, 9, 3], [3, 3, 3]])
 
 
 def test_a_baseline_that_is_linear_in_its_features_is_found():
