@@ -36,15 +36,15 @@ def record(row: dict, path: Path = LEDGER) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| row | ours | paper | normalisation | training | weights |",
-        "|---|---|---|---|---|---|",
+        "| row | metric | ours | paper | normalisation | training | weights |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mode = row["normalisation"] + (", transductive" if row["transductive"] else "")
         lines.append(
-            f"| `{row['row']}` | {row['accuracy']:.2f} ± {row['ci95']:.2f} | "
-            f"{row['paper_accuracy'] or 'none'} | {mode} | {row['train_minutes']:.0f} min | "
-            f"`{row['weights']}` |"
+            f"| `{row['row']}` | {row['metric'].replace('_', ' ')} | "
+            f"{row['value']:.2f} ± {row['ci95']:.2f} | {row['paper'] or 'none'} | {mode} | "
+            f"{row['train_minutes']:.0f} min | `{row['weights']}` |"
         )
     return "\n".join(lines) + "\n"
 

@@ -53,7 +53,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
     readme = ledger.README.read_text(encoding="utf-8")
     write_text(ledger.README, ledger.with_table(readme, ledger.RESULTS, ledger.table(rows)))
     score, objective = found.tested.metrics[row.metric], found.tested.objective
-    paper = "" if row.paper_accuracy is None else f"; the paper reports {row.paper_accuracy} %"
+    paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
         f"{name}: test {row.metric} {testing.score_text(score, objective)} "
         f"(normalisation {found.record['normalisation']}){paper}"
@@ -88,9 +88,10 @@ def _ledger_row(name: str, row: Row, found: dict, trained: dict, commit: str) ->
     return {
         "row": name,
         **{key: found[key] for key in kept},
-        **row.accuracy(found),
+        "metric": row.metric,
+        **row.score(found),
         **{key: found[key] for key in ("normalisation", "transductive")},
-        "paper_accuracy": row.paper_accuracy,
+        "paper": row.paper,
         "paper_source": row.paper_source,
         "command": f"python -m experiments.reproduce {name}",
         "train_minutes": round(trained["seconds"] / 60, 1),

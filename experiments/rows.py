@@ -13,9 +13,9 @@ class Row(NamedTuple):
     """One line of the results table. Training flags are in experiments/flagfiles/MODEL.flags."""
 
     model: str  # one trained model may serve several rows
-    ways: int
-    shots: int
-    paper_accuracy: float | None  # per cent; None where none is published
+    ways: int | None  # None for trials, which have neither ways nor shots
+    shots: int | None
+    paper: float | None  # accuracies in per cent; None where none is published
     paper_source: str
     metric: str = "accuracy"  # which one it is; instance_2 is that at the 2nd instance of a class
     normalisation: str | None = None  # of the test, if not the training's
@@ -23,7 +23,8 @@ class Row(NamedTuple):
 
     def size(self) -> dict[str, int]:
         """How large the test's episodes are, where they are not as in training."""
-        return {"ways": self.ways, "shots": self.shots}
+        size = {"ways": self.ways, "shots": self.shots}
+        return {name: number for name, number in size.items() if number is not None}
 
     def settings(self) -> dict[str, dict[str, str]]:
         """The settings that the test changes, by component."""
@@ -38,10 +39,15 @@ class Row(NamedTuple):
             if value is not None
         }
 
-    def accuracy(self, found: dict) -> dict[str, float]:
-        """The row's accuracy and ci95, in per cent, from the contents of a result.json."""
-        accuracy, ci95 = found["metrics"][self.metric]
-        return {"accuracy": round(accuracy, 4), "ci95": round(ci95, 4)}
+    def score(self, found: dict) -> dict[str, float]:
+        """The row's value and ci95 from the contents of a result.json; accuracies in per cent."""
+        value, ci95 = found["metrics"][self.metric]
+        return {"value": round(value, 4), "ci95": round(ci95, 4)}
+
+
+def _trials(model: str, paper: float | None, source: str, metric: str = "return") -> Row:
+    """A row of reinforcement learning, on the tasks that were trained on."""
+    return Row(model, None, None, paper, source, metric)
 
 
 ROWS: dict[str, Row] = {

@@ -152,7 +152,7 @@ def result(
       RunError: what was found is not finite.
     """
     run, metric = config["run"], tested.objective.metric
-    ways, shots, queries = size or runs.test_size(run)
+    ways, shots, queries = _reported_size(tested.objective, size or runs.test_size(run))
     _check_finite(tested, asked.split)
     mode = trained.normalisation_of(config["learner"])
     # In a sequence, moments of the support set are those of inputs yet to come.
@@ -175,6 +175,13 @@ def result(
         "metrics": {name: [*map(_rounded, score)] for name, score in tested.metrics.items()},
     }
     return Result(tested, record)
+
+
+def _reported_size(
+    objective: Objective, size: tuple[int, int, int]
+) -> tuple[int | None, int | None, int | None]:
+    """Ways, shots and queries; None for trials, which have none of them."""
+    return (None, None, None) if objective.kind == "control" else size
 
 
 def _check_finite(tested: Tested, split: str) -> None:
