@@ -4,7 +4,7 @@ from meta_jax.networks.sequences import causal_transformer, recurrent, snail
 from meta_jax.reinforcement import bandit_strategies, mdp_strategies
 from meta_jax.reinforcement.advantages import generalised_advantages
 from meta_jax.reinforcement.bandits import bandit, dependent_bandit
-from meta_jax.reinforcement.dice import dice_surrogate
+from meta_jax.reinforcement.dice import dice_surrogate, lvc_surrogate
 from meta_jax.reinforcement.environment import (
     Continuous,
     Discrete,
@@ -12,7 +12,14 @@ from meta_jax.reinforcement.environment import (
     Problem,
     check_environment,
 )
-from meta_jax.reinforcement.evaluation import optimal_returns, trial_returns, tune
+from meta_jax.reinforcement.evaluation import (
+    by_learner,
+    by_strategy,
+    optimal_returns,
+    run_trials,
+    trial_returns,
+    tune,
+)
 from meta_jax.reinforcement.gittins import (
     bayes_optimal_return,
     finite_horizon_indices,
@@ -44,6 +51,8 @@ __all__ = [
     "bandit",
     "bandit_strategies",
     "bayes_optimal_return",
+    "by_learner",
+    "by_strategy",
     "causal_transformer",
     "check_environment",
     "dependent_bandit",
@@ -56,6 +65,7 @@ __all__ = [
     "gittins_indices",
     "grid_navigation",
     "gymnax_environment",
+    "lvc_surrogate",
     "maml_rl",
     "mdp_strategies",
     "navigation",
@@ -63,6 +73,7 @@ __all__ = [
     "recurrent",
     "rl2",
     "run_trial",
+    "run_trials",
     "snail",
     "source_from_environment",
     "tabular_mdp",

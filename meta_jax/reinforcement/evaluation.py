@@ -1,17 +1,18 @@
-"""Evaluation of strategies: the returns of their trials, the largest possible ones, and tuning."""
+"""Evaluation of strategies and learned policies: what their trials bring, and tuning."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from meta_jax.core import Array
+from meta_jax.core import Array, MetaLearner, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Environment, Problem
-from meta_jax.reinforcement.rollout import run_trial
+from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory, run_trial
 from meta_jax.reinforcement.strategy import Candidate, Strategy
 
 
@@ -29,22 +30,81 @@ class Tuned(NamedTuple):
     returns: Mapping[Any, float]
 
 
-def trial_returns(
-    environment: Environment, strategy: Strategy, key: Array, trials: int, *, chunk: int = 125
-) -> np.ndarray:
-    """Lets a strategy meet freshly drawn tasks, one trial of each.
+class Play(Protocol):
+    """(problem, key) -> trajectory."""
+
+    def __call__(self, problem: Problem, key: Array, /) -> Trajectory:
+        """One trial of a task, by whoever plays."""
+        ...
+
+
+class Trials(NamedTuple):
+    """What came of many trials.
+
+    Attributes:
+      returns: The sum of the sampled rewards of each, [trials].
+      regret: What the actions up to each step lost in expectation, [trials, steps]; None where the
+        environment does not know it.
+    """
+
+    returns: np.ndarray
+    regret: np.ndarray | None
+
+
+def by_strategy(strategy: Strategy) -> Play:
+    """Lets a strategy play.
+
+    Args:
+      strategy: The strategy. The leaves of a `jax.tree_util.Partial` are arguments of compiled
+        programs; what any other function holds is compiled in.
+    """
+    return Partial(_play, strategy if isinstance(strategy, Partial) else Partial(strategy))
+
+
+def _play(strategy: Strategy, problem: Problem, key: Array) -> Trajectory:
+    return run_trial(key, problem, strategy(problem))
+
+
+def by_learner(learner: MetaLearner, params: PyTree, state: PyTree) -> Play:
+    """Lets a learner of reinforcement learning play: it adapts to a task, and then acts.
+
+    Args:
+      learner: A learner whose tasks are `Problem`s, such as `rl2` or `maml_rl`.
+      params: Its parameters.
+      state: Its state.
+    """
+    return Partial(functools.partial(_play_adapted, learner), params, state)
+
+
+def _play_adapted(
+    learner: MetaLearner, params: PyTree, state: PyTree, problem: Problem, key: Array
+) -> Trajectory:
+    adapt_key, key = jax.random.split(key)
+    adapted = learner.adapt(params, state, problem, adapt_key, train=False)
+    return run_trial(key, problem, Agent(adapted, functools.partial(_act, learner, params)))
+
+
+def _act(
+    learner: MetaLearner, params: PyTree, memory: PyTree, percept: Percept, key: Array
+) -> tuple[Array, PyTree, PyTree]:
+    (action, extras), memory = learner.predict(params, memory, percept, key, train=False)
+    return action, memory, extras
+
+
+def run_trials(
+    environment: Environment, play: Play, key: Array, trials: int, *, chunk: int = 125
+) -> Trials:
+    """Lets somebody play freshly drawn tasks, one trial of each.
 
     Args:
       environment: Environment that the tasks are drawn from.
-      strategy: Strategy that meets them. The leaves of a `jax.tree_util.Partial`, a learned
-        policy's parameters say, are arguments of the compiled program; what any other function
-        holds is compiled in.
-      key: Random key; the same key draws the same tasks, whatever the strategy and the chunk.
+      play: Who plays, from `by_strategy` or `by_learner`.
+      key: Random key; the same key draws the same tasks, whoever plays and whatever the chunk.
       trials: Number of trials.
       chunk: Number of trials vmapped at a time.
 
     Returns:
-      The return of each trial, the sum of its sampled rewards, [trials].
+      Returns and regret.
 
     Raises:
       UsageError: trials or chunk below 1.
@@ -52,30 +112,44 @@ def trial_returns(
     Examples:
       >>> from meta_jax.reinforcement.bandits import bandit
       >>> from meta_jax.reinforcement.strategy import random_actions
-      >>> returns = trial_returns(bandit(pulls=20), random_actions(), jax.random.key(0), 50)
-      >>> returns.shape, bool(8 < returns.mean() < 12)
-      ((50,), True)
+      >>> play = by_strategy(random_actions())
+      >>> found = run_trials(bandit(pulls=20), play, jax.random.key(0), 50)
+      >>> found.regret.shape, bool(8 < found.returns.mean() < 12)
+      ((50, 20), True)
     """
     if min(trials, chunk) < 1:
         raise UsageError(f"trials={trials} and chunk={chunk} must be at least 1")
-    if not isinstance(strategy, Partial):
-        strategy = Partial(strategy)
     chunk = min(chunk, trials)
     indices = np.arange(trials + -trials % chunk).reshape(-1, chunk)
     # The last chunk is filled up, so that all of them run the same program.
-    returns = [_returns(environment, strategy, key, each) for each in indices]
-    return np.concatenate(returns)[:trials]
+    found = [_trials(environment, play, key, each) for each in indices]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:trials], *found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _returns(environment: Environment, strategy: Strategy, key: Array, indices: Array) -> Array:
-    return jax.vmap(functools.partial(_trial_return, environment, strategy, key))(indices)
+def _trials(environment: Environment, play: Play, key: Array, indices: Array) -> Trials:
+    return jax.vmap(functools.partial(_trial, environment, play, key))(indices)
 
 
-def _trial_return(environment: Environment, strategy: Strategy, key: Array, index: Array) -> Array:
+def _trial(environment: Environment, play: Play, key: Array, index: Array) -> Trials:
     task_key, trial_key = jax.random.split(jax.random.fold_in(key, index))
-    problem = Problem(environment, environment.sample_task(task_key))
-    return run_trial(trial_key, problem, strategy(problem)).reward.sum()
+    found = play(Problem(environment, environment.sample_task(task_key)), trial_key)
+    regret = None if found.regret is None else jnp.cumsum(found.regret)
+    return Trials(found.reward.sum(), regret)  # type: ignore[arg-type]  # arrays of JAX, traced
+
+
+def trial_returns(
+    environment: Environment, strategy: Strategy, key: Array, trials: int, *, chunk: int = 125
+) -> np.ndarray:
+    """The returns of `run_trials` by a strategy, [trials].
+
+    Examples:
+      >>> from meta_jax.reinforcement.bandits import bandit
+      >>> from meta_jax.reinforcement.strategy import random_actions
+      >>> trial_returns(bandit(pulls=20), random_actions(), jax.random.key(0), 50).shape
+      (50,)
+    """
+    return run_trials(environment, by_strategy(strategy), key, trials, chunk=chunk).returns
 
 
 def optimal_returns(environment: Environment, key: Array, trials: int) -> np.ndarray:

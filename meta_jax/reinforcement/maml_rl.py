@@ -37,7 +37,7 @@ from meta_jax.reinforcement.dice import dice_surrogate, lvc_surrogate
 from meta_jax.reinforcement.environment import Actions, Discrete, Problem
 from meta_jax.reinforcement.policies import log_probability, sample_action
 from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory, run_trial
-from meta_jax.reinforcement.trial_policy import check_problem
+from meta_jax.reinforcement.trial_policy import actions_of, check_problem
 
 Part = Literal["all", "head", "body"]
 Surrogate = Literal["dice", "lvc"]
@@ -110,8 +110,10 @@ def maml_rl(
       initial_scale: Standard deviation of the actions of a Gaussian policy before training.
 
     Returns:
-      The learner. Its metrics are 'return', the mean return after all inner steps, and
-      'return_after_K' for each number of inner steps.
+      The learner. Its tasks are `Problem`s. `adapt` gives the policy after the inner loop;
+      `predict`, from it and a `Percept`, an action with its log probability, and the same policy.
+      The metrics are 'return', the mean return after all inner steps, and 'return_after_K' for each
+      number of inner steps.
 
     Raises:
       UsageError: tasks of another kind, a network with normalisation, or numbers that do not fit.
@@ -314,16 +316,19 @@ def _predict(
     parts: _Parts,
     params: PyTree,
     adapted: tuple[PyTree, PyTree],
-    x: Array,
+    percept: Percept,
     key: Array,
     *,
     train: bool,
     mask: Array | None = None,
-) -> tuple[Array, PyTree]:
-    """What describes the adapted policy at observations x [m, size]: [m, outputs]."""
-    del params, key, train, mask
+) -> tuple[tuple[Array, Array], tuple[PyTree, PyTree]]:
+    """An action with its log probability, and the adapted policy as it was."""
+    del params, train, mask
     policy, state = adapted
-    return _outputs(parts.network, state, policy, x), state
+    outputs = _outputs(parts.network, state, policy, percept.observation[None])[0]
+    actions = actions_of(percept, outputs.shape[0])
+    action = sample_action(key, outputs, actions)
+    return (action, log_probability(outputs, action, actions)), adapted
 
 
 def _adapt_and_act(

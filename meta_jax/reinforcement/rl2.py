@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -15,7 +14,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import check_at_least_one
 from meta_jax.networks.sequences import SequenceNetwork, causal_transformer, recurrent, snail
 from meta_jax.objectives import check_kind, trial_return
-from meta_jax.reinforcement.environment import Continuous, Discrete, Environment
+from meta_jax.reinforcement.environment import Environment
 from meta_jax.reinforcement.ppo import (
     PolicyGradient,
     Reward,
@@ -29,6 +28,7 @@ from meta_jax.reinforcement.trial_policy import (
     Inputs,
     TrialPolicy,
     act_once,
+    actions_of,
     as_agent,
     check_problem,
     init_policy,
@@ -156,9 +156,7 @@ def _predict(
 ) -> tuple[tuple[Array, Choice], PyTree]:
     """An action and its choice, and the memory after it."""
     del train, mask
-    outputs = params["policy"]["bias"].shape[0]
-    is_discrete = jnp.issubdtype(percept.action.dtype, jnp.integer)
-    actions = Discrete(outputs) if is_discrete else Continuous(outputs // 2)
+    actions = actions_of(percept, params["policy"]["bias"].shape[0])
     action, memory, choice = act_once(policy, params, actions, memory, percept, key)
     return (action, choice), memory
 

@@ -10,7 +10,7 @@ from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import linear
 from meta_jax.networks.sequences import SequenceNetwork
-from meta_jax.reinforcement.environment import Actions, Discrete, Environment, Problem
+from meta_jax.reinforcement.environment import Actions, Continuous, Discrete, Environment, Problem
 from meta_jax.reinforcement.policies import log_probability, num_outputs, sample_action
 from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory
 
@@ -53,6 +53,12 @@ def check_problem(task: PyTree, learner: str) -> Problem:
             "tasks of reinforcement learning, such as bandit"
         )
     return task
+
+
+def actions_of(percept: Percept, outputs: int) -> Actions:
+    """The actions there are, by a percept and the number of outputs that describe a policy."""
+    is_discrete = jnp.issubdtype(percept.action.dtype, jnp.integer)
+    return Discrete(outputs) if is_discrete else Continuous(outputs // 2)
 
 
 def init_policy(policy: TrialPolicy, key: Array, environment: Environment) -> PyTree:

@@ -12,6 +12,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
 from meta_jax.reinforcement.maml_rl import maml_rl, sample_trajectories
+from meta_jax.reinforcement.rollout import Percept
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
 from tests.checkers import key_and_leak_checks
 
@@ -130,8 +131,11 @@ def test_discrete_actions_have_logits():
     params, state = ours.init(KEY, task)
     assert "log_scale" not in params["policy"]
     adapted = ours.adapt(params, state, task, KEY, train=False)
-    outputs, _ = ours.predict(params, adapted, jnp.eye(4), KEY, train=False)
-    assert outputs.shape == (4, 3)
+    percept = Percept(jnp.eye(4)[0], jnp.zeros(4), jnp.int32(-1), jnp.zeros(()), jnp.bool_(True))
+    (action, log_p), same = ours.predict(params, adapted, percept, KEY, train=False)
+    assert action in range(3)
+    assert 0 < np.exp(log_p) < 1
+    jax.tree.map(np.testing.assert_array_equal, same, adapted)
 
 
 def test_what_does_not_fit_is_refused():

@@ -9,13 +9,24 @@ import pytest
 from jax.tree_util import Partial
 
 from meta_jax.lookup import UsageError
+from meta_jax.networks.mlp import mlp
 from meta_jax.reinforcement import evaluation
 from meta_jax.reinforcement.bandit_strategies import best_arm, epsilon_greedy
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Problem
-from meta_jax.reinforcement.evaluation import optimal_returns, trial_returns, tune
+from meta_jax.reinforcement.evaluation import (
+    by_learner,
+    by_strategy,
+    optimal_returns,
+    run_trials,
+    trial_returns,
+    tune,
+)
+from meta_jax.reinforcement.maml_rl import maml_rl
+from meta_jax.reinforcement.rl2 import rl2
 from meta_jax.reinforcement.rollout import Agent, run_trial
 from meta_jax.reinforcement.strategy import Candidate, best_action, random_actions
+from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 
 BANDIT = bandit(arms=3, pulls=6)
 KEY = jax.random.key(0)
@@ -36,9 +47,9 @@ def test_returns_are_those_of_one_trial_after_another():
 
 def test_another_parameter_needs_no_compilation():
     trial_returns(BANDIT, epsilon_greedy(0.2), KEY, 5, chunk=2)
-    before = evaluation._returns._cache_size()
+    before = evaluation._trials._cache_size()
     trial_returns(BANDIT, epsilon_greedy(0.7), KEY, 9, chunk=2)
-    assert evaluation._returns._cache_size() == before
+    assert evaluation._trials._cache_size() == before
 
 
 def test_optimal_returns_are_of_the_same_tasks():
@@ -97,3 +108,32 @@ def test_equal_best_actions_are_alike():
 def test_no_trial_is_refused(sizes):
     with pytest.raises(UsageError, match="must be at least 1"):
         trial_returns(BANDIT, random_actions(), KEY, **sizes)
+
+
+@pytest.mark.parametrize("build", [rl2, functools.partial(maml_rl, mlp((4,)), steps=0)])
+def test_a_learner_plays_as_it_is_evaluated(build):
+    """Against `evaluate`, on a large sample of the same tasks."""
+    mdp = tabular_mdp(states=2, actions=2, episodes=2, horizon=2)
+    learner = build()
+    example = Problem(mdp, mdp.sample_task(KEY))
+    params, state = jax.jit(learner.init)(KEY, example)
+    found = run_trials(mdp, by_learner(learner, params, state), KEY, 2000, chunk=2000)
+    assert found.regret.shape == (2000, 4)
+    assert (np.diff(found.regret, axis=1) >= 0).all()
+    tasks = jax.vmap(mdp.sample_task)(jax.random.split(jax.random.key(7), 2000))
+    evaluate = jax.jit(jax.vmap(learner.evaluate, (None, None, 0, 0)))
+    returns = evaluate(
+        params, state, Problem(mdp, tasks), jax.random.split(jax.random.key(8), 2000)
+    )["return"]
+    error = np.sqrt(np.var(returns) / 2000 + found.returns.var() / 2000)
+    assert abs(returns.mean() - found.returns.mean()) < 4 * error
+
+
+def test_regret_is_the_gap_to_the_best_arm():
+    """The expected return of a trial and its regret add up to the best arm's return."""
+    found = run_trials(BANDIT, by_strategy(epsilon_greedy(0.2)), KEY, 4000, chunk=1000)
+    best = optimal_returns(BANDIT, KEY, 4000)
+    gap = best - found.returns
+    error = (gap - found.regret[:, -1]).std() / np.sqrt(4000)
+    assert abs(gap.mean() - found.regret[:, -1].mean()) < 4 * error
+    assert found.regret[:, -1].mean() > 10 * error
