@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from experiments import records, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.testing import Asked, Result, Tested
+from experiments.trials import draw_trials
 from meta_jax.core import Array, Episode, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.shapes import shape_difference
@@ -347,7 +348,10 @@ def report(
         baselines = testing.test_baselines(run.source, run.testing, asked)
         beside |= baselines
         text += "".join(f"; {name.replace('_', ' ')} {t.text()}" for name, t in baselines.items())
-    _draw_episode(run.learner, (params, state), run.testing, workdir / "episode.png")
+    if run.testing.objective.kind == "control":
+        draw_trials(run.learner, (params, state), run.testing, workdir)
+    else:
+        _draw_episode(run.learner, (params, state), run.testing, workdir / "episode.png")
     scores = {name: tested.score._asdict() for name, tested in beside.items()}
     write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")

@@ -1,14 +1,16 @@
 """Bernoulli bandits: arms that pay 1 with a probability of their own."""
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment, SampleTask
+from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
 
 Difficulty = Literal["uniform", "easy", "medium", "hard"]
@@ -89,6 +91,7 @@ def _environment(sample_task: SampleTask, arms: int, pulls: int) -> Environment:
         expected_reward=_probability,
         regret=_regret,
         optimal_return=jnp.max,
+        draw=_draw,
     )
 
 
@@ -123,3 +126,20 @@ def _probability(task: Array, state: tuple, action: Array) -> Array:
 
 def _regret(task: Array, state: tuple, action: Array) -> Array:
     return task.max() - _probability(task, state, action)
+
+
+def _draw(figure: Any, task: np.ndarray, trajectory: Trajectory) -> None:
+    """The pulls of each arm over time; full where they paid."""
+    axes = figure.subplots()
+    paid = trajectory.reward > 0
+    pulls = np.arange(1, len(paid) + 1)
+    axes.scatter(pulls[paid], trajectory.action[paid], s=18, color="#1f77b4", label="paid")
+    axes.scatter(
+        pulls[~paid], trajectory.action[~paid], s=18, facecolors="none", edgecolors="#d62728",
+        label="did not pay",
+    )  # fmt: skip
+    axes.set_yticks(range(len(task)), [f"arm {i + 1}, p = {p:.2f}" for i, p in enumerate(task)])
+    axes.set_ylim(-0.5, len(task) - 0.5)
+    axes.set_xlabel("pull")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -79,6 +79,14 @@ class OfTask(Protocol):
         ...
 
 
+class Draw(Protocol):
+    """(figure, task, trajectory)."""
+
+    def __call__(self, figure: Any, task: PyTree, trajectory: Any, /) -> None:
+        """Draws a trial into an empty matplotlib figure; leaves are NumPy arrays."""
+        ...
+
+
 class Environment(NamedTuple):
     """A family of decision problems, as pure functions of one task.
 
@@ -96,6 +104,8 @@ class Environment(NamedTuple):
         left in the episode, at least 0; None if unknown.
       optimal_return: Function (task) -> largest expected return of an episode, for a policy that
         knows the task; None if unknown.
+      draw: Function (figure, task, trajectory) that draws a trial into a matplotlib figure; None
+        for a picture of actions and rewards over time.
       config: Name and settings of the environment, where a registered factory built it.
     """
 
@@ -109,6 +119,7 @@ class Environment(NamedTuple):
     expected_reward: OfAction | None = None
     regret: OfAction | None = None
     optimal_return: OfTask | None = None
+    draw: Draw | None = None
     config: Config | None = None
 
 

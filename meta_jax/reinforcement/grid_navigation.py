@@ -1,7 +1,7 @@
 """Navigation on a grid to a goal that the agent does not see."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Discrete, Environment
+from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
 
 _MOVES = np.array([[0, 0], [0, 1], [1, 0], [0, -1], [-1, 0]])  # stay, up, right, down, left
@@ -72,6 +73,7 @@ def grid_navigation(*, size: int = 5, episodes: int = 4, horizon: int = 15) -> E
         expected_reward=functools.partial(_expected_reward, size),
         regret=functools.partial(_regret, size, horizon),
         optimal_return=functools.partial(_optimal_return, horizon),
+        draw=functools.partial(_draw, size, horizon),
     )
 
 
@@ -128,3 +130,28 @@ def _regret(size: int, horizon: int, goal: Array, visit: Visit, action: Array) -
 
 def _optimal_return(horizon: int, goal: Array) -> Array:
     return _value(goal, jnp.zeros(2, jnp.int32), jnp.asarray(horizon))
+
+
+def _draw(size: int, horizon: int, figure: Any, goal: np.ndarray, trajectory: Trajectory) -> None:
+    """The path of each episode on the grid, from the corner to where it ends."""
+    episodes = len(trajectory.reward) // horizon
+    panels = np.ravel(figure.subplots(1, episodes, sharey=True))
+    cells = trajectory.percept.observation.argmax(1)
+    for episode, axes in enumerate(panels):
+        steps = slice(episode * horizon, (episode + 1) * horizon)
+        path = np.stack(np.divmod(cells[steps], size), 1)
+        end = np.clip(path[-1] + _MOVES[trajectory.action[steps][-1]], 0, size - 1)
+        axes.add_patch(_square(goal, "#bfe3c5"))
+        axes.plot(*np.concatenate([path, end[None]]).T, marker=".", color="#1f77b4", linewidth=1.2)
+        axes.plot(*end, "s", color="#d95f02", markersize=5)
+        axes.set_title(f"episode {episode + 1}: {trajectory.reward[steps].sum():.1f}", fontsize=9)
+        axes.set(xlim=(-0.5, size - 0.5), ylim=(-0.5, size - 0.5), aspect="equal")
+        axes.set_xticks(np.arange(-0.5, size), [])
+        axes.set_yticks(np.arange(-0.5, size), [])
+        axes.grid(alpha=0.4)
+
+
+def _square(cell: np.ndarray, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((cell[0] - 0.5, cell[1] - 0.5), 1, 1, color=colour)

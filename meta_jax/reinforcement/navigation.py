@@ -1,14 +1,16 @@
 """Navigation on the plane to a goal that the agent does not see."""
 
 import functools
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
 from meta_jax.reinforcement.environment import Continuous, Environment
+from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
 
 Start = Literal["fixed", "varying"]
@@ -83,6 +85,7 @@ def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed")
         horizon=horizon,
         episodes=episodes,
         optimal_return=functools.partial(_optimal_return, horizon),
+        draw=functools.partial(_draw, horizon),
     )
 
 
@@ -111,3 +114,19 @@ def _optimal_return(horizon: int, task: Navigation) -> Array:
     left = jnp.linalg.norm(jnp.maximum(jnp.abs(task.goal - task.start) - moved, 0), axis=1)
     # Where less than 0.01 was left the next distance is 0, so that to end there changes nothing.
     return -left.sum()
+
+
+def _draw(horizon: int, figure: Any, task: Navigation, trajectory: Trajectory) -> None:
+    """The path of each episode on the plane."""
+    axes = figure.subplots()
+    positions, actions = trajectory.percept.observation, trajectory.action
+    for begin in range(0, len(positions), horizon):
+        real = begin + np.flatnonzero(trajectory.mask[begin : begin + horizon])
+        last = positions[real[-1]] + np.clip(actions[real[-1]], -_LARGEST_MOVE, _LARGEST_MOVE)
+        path = np.concatenate([positions[real], last[None]])
+        axes.plot(*path.T, marker=".", markersize=3, linewidth=0.8, alpha=0.8)
+    axes.plot(*task.start, "o", color="0.3", label="start")
+    axes.plot(*task.goal, "*", color="#2a9d3f", markersize=13, label="goal")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)

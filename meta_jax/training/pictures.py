@@ -69,7 +69,7 @@ def learning_curve(
                 marker="o" if len(steps) == 1 else None,
             )
         axes.set(xlabel="outer step", ylabel=label)
-        _finish(axes)
+        finish_axes(axes)
     write_figure(figure, path)
 
 
@@ -159,7 +159,7 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
             capsize=2,
         )
     axes.set(xlabel="instance of a class", ylabel="accuracy (%)", ylim=(0, 100))
-    _finish(axes)
+    finish_axes(axes)
     write_figure(figure, path)
 
 
@@ -204,7 +204,7 @@ def validation_curves(
                 colour = line.get_color()
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="outer step", ylabel=f"validation {label}")
-        _finish(axes)
+        finish_axes(axes)
     write_figure(figure, path)
 
 
@@ -242,7 +242,7 @@ def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> Non
         low = np.maximum(mean - ci95, mean / 100)
         axes.fill_between(steps, low, mean + ci95, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
-    _finish(axes)
+    finish_axes(axes)
     write_figure(figure, path)
 
 
@@ -343,7 +343,8 @@ def _draw_curve(support: _Examples, query: _Examples, predicted: np.ndarray | No
     return figure
 
 
-def _finish(axes: "Axes") -> None:
+def finish_axes(axes: "Axes") -> None:
+    """Gives axes a grid, a legend, and no frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
