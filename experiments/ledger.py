@@ -16,6 +16,8 @@ README = ROOT / "README.md"
 # Where a table of README lies; the binary that writes it is named in its first line.
 RESULTS = "<!-- table of results: written by experiments.reproduce -->"
 SPEED = "<!-- table of speed: written by experiments.benchmark -->"
+RETURNS = "<!-- table of returns: written by experiments.reproduce -->"
+STRATEGIES = "<!-- table of strategies: written by experiments.strategies -->"
 GPU_SPEED = "<!-- table of speed on a GPU: written by experiments.benchmark -->"
 _END = "<!-- end of table -->"
 
@@ -34,19 +36,45 @@ def record(row: dict, path: Path = LEDGER) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
+    """Rows of classification as a Markdown table."""
     lines = [
         "| row | metric | ours | paper | normalisation | training | weights |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mode = row["normalisation"] + (", transductive" if row["transductive"] else "")
-        lines.append(
-            f"| `{row['row']}` | {row['metric'].replace('_', ' ')} | "
-            f"{row['value']:.2f} ± {row['ci95']:.2f} | {row['paper'] or 'none'} | {mode} | "
-            f"{row['train_minutes']:.0f} min | `{row['weights']}` |"
-        )
+        lines.append(f"| {_score(row)} | {mode} | {_training(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def table_of_returns(rows: list[dict]) -> str:
+    """Rows of reinforcement learning as a Markdown table."""
+    lines = ["| row | metric | ours | paper | training | weights |", "|---|---|---|---|---|---|"]
+    lines += [f"| {_score(row)} | {_training(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _score(row: dict) -> str:
+    value = f"{row['value']:.2f} ± {row['ci95']:.2f}"
+    paper = "none" if row["paper"] is None else row["paper"]
+    return f"`{row['row']}` | {row['metric'].replace('_', ' ')} | {value} | {paper}"
+
+
+def _training(row: dict) -> str:
+    return f"{row['train_minutes']:.0f} min | `{row['weights']}`"
+
+
+def write_tables(rows: list[dict]) -> None:
+    """Writes README's two tables of the ledger."""
+    trials = [row for row in rows if row["ways"] is None]
+    write_readme(RESULTS, table([row for row in rows if row["ways"] is not None]))
+    write_readme(RETURNS, table_of_returns(trials))
+
+
+def write_readme(place: str, table: str) -> None:
+    """Writes one table of README in its place."""
+    readme = README.read_text(encoding="utf-8")
+    write_text(README, with_table(readme, place, table))
 
 
 def with_table(readme: str, place: str, table: str) -> str:
@@ -54,7 +82,7 @@ def with_table(readme: str, place: str, table: str) -> str:
 
     Args:
       readme: The text.
-      place: `RESULTS`, `SPEED` or `GPU_SPEED`.
+      place: `RESULTS`, `RETURNS`, `STRATEGIES`, `SPEED` or `GPU_SPEED`.
       table: The new one, in Markdown.
 
     Raises:

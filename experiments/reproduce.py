@@ -17,7 +17,6 @@ from experiments import ledger, records, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.rows import ROWS, Row
 from meta_jax.lookup import UsageError
-from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
@@ -49,9 +48,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
         settings=row.settings(),
         data_dir=FLAGS.data_dir,
     )
-    rows = ledger.record(_ledger_row(name, row, found.record, trained, commit))
-    readme = ledger.README.read_text(encoding="utf-8")
-    write_text(ledger.README, ledger.with_table(readme, ledger.RESULTS, ledger.table(rows)))
+    ledger.write_tables(ledger.record(_ledger_row(name, row, found.record, trained, commit)))
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(

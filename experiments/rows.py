@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+_DUAN = "Duan et al. 2016, table 1"
+_DUAN_MDP = "Duan et al. 2016, table 2"
+_MISHRA = "Mishra et al. 2018, table 3"
 _SNELL = "Snell et al. 2017, table 1"
 _FINN = "Finn et al. 2017, table 1"
 _NICHOL = "Nichol et al. 2018, table 2"
@@ -111,4 +114,10 @@ ROWS: dict[str, Row] = {
     "lstm/omniglot_sequence_2nd": Row("lstm_omniglot", 5, 1, 49.5, _SANTORO, "instance_2"),
     "lstm/omniglot_sequence_5th": Row("lstm_omniglot", 5, 1, 63.6, _SANTORO, "instance_5"),
     "lstm/omniglot_sequence_10th": Row("lstm_omniglot", 5, 1, 62.5, _SANTORO, "instance_10"),
+    "rl2/bandit_10_5": _trials("rl2_bandit_10_5", 6.7, _DUAN),
+    "rl2/bandit_10_10": _trials("rl2_bandit_10_10", 6.7, _DUAN),
+    "rl2/bandit_100_5": _trials("rl2_bandit_100_5", 78.7, _DUAN),
+    "rl2/bandit_100_10": _trials("rl2_bandit_100_10", 83.5, _DUAN),
+    "snail/bandit_10_5": _trials("snail_bandit_10_5", 6.6, _MISHRA),
+    "snail/bandit_100_5": _trials("snail_bandit_100_5", 79.1, _MISHRA),
 }

@@ -14,18 +14,27 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import returns
 from experiments.command_line import run_main
 from experiments.compare import aligned
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.reinforcement.bandit_strategies import bandit_candidates
 from meta_jax.reinforcement.bandits import bandit
 from meta_jax.reinforcement.environment import Environment
-from meta_jax.reinforcement.evaluation import Tuned, optimal_returns, trial_returns, tune
+from meta_jax.reinforcement.evaluation import (
+    Trials,
+    Tuned,
+    by_strategy,
+    optimal_returns,
+    run_trials,
+    tune,
+)
 from meta_jax.reinforcement.gittins import bayes_optimal_return
 from meta_jax.reinforcement.mdp_strategies import mdp_candidates
 from meta_jax.reinforcement.strategy import Candidate
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 from meta_jax.training.evaluation import MeanCI, confidence_interval
+from meta_jax.training.trial_pictures import regret_curves
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
@@ -51,7 +60,10 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("trials", 1000, "Trials of the test.", 2)
     integer("tuning_trials", 375, "Trials for each value of a parameter.", 1)
     integer("seed", 0, "Seed of the tasks.")
-    flags.DEFINE_string("output", None, "JSON file to write the results to.", values)
+    flags.DEFINE_string(
+        "output", None, "JSON file to write the results to; beside it a picture of regret.", values
+    )
+    flags.DEFINE_bool("record", False, "Whether to write results/strategies and README.", values)
 
 
 class Row(NamedTuple):
@@ -65,22 +77,47 @@ def main(arguments: list[str]) -> None:
     """Prints the table, and writes the file."""
     del arguments
     settings = {name: FLAGS[name].value for name in _SETTINGS[FLAGS.tasks]}
+    published = _published_name(settings) if FLAGS.record else None
     environment, candidates = _parts(settings)
     tuning_key, test_key = jax.random.split(jax.random.key(FLAGS.seed))
     # The same programs for tuning and test.
     chunk = min(_CHUNK, FLAGS.trials, FLAGS.tuning_trials)
-    rows = {}
+    rows: dict[str, Row] = {}
+    trials: dict[str, Trials] = {}
     for name, candidate in _chosen(candidates).items():
         tuned = tune(candidate, environment, tuning_key, FLAGS.tuning_trials, chunk=chunk)
-        returns = trial_returns(environment, tuned.strategy, test_key, FLAGS.trials, chunk=chunk)
-        rows[name] = Row(tuned, confidence_interval(returns))
+        play = by_strategy(tuned.strategy)
+        trials[name] = run_trials(environment, play, test_key, FLAGS.trials, chunk=chunk)
+        rows[name] = Row(tuned, confidence_interval(trials[name].returns))
     references = _references(
         environment, settings, optimal_returns(environment, test_key, FLAGS.trials)
     )
     print(report(rows, references))
+    result = _result(settings, rows, references)
     if FLAGS.output:
-        result = _result(settings, rows, references)
-        write_text(local_path(FLAGS.output), json.dumps(result, indent=1) + "\n")
+        output = local_path(FLAGS.output)
+        write_text(output, json.dumps(result, indent=1) + "\n")
+        regret_curves(trials, output.with_suffix(".png"))
+    if published:
+        returns.record(published, result)
+
+
+def _published_name(settings: dict[str, Any]) -> str:
+    """The row of README's tables that these tasks are.
+
+    Raises:
+      UsageError: they are in none.
+    """
+    if FLAGS.tasks == "bandit":
+        name = f"bandit_{settings['pulls']}_{settings['arms']}"
+    else:
+        name = f"mdp_{settings['episodes']}"
+    if name not in returns.PUBLISHED or (FLAGS.tasks != "bandit" and not FLAGS.published):
+        raise UsageError(
+            f"--record is for the tasks of the papers' tables, {', '.join(returns.PUBLISHED)}, and "
+            "for MDPs with --published"
+        )
+    return name
 
 
 def _parts(settings: dict[str, Any]) -> tuple[Environment, dict[str, Candidate]]:

@@ -98,8 +98,7 @@ def main(arguments: list[str]) -> None:
     write_text(Path(output), json.dumps(found, indent=1) + "\n")
     place = {"cpu": ledger.SPEED, "gpu": ledger.GPU_SPEED}.get(backend)
     if place and not FLAGS.output:
-        readme = ledger.README.read_text(encoding="utf-8")
-        write_text(ledger.README, ledger.with_table(readme, place, report.table(found)))
+        ledger.write_readme(place, report.table(found))
 
 
 def _best_gflops(ceiling: measure.Ceiling) -> int:

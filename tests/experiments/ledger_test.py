@@ -2,10 +2,11 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 
-from experiments import ledger, testing
+from experiments import ledger, returns, testing
 from experiments.benchmark import report
 from experiments.rows import ROWS
 from meta_jax.data.source import load_source
@@ -19,10 +20,14 @@ KEYS = {
 }
 
 
-def test_readme_table_is_the_ledger():
-    readme = ledger.README.read_text(encoding="utf-8")
-    table = ledger.table(ROWS_IN_LEDGER)
-    assert ledger.with_table(readme, ledger.RESULTS, table) == readme
+def test_readme_tables_are_the_ledger(tmp_path, monkeypatch):
+    copy = tmp_path / "README.md"
+    shutil.copy(ledger.README, copy)
+    monkeypatch.setattr(ledger, "README", copy)
+    before = copy.read_text(encoding="utf-8")
+    ledger.write_tables(ROWS_IN_LEDGER)
+    ledger.write_readme(ledger.STRATEGIES, returns.table(returns.read(), ROWS_IN_LEDGER))
+    assert copy.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(

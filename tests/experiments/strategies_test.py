@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments import returns
 from meta_jax.reinforcement.gittins import bayes_optimal_return
 from tests.experiments.command_line_test import assert_refused, command
 
@@ -33,6 +34,7 @@ def test_it_prints_and_writes_what_strategies_reach(tmp_path, arguments, paramet
     output = tmp_path / "found.json"
     found = command("strategies", *arguments, *FEW, f"--output={output}")
     assert found.returncode == 0, found.stderr
+    assert output.with_suffix(".png").stat().st_size > 0
     result = json.loads(output.read_text())
     assert set(result["strategies"]) == set(parameters)
     for name, row in result["strategies"].items():
@@ -49,3 +51,16 @@ def test_it_prints_and_writes_what_strategies_reach(tmp_path, arguments, paramet
 def test_what_cannot_be_run_is_refused_in_one_line():
     assert_refused(command("strategies", "--strategies=none"), "--strategies=none", "gittins")
     assert_refused(command("strategies", "--arms=0"), "arms=0")
+    assert_refused(command("strategies", "--arms=3", "--record"), "--record", "bandit_10_5")
+
+
+def test_the_table_has_ours_beside_the_papers():
+    results = {"bandit_10_5": {"strategies": {"random": {"mean": 4.9444}, "other": {"mean": 1}}}}
+    bandits, mdps = returns.table(results, [{"row": "rl2/bandit_10_10", "value": 6.7}]).split(
+        "\n\n"
+    )
+    _, _, first, second = bandits.splitlines()
+    assert first.startswith("| 10, 5 | 4.944 / 5 | - / 6.6 | ")
+    assert second.startswith("| 10, 10 | - / 5 | ")
+    assert second.endswith(" | 6.7 / 6.7 | - / 6.7 |")
+    assert len(mdps.splitlines()) == 2
