@@ -117,6 +117,8 @@ class Objective(NamedTuple):
         'regression' where they are real, 'control' where actions earn rewards.
       unit: '%' for a share, which is reported in per cent; otherwise empty.
       name: Name in records and flags: one of meta_jax, or 'package.module:attribute'.
+      outputs: Form of the outputs that the loss takes: 'array' for logits or means [n, ...],
+        'gaussian' for a `meta_jax.objectives.Gaussian`.
     """
 
     loss: ObjectiveLoss
@@ -125,6 +127,7 @@ class Objective(NamedTuple):
     kind: Literal["classification", "regression", "control"] = "regression"
     unit: Literal["", "%"] = ""
     name: str = ""
+    outputs: Literal["array", "gaussian"] = "array"
 
 
 class Sample(Protocol):
