@@ -145,11 +145,14 @@ class Tasks(NamedTuple):
       sample: Function (key, data) -> a task, pure and jittable.
       data: What `sample` draws from, passed as an argument so that it is not compiled in.
       objective: What is asked of the answers.
+      exact_answers: By name, functions (key, data) -> (task, outputs) that draw the task that
+        `sample` draws, and know its best answers: what a result is compared with.
     """
 
     sample: Sample
     data: PyTree
     objective: Objective
+    exact_answers: Mapping[str, Sample] = {}
 
 
 class LossAux(NamedTuple):

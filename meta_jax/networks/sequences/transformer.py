@@ -21,6 +21,7 @@ from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.networks.sequences.sequence_network import (
     SequenceNetwork,
     padding_behind,
+    with_room,
     write_row,
 )
 
@@ -61,6 +62,7 @@ def causal_transformer(width: int = 64, layers: int = 2, heads: int = 4) -> Sequ
         functools.partial(_start, heads),
         functools.partial(_step, heads),
         functools.partial(_read, heads),
+        functools.partial(_absorb, heads),
     )
 
 
@@ -93,12 +95,27 @@ def _embed(params: PyTree, xs: Array, steps: Array) -> Array:
 
 def _read(heads: int, params: PyTree, xs: Array, mask: Array) -> Array:
     xs, place = padding_behind(xs, mask)
-    steps = jnp.arange(len(xs))
+    return _layers(heads, params, xs)[0][place]
+
+
+def _absorb(heads: int, params: PyTree, xs: Array, mask: Array, steps: int) -> AttentionCache:
+    _, caches = _layers(heads, params, padding_behind(xs, mask)[0])
+    keys, values = (
+        jnp.stack([with_room(rows, steps) for rows in each]) for each in zip(*caches, strict=True)
+    )
+    return AttentionCache(keys, values, mask.sum(dtype=jnp.int32))
+
+
+def _layers(heads: int, params: PyTree, xs: Array) -> tuple[Array, list[tuple[Array, Array]]]:
+    """Features of a sequence without padding, and the keys and values of each layer."""
+    steps, caches = jnp.arange(len(xs)), []
     z = _embed(params, xs, steps)
     seen = steps[:, None] >= steps
     for layer in params["layers"]:
-        z = after_attention(layer, z, attend(*project(layer, z, heads), seen))
-    return layer_norm(params["normalisation"], z)[place]
+        query, keys, values = project(layer, z, heads)
+        caches.append((keys, values))
+        z = after_attention(layer, z, attend(query, keys, values, seen))
+    return layer_norm(params["normalisation"], z), caches
 
 
 def _start(heads: int, params: PyTree, steps: int) -> AttentionCache:
