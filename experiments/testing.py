@@ -13,7 +13,16 @@ import numpy as np
 from experiments import runs
 from experiments.command_line import RunError
 from meta_jax import registry
-from meta_jax.core import MetaLearner, Objective, PyTree, Tasks
+from meta_jax.core import (
+    Episode,
+    MetaLearner,
+    Objective,
+    PyTree,
+    Sample,
+    Tasks,
+    supervised_evaluate,
+    supervised_loss,
+)
 from meta_jax.data.dataset import DataError
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError, local_path
@@ -114,7 +123,13 @@ def _factor(metric: str, objective: Objective) -> int:
 
 
 def test_baselines(source: TaskSource, tasks: Tasks, asked: Asked) -> dict[str, Tested]:
-    """Tests the learners that a source wants to see beside a result; they have nothing to train."""
+    """Tests what is shown beside a result: learners without training, and exact answers.
+
+    Args:
+      source: Source, which names the learners.
+      tasks: Tasks of the test, which know their exact answers.
+      asked: Split, number and seed of the episodes.
+    """
     found = {}
     for name in source.baselines:
         factory = registry.find("learner", name).factory
@@ -123,7 +138,49 @@ def test_baselines(source: TaskSource, tasks: Tasks, asked: Asked) -> dict[str, 
         like = jax.eval_shape(learner.init, jax.random.key(0), runs.example_task(tasks))
         params, state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         found[name] = make_test(learner, tasks, asked)(params, state)
-    return found
+    repeats = _repeater(tasks.objective)
+    return found | {
+        name: make_test(repeats, tasks._replace(sample=_with_answers(answered)), asked)({}, {})
+        for name, answered in tasks.exact_answers.items()
+    }
+
+
+def _with_answers(answered: Sample) -> Sample:
+    """Draws episodes whose queries are their own answers."""
+
+    def sample(key: jax.Array, data: PyTree, /) -> Episode:
+        (support, query), outputs = answered(key, data)
+        return Episode(support, query._replace(x=outputs))
+
+    return sample
+
+
+def _repeater(objective: Objective) -> MetaLearner:
+    """The learner that answers a query with the query."""
+
+    def adapt(
+        params: PyTree, state: PyTree, support: Any, key: jax.Array, *, train: bool
+    ) -> PyTree:
+        return state
+
+    def predict(
+        params: PyTree,
+        adapted: PyTree,
+        x: PyTree,
+        key: jax.Array,
+        *,
+        train: bool,
+        mask: jax.Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        return x, adapted
+
+    return MetaLearner(
+        lambda key, task: ({}, {}),
+        adapt,
+        predict,
+        supervised_loss(adapt, predict, objective),
+        supervised_evaluate(adapt, predict, objective),
+    )
 
 
 # ---- What is reported.

@@ -51,6 +51,7 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.metric_based.r2d2 import r2d2
 from meta_jax.metric_based.relation import relation
 from meta_jax.metric_based.siamese import siamese
+from meta_jax.model_based.in_context import in_context
 from meta_jax.model_based.mann import lstm_learner, mann
 from meta_jax.model_based.meta_networks import meta_networks
 from meta_jax.networks import (
@@ -112,6 +113,7 @@ __all__ = [
     "from_nnx",
     "heads",
     "imaml",
+    "in_context",
     "init_train_state",
     "inner_loop",
     "kernel_learner",

@@ -117,6 +117,8 @@ class Objective(NamedTuple):
         'regression' where they are real, 'control' where actions earn rewards.
       unit: '%' for a share, which is reported in per cent; otherwise empty.
       name: Name in records and flags: one of meta_jax, or 'package.module:attribute'.
+      outputs: Form of the outputs that the loss takes: 'array' for logits or means [n, ...],
+        'gaussian' for a `meta_jax.objectives.Gaussian`.
     """
 
     loss: ObjectiveLoss
@@ -125,6 +127,7 @@ class Objective(NamedTuple):
     kind: Literal["classification", "regression", "control"] = "regression"
     unit: Literal["", "%"] = ""
     name: str = ""
+    outputs: Literal["array", "gaussian"] = "array"
 
 
 class Sample(Protocol):
@@ -142,11 +145,14 @@ class Tasks(NamedTuple):
       sample: Function (key, data) -> a task, pure and jittable.
       data: What `sample` draws from, passed as an argument so that it is not compiled in.
       objective: What is asked of the answers.
+      exact_answers: By name, functions (key, data) -> (task, outputs) that draw the task that
+        `sample` draws, and know its best answers: what a result is compared with.
     """
 
     sample: Sample
     data: PyTree
     objective: Objective
+    exact_answers: Mapping[str, Sample] = {}
 
 
 class LossAux(NamedTuple):

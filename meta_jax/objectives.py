@@ -1,6 +1,6 @@
 """Objectives: what is asked of a learner's outputs, and which metric says what is better."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from meta_jax.core import Array, Batch, Metrics, Objective, PyTree, check_mask
 from meta_jax.core import check_batch as check_batch
 from meta_jax.lookup import UsageError, load_attribute
+
+_WITHIN_95 = 1.959964  # of a standard normal, 95 % lie within plus and minus this
 
 
 def row_mask(batch: Batch) -> Array:
@@ -152,6 +154,77 @@ def squared_error_loss(
     return loss, {"mse": loss}
 
 
+class Gaussian(NamedTuple):
+    """A prediction of real targets that says how sure it is.
+
+    Attributes:
+      mean: [n, D].
+      scale: Standard deviation [n, D], positive.
+    """
+
+    mean: Array
+    scale: Array
+
+
+def gaussian(raw: Array, least_scale: float) -> Gaussian:
+    """A Gaussian from outputs of a network: mean m and scale least + (1 - least) softplus(s).
+
+    Args:
+      raw: Means m and what becomes scales s, side by side, [n, 2 D].
+      least_scale: Smallest scale.
+
+    Examples:
+      >>> mean, scale = gaussian(jnp.array([[3.0, -100.0]]), 0.01)
+      >>> mean.tolist(), [[round(float(scale[0, 0]), 6)]]
+      ([[3.0]], [[0.01]])
+    """
+    mean, scale = jnp.split(raw, 2, axis=-1)
+    return Gaussian(mean, least_scale + (1 - least_scale) * jax.nn.softplus(scale))
+
+
+def gaussian_likelihood_loss(
+    outputs: Gaussian, y: Array, mask: Array | None = None
+) -> tuple[Array, Metrics]:
+    """Mean negative log-likelihood of a Gaussian over rows and dimensions, in nats.
+
+    Args:
+      outputs: Mean and scale, [n, D] each.
+      y: Real targets [n, D].
+      mask: bool [n], False for rows of padding, which do not count.
+
+    Returns:
+      The loss, and the metrics `log_likelihood`, which is minus the loss, `mse`, the squared error
+      of the mean, and `coverage`, the share of targets within mean +- 1.96 scale, of which a
+      calibrated prediction has 0.95.
+
+    Raises:
+      UsageError: the outputs have no mean and scale.
+      ValueError: they and the targets differ in shape, or the mask is not bool [n].
+
+    Examples:
+      >>> loss, metrics = gaussian_likelihood_loss(
+      ...     Gaussian(jnp.zeros((2, 1)), jnp.ones((2, 1))), jnp.array([[0.0], [3.0]])
+      ... )
+      >>> round(float(loss), 4), float(metrics["mse"]), float(metrics["coverage"])
+      (3.1689, 4.5, 0.5)
+    """
+    if not (hasattr(outputs, "mean") and hasattr(outputs, "scale")):
+        raise UsageError(
+            "the likelihood needs outputs with a mean and a scale, and this learner gives "
+            f"{type(outputs).__name__}: use the objective squared_error, or a learner that gives "
+            "them, such as in_context"
+        )
+    check_outputs(outputs.mean, y)
+    check_outputs(outputs.scale, y)
+    away = (y - outputs.mean) / outputs.scale
+    nats = (away**2 / 2 + jnp.log(outputs.scale)).mean(-1) + 0.5 * jnp.log(2 * jnp.pi)
+    loss = masked_mean(nats.astype(y.dtype), mask)
+    error = masked_mean(((outputs.mean - y) ** 2).mean(-1), mask)
+    inside = (abs(away) <= _WITHIN_95).astype(loss.dtype).mean(-1)
+    metrics = {"log_likelihood": -loss, "mse": error, "coverage": masked_mean(inside, mask)}
+    return loss, metrics
+
+
 def _no_loss(outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, Metrics]:
     """Rewards come from acting: there are no targets with which outputs could be compared."""
     raise UsageError(
@@ -164,8 +237,17 @@ cross_entropy = Objective(
     cross_entropy_loss, "accuracy", True, "classification", "%", "cross_entropy"
 )
 squared_error = Objective(squared_error_loss, "mse", False, "regression", "", "squared_error")
+gaussian_likelihood = Objective(
+    gaussian_likelihood_loss,
+    "log_likelihood",
+    True,
+    "regression",
+    "",
+    "gaussian_likelihood",
+    "gaussian",
+)
 trial_return = Objective(_no_loss, "return", True, "control", "", "trial_return")
-_NAMED = {o.name: o for o in (cross_entropy, squared_error, trial_return)}
+_NAMED = {o.name: o for o in (cross_entropy, squared_error, gaussian_likelihood, trial_return)}
 
 
 def as_objective(objective: Objective | str) -> Objective:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from meta_jax.core import (
     RESERVED_METRICS,
@@ -15,11 +16,14 @@ from meta_jax.core import (
 )
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import (
+    Gaussian,
     as_objective,
     check_batch,
     check_kind,
     cross_entropy,
     cross_entropy_loss,
+    gaussian,
+    gaussian_likelihood_loss,
     masked_mean,
     row_mask,
     squared_error,
@@ -207,3 +211,44 @@ def test_a_query_that_does_not_fit_is_refused_before_anything_is_computed(build,
     batch = Batch(jnp.eye(3), jnp.eye(3))
     with pytest.raises(ValueError, match="query"):
         build(None, None, own)({}, {}, Episode(batch, batch._replace(mask=mask)), KEY)
+
+
+class TestGaussianLikelihood:
+    Y = jnp.array([[0.5, 1.0], [2.0, -1.0], [9.0, 9.0]])
+    OUTPUTS = Gaussian(
+        jnp.array([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), jnp.array([[1.0, 0.5], [2.0, 0.1], [1, 1]])
+    )
+    MASK = jnp.array([True, True, False])
+
+    def test_it_is_scipys_density_and_the_share_within_two_scales(self):
+        loss, metrics = gaussian_likelihood_loss(self.OUTPUTS, self.Y, self.MASK)
+        mean, scale = (np.asarray(leaf)[:2] for leaf in self.OUTPUTS)
+        expected = scipy.stats.norm.logpdf(np.asarray(self.Y)[:2], mean, scale).mean()
+        np.testing.assert_allclose(metrics["log_likelihood"], expected, rtol=1e-6)
+        np.testing.assert_allclose(loss, -expected, rtol=1e-6)
+        np.testing.assert_allclose(metrics["mse"], (0.25 + 0 + 1 + 4) / 4)
+        assert metrics["coverage"] == 0.75
+
+    def test_a_calibrated_prediction_covers_95_per_cent(self):
+        y = jax.random.normal(KEY, (100_000, 1))
+        outputs = Gaussian(jnp.zeros_like(y), jnp.ones_like(y))
+        loss, metrics = gaussian_likelihood_loss(outputs, y)
+        assert abs(float(metrics["coverage"]) - 0.95) < 0.003
+        assert abs(float(loss) - 0.5 * np.log(2 * np.pi * np.e)) < 0.01  # the entropy
+
+    def test_a_bound_of_the_scale_bounds_the_likelihood(self):
+        outputs = gaussian(jnp.array([[0.0, -50.0]]), 0.1)
+        _, metrics = gaussian_likelihood_loss(outputs, jnp.zeros((1, 1)))
+        np.testing.assert_allclose(metrics["log_likelihood"], 1.3836, atol=1e-3)
+
+    def test_outputs_without_a_scale_are_refused(self):
+        with pytest.raises(UsageError, match=r"a mean and a scale.*squared_error"):
+            gaussian_likelihood_loss(jnp.zeros((3, 2)), self.Y)
+        with pytest.raises(ValueError, match="differ in shape"):
+            gaussian_likelihood_loss(self.OUTPUTS, self.Y[:, :1])
+
+    def test_it_is_found_by_its_name_and_says_what_it_takes(self):
+        objective = as_objective("gaussian_likelihood")
+        assert (objective.metric, objective.maximise) == ("log_likelihood", True)
+        assert objective.outputs == "gaussian"
+        assert squared_error.outputs == "array"

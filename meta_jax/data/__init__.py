@@ -15,8 +15,10 @@ from meta_jax.data.dataset import (
 )
 from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
 from meta_jax.data.features import load_features
+from meta_jax.data.gaussian_process import gp, gp_posterior
 from meta_jax.data.glyphs import load_glyphs
 from meta_jax.data.image_folder import load_image_folder
+from meta_jax.data.linear_regression import linear_regression
 from meta_jax.data.omniglot import load_omniglot
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.data.source import (
@@ -42,7 +44,10 @@ __all__ = [
     "dataset_from_arrays",
     "dataset_from_classes",
     "embedded",
+    "gp",
+    "gp_posterior",
     "lazy_splits",
+    "linear_regression",
     "load_features",
     "load_glyphs",
     "load_image_folder",

@@ -76,6 +76,7 @@ def source_from_sampler(
     data: PyTree = (),
     baselines: tuple[str, ...] = (),
     preprocessing: Config | None = None,
+    exact_answers: Mapping[str, SampleOfSize] | None = None,
 ) -> TaskSource:
     """Builds a source of tasks that a function draws.
 
@@ -88,6 +89,9 @@ def source_from_sampler(
       data: Pytree that samplers draw from.
       baselines: Names of learners shown beside a result.
       preprocessing: Record of how an input must look.
+      exact_answers: What is known to be the best answer and is shown beside a result: by name,
+        functions that give for an `EpisodeSize` a function (key, data) -> (episode, outputs), which
+        draws the episode that the sampler draws.
 
     Examples:
       >>> import jax
@@ -120,7 +124,8 @@ def source_from_sampler(
     def tasks(split: str, size: EpisodeSize, *, train: bool) -> Tasks:
         _check_split(split, by_split)
         check_sizes(*size)
-        return Tasks(by_split[split](size), data, objective)
+        exact = {name: of_size(size) for name, of_size in (exact_answers or {}).items()}
+        return Tasks(by_split[split](size), data, objective, exact)
 
     return TaskSource(tasks, tuple(by_split), baselines, preprocessing=preprocessing)
 

@@ -20,6 +20,7 @@ from meta_jax.core import (
 )
 from meta_jax.metric_based.heads import Head
 from meta_jax.networks.normalisation import (
+    embed_apart,
     embed_queries,
     embed_support,
     embed_together,
@@ -124,7 +125,7 @@ def _training_loss(
         support, query = episode
         check_batch(support, "support")
         check_batch(query, "query")
-        embed = embed_together if joint else _embed_apart
+        embed = embed_together if joint else embed_apart
         z_support, z, network_state = embed(
             network, params["network"], state["network"], support, query, key=key
         )
@@ -141,22 +142,3 @@ def _training_loss(
         return value, LossAux({"network": network_state, "head": head_state}, metrics)
 
     return loss
-
-
-def _embed_apart(
-    network: Network, params: PyTree, state: PyTree, support: Batch, query: Batch, *, key: Array
-) -> tuple[Array, Array, PyTree]:
-    """As `embed_together`, but the support set first and the queries with the state it leaves."""
-    support_key, query_key = jax.random.split(key)
-    z_support, state = embed_support(network, params, state, support, key=support_key, train=True)
-    z, state = embed_queries(
-        network,
-        params,
-        state,
-        query.x,
-        support=support,
-        key=query_key,
-        train=True,
-        mask=query.mask,
-    )
-    return z_support, z, state

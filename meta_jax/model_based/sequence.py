@@ -354,7 +354,7 @@ def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[P
     ways = support.y.shape[1]
     params, state = network.init(network_key, support.x)
     z, _ = embed_support(network, params, state, support, key=embed_key, train=False)
-    _check_vectors(z)
+    check_vectors(z)
     params = {
         "network": params,
         "cell": cell.init(cell_key, z.shape[1], ways),
@@ -407,7 +407,7 @@ def sequence_evaluate(adapt: Adapt, objective: Objective = cross_entropy) -> Eva
     return evaluate
 
 
-def _check_vectors(z: Array) -> None:
+def check_vectors(z: Array) -> None:
     """Refuses embeddings that are not vectors.
 
     Raises:
@@ -415,7 +415,7 @@ def _check_vectors(z: Array) -> None:
     """
     if z.ndim != 2:
         raise UsageError(
-            f"a sequence learner reads vectors [n, D], and its network gives {list(z.shape)}: use "
+            f"this learner reads vectors [n, D], and its network gives {list(z.shape)}: use "
             "one that gives vectors, such as strided_conv4"
         )
 

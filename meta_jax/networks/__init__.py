@@ -12,6 +12,7 @@ from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.nnx import from_nnx
 from meta_jax.networks.normalisation import (
+    embed_apart,
     embed_queries,
     embed_support,
     embed_together,
@@ -33,6 +34,7 @@ __all__ = [
     "conv_block",
     "convolve",
     "drop_block",
+    "embed_apart",
     "embed_queries",
     "embed_support",
     "embed_together",

@@ -240,6 +240,25 @@ def embed_together(
     return z[:n], z[n:], state
 
 
+def embed_apart(
+    network: Network, params: PyTree, state: PyTree, support: Batch, query: Batch, *, key: Array
+) -> tuple[Array, Array, PyTree]:
+    """As `embed_together`, but the support set first and the queries with the state it leaves."""
+    support_key, query_key = jax.random.split(key)
+    z_support, state = embed_support(network, params, state, support, key=support_key, train=True)
+    z, state = embed_queries(
+        network,
+        params,
+        state,
+        query.x,
+        support=support,
+        key=query_key,
+        train=True,
+        mask=query.mask,
+    )
+    return z_support, z, state
+
+
 # ---- The layer.
 
 

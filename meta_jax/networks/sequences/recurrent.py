@@ -31,6 +31,7 @@ def recurrent(hidden_size: int, cell: CellName = "gru") -> SequenceNetwork:
         functools.partial(_start, hidden_size, cell),
         functools.partial(_step, cell),
         functools.partial(_read, hidden_size, cell),
+        functools.partial(_absorb, hidden_size, cell),
     )
 
 
@@ -45,6 +46,21 @@ def _step(cell: CellName, params: PyTree, memory: PyTree, x: Array) -> tuple[PyT
 
 
 def _read(hidden_size: int, cell: CellName, params: PyTree, xs: Array, mask: Array) -> Array:
+    return _scan(hidden_size, cell, params, xs, mask)[1]
+
+
+def _absorb(
+    hidden_size: int, cell: CellName, params: PyTree, xs: Array, mask: Array, steps: int
+) -> PyTree:
+    del steps
+    return _scan(hidden_size, cell, params, xs, mask)[0]
+
+
+def _scan(
+    hidden_size: int, cell: CellName, params: PyTree, xs: Array, mask: Array
+) -> tuple[PyTree, Array]:
+    """The memory after a sequence, and the features of its steps."""
+
     def body(memory: PyTree, inputs: tuple[Array, Array]) -> tuple[PyTree, Array]:
         projected, real = inputs
         after, features = _advance(cell, params, memory, projected)
@@ -54,7 +70,7 @@ def _read(hidden_size: int, cell: CellName, params: PyTree, xs: Array, mask: Arr
     # One product for the inputs of all steps.
     projected = linear(params["input"], xs)
     start = _start(hidden_size, cell, params, len(xs))
-    return jax.lax.scan(body, start, (projected, mask))[1]
+    return jax.lax.scan(body, start, (projected, mask))
 
 
 def _advance(

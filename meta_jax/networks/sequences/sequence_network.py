@@ -44,6 +44,17 @@ class ReadSequence(Protocol):
         ...
 
 
+class AbsorbSequence(Protocol):
+    """(params, xs, mask, steps) -> memory."""
+
+    def __call__(self, params: PyTree, xs: Array, mask: Array, steps: int, /) -> PyTree:
+        """The memory after a whole sequence, xs [n, inputs], with room for `steps` steps in all.
+
+        It is what `step` leaves after the steps that are not padding, read at once.
+        """
+        ...
+
+
 class SequenceNetwork(NamedTuple):
     """A causal network that reads a sequence.
 
@@ -52,12 +63,15 @@ class SequenceNetwork(NamedTuple):
       start: Function (params, steps) -> the memory before the first of at most `steps` steps.
       step: Function (params, memory, x) -> (memory, features), x [inputs].
       read: Function (params, xs, mask) -> features [steps, features] of a whole sequence.
+      absorb: Function (params, xs, mask, steps) -> the memory after a whole sequence, with room for
+        `steps` steps in all.
     """
 
     init: InitSequence
     start: StartSequence
     step: ReadStep
     read: ReadSequence
+    absorb: AbsorbSequence
 
 
 def padding_behind(xs: Array, mask: Array) -> tuple[Array, Array]:
@@ -77,6 +91,11 @@ def padding_behind(xs: Array, mask: Array) -> tuple[Array, Array]:
     """
     order = jnp.argsort(~mask, stable=True)
     return xs[order], jnp.argsort(order)
+
+
+def with_room(rows: Array, steps: int) -> Array:
+    """Rows [n, ...] with zeros behind them, [steps, ...]."""
+    return jnp.pad(rows, [(0, steps - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
 def write_row(rows: Array, row: Array, at: Array) -> Array:

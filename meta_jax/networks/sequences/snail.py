@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
+from meta_jax.networks.attention import attend
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.networks.sequences.sequence_network import (
     SequenceNetwork,
     padding_behind,
+    with_room,
     write_row,
 )
 
@@ -55,6 +57,7 @@ def snail(
         functools.partial(_start, key_size),
         functools.partial(_step, key_size),
         functools.partial(_read, key_size),
+        functools.partial(_absorb, key_size),
     )
 
 
@@ -103,22 +106,34 @@ def _projections(key_size: int, block: PyTree, x: Array) -> list[Array]:
 
 def _attend(x: Array, query: Array, keys: Array, values: Array, seen: Array) -> Array:
     """x [n, channels] with what its queries read beside it; seen [n, m] says of which steps."""
-    scores = query @ keys.T / jnp.sqrt(query.shape[1]).astype(query.dtype)
-    read = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=1) @ values
-    return jnp.concatenate([x, read], 1)
+    read = attend(query[:, None], keys[:, None], values[:, None], seen)
+    return jnp.concatenate([x, read[:, 0]], 1)
 
 
 def _read(key_size: int, params: PyTree, xs: Array, mask: Array) -> Array:
     xs, place = padding_behind(xs, mask)
-    x = linear(params["input"], xs)
+    return _blocks(key_size, params, xs)[0][place]
+
+
+def _absorb(key_size: int, params: PyTree, xs: Array, mask: Array, steps: int) -> SnailMemory:
+    _, rows = _blocks(key_size, params, padding_behind(xs, mask)[0])
+    rows = jax.tree.map(functools.partial(with_room, steps=steps), rows)
+    return SnailMemory(rows, mask.sum(dtype=jnp.int32))
+
+
+def _blocks(key_size: int, params: PyTree, xs: Array) -> tuple[Array, list[PyTree]]:
+    """Features of a sequence without padding, and what each block remembers of it."""
+    x, rows = linear(params["input"], xs), []
     steps = jnp.arange(len(x))
     for block, dilation in zip(params["blocks"], _dilations(params), strict=True):
         if dilation:
+            rows.append([x])
             x = _dense(block, jnp.pad(x, ((dilation, 0), (0, 0)))[: len(x)], x)
         else:
             query, keys, values = _projections(key_size, block, x)
+            rows.append([keys, values])
             x = _attend(x, query, keys, values, steps[:, None] >= steps)
-    return x[place]
+    return x, rows
 
 
 def _start(key_size: int, params: PyTree, steps: int) -> SnailMemory:

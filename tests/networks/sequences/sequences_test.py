@@ -57,6 +57,20 @@ def test_a_step_sees_all_steps_before_and_none_after(name):
     np.testing.assert_array_equal(depends, np.tril(np.ones((5, 5), bool)))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_sequence_absorbed_at_once_is_what_its_steps_leave(name):
+    network = NETWORKS[name]
+
+    @jax.jit
+    def last(params, xs, mask):
+        memory = network.absorb(params, xs, mask, len(xs) + 1)
+        return network.step(params, memory, -xs[0])[1]
+
+    everything = np.concatenate([XS[MASK], -XS[:1]])
+    expected = read(name)(params(name), everything, np.ones(len(everything), bool))[-1]
+    np.testing.assert_allclose(last(params(name), XS, MASK), expected, atol=1e-10)
+
+
 def test_the_gru_is_that_of_flax():
     ours = params("gru")
     gates = {}

@@ -1,0 +1,31 @@
+"""Support sets of random size, in arrays of one size."""
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax.core import Array, Batch
+from meta_jax.lookup import UsageError
+
+
+def check_least_shots(least_shots: int) -> None:
+    """Refuses support sets without a point.
+
+    Raises:
+      UsageError: the number is below one.
+    """
+    if least_shots < 1:
+        raise UsageError(f"least_shots={least_shots} must be at least 1")
+
+
+def with_random_shots(key: Array, support: Batch, least: int) -> Batch:
+    """A support set of which a random number of rows is real, and the others are padding.
+
+    Args:
+      key: A random key.
+      support: The rows.
+      least: Smallest number of real rows; where there are no more, all are real, without a mask.
+    """
+    rows = len(support.y)
+    if least >= rows:
+        return support
+    return support._replace(mask=jnp.arange(rows) < jax.random.randint(key, (), least, rows + 1))

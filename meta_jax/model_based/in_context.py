@@ -1,0 +1,296 @@
+"""In-context learners: one network reads the support set and answers queries about it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from meta_jax import registry
+from meta_jax.core import (
+    Array,
+    Batch,
+    Episode,
+    Loss,
+    LossAux,
+    MetaLearner,
+    Network,
+    Objective,
+    PyTree,
+    supervised_evaluate,
+)
+from meta_jax.lookup import UsageError
+from meta_jax.model_based.sequence import check_vectors, nca_loss
+from meta_jax.networks.layers import init_linear, linear
+from meta_jax.networks.normalisation import (
+    embed_apart,
+    embed_queries,
+    embed_support,
+    embed_together,
+    may_embed_together,
+    queries_need_support,
+)
+from meta_jax.networks.sets import (
+    SetNetwork,
+    cross_attention,
+    equiangular_codes,
+    set_encoder,
+    target_masked_transformer,
+    temporal_convolutions,
+)
+from meta_jax.objectives import (
+    Gaussian,
+    check_batch,
+    check_targets,
+    cross_entropy,
+    gaussian,
+    row_mask,
+    target_kind,
+    tree_rows,
+)
+from meta_jax.shapes import take_rows
+
+Reader = Literal["mean", "cross_attention", "target_masked", "snail"]
+LabelCode = Literal["one_hot", "equiangular"]
+
+
+class InContextAdapted(NamedTuple):
+    """A support set that was read."""
+
+    memory: Any  # what the set network keeps of it
+    state: PyTree  # the embedding network's
+    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+
+
+def build_reader(reader: Reader, width: int, layers: int, heads: int) -> SetNetwork:
+    """Builds the set network that a setting names; the arguments are those of `in_context`.
+
+    Raises:
+      UsageError: an unknown name, or sizes that do not fit each other.
+    """
+    if reader not in get_args(Reader):
+        raise UsageError(f"unknown reader '{reader}': choose one of {', '.join(get_args(Reader))}")
+    if reader == "mean":
+        return set_encoder(width, layers)
+    if reader == "cross_attention":
+        return cross_attention(width, layers, heads)
+    if reader == "target_masked":
+        return target_masked_transformer(width, layers, heads)
+    return temporal_convolutions(width, width, width, width)
+
+
+@registry.learner("in_context", network="conv4", normalisation="running")
+def in_context(
+    network: Network,
+    *,
+    objective: Objective = cross_entropy,
+    reader: Reader = "target_masked",
+    label_code: LabelCode = "one_hot",
+    width: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    least_scale: float = 0.01,
+    nca_weight: float = 0.0,
+) -> MetaLearner:
+    """Builds a learner that reads the support set in context, with no update of its own.
+
+    Each support example becomes a pair of its embedded input and its label; a network reads the
+    pairs and answers each query, which never sees another. How it reads them makes it one method or
+    another: a Conditional Neural Process (Garnelo et al. 2018) with the mean; an attentive one
+    (Kim et al. 2019, without a latent) with cross_attention; TNP-D (Nguyen and Grover 2022), which
+    is a Prior-Fitted Network (Müller et al. 2022) on tasks drawn from a prior, and with equiangular
+    codes the network of CAML (Fifty et al. 2024), with target_masked; SNAIL (Mishra et al. 2018)
+    with snail.
+
+    Args:
+      network: Embedding network of inputs.
+      objective: Objective of the tasks. Answers to gaussian_likelihood are a mean and a scale.
+      reader: How queries look at the support set: mean for the mean of encoded pairs,
+        cross_attention for attention to encoded pairs, target_masked for a transformer in which all
+        look at the support set in every layer, snail for temporal convolutions and attention over
+        the support examples one after another.
+      label_code: Codes of class labels: one_hot, or equiangular for the corners of a simplex.
+      width: Units of every layer.
+      layers: Layers of the transformer, or of each encoder and decoder; snail has its own.
+      heads: Number of attention heads, where there are several; divides the width.
+      least_scale: Smallest scale of an answer to gaussian_likelihood; the neural processes of the
+        literature have 0.1, which bounds the log-likelihood by 1.38.
+      nca_weight: Weight of the encoder's own loss, `nca_loss`, in classification.
+
+    Returns:
+      The learner. Labels are inputs and outputs, so the number of ways is fixed; shots may differ,
+      but for snail, whose convolutions fit those of training. Support sets of several sizes pass
+      through one compiled program as a `Batch` with a mask.
+
+    Raises:
+      UsageError: an unknown reader or label code, or sizes that do not fit each other.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from meta_jax.networks.flatten import flatten
+      >>> from meta_jax.objectives import gaussian_likelihood
+      >>> learner = in_context(flatten(), objective=gaussian_likelihood, width=8, layers=1)
+      >>> support = Batch(jnp.array([[0.0], [1.0]]), jnp.array([[0.5], [0.7]]))
+      >>> params, state = learner.init(jax.random.key(0), Episode(support, support))
+      >>> adapted = learner.adapt(params, state, support, jax.random.key(1), train=False)
+      >>> y, _ = learner.predict(params, adapted, support.x, jax.random.key(2), train=False)
+      >>> y.mean.shape, bool((y.scale > 0.01).all())
+      ((2, 1), True)
+    """
+    target_kind(objective)
+    if label_code not in get_args(LabelCode):
+        codes = ", ".join(get_args(LabelCode))
+        raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")
+    reads = build_reader(reader, width, layers, heads)
+    coded = functools.partial(label_codes, objective, label_code)
+    answer = functools.partial(_answer, reads, objective, least_scale)
+
+    def adapt(
+        params: PyTree, state: PyTree, support: Batch, key: Array, *, train: bool
+    ) -> InContextAdapted:
+        check_batch(support, "support")
+        check_size(objective, params, support.y)
+        z, state = embed_support(network, params["network"], state, support, key=key, train=train)
+        memory = reads.absorb(params["reader"], z, coded(support.y), support.mask)
+        kept = support if queries_need_support(network.normalisation) else None
+        return InContextAdapted(memory, state, kept)
+
+    def predict(
+        params: PyTree,
+        adapted: InContextAdapted,
+        x: PyTree,
+        key: Array,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        z, state = embed_queries(
+            network,
+            params["network"],
+            adapted.state,
+            x,
+            support=adapted.support,
+            key=key,
+            train=train,
+            mask=mask,
+        )
+        return answer(params, adapted.memory, z), state
+
+    loss = _training_loss(network, reads, objective, coded, answer, nca_weight)
+    if reader == "snail":
+        loss = in_any_order(loss)
+    init = functools.partial(_init, network, reads, objective)
+    return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
+
+
+def label_codes(objective: Objective, label_code: LabelCode, y: Array) -> Array:
+    """What a network reads of targets [n, D]: real targets as they are, labels as codes."""
+    check_targets(y)
+    if objective.kind != "classification" or label_code == "one_hot":
+        return y
+    return y @ equiangular_codes(y.shape[1]).astype(y.dtype)
+
+
+def number_of_outputs(objective: Objective, targets: int) -> int:
+    """Units of the output layer for targets [n, targets]."""
+    return 2 * targets if objective.outputs == "gaussian" else targets
+
+
+def check_size(objective: Objective, params: PyTree, y: Array) -> None:
+    """Refuses targets of another size than a learner was built for.
+
+    Raises:
+      ValueError: y is not [n, D] of real numbers.
+      UsageError: the sizes differ.
+    """
+    check_targets(y)
+    there = params["output"]["kernel"].shape[1]
+    if number_of_outputs(objective, y.shape[1]) != there:
+        size = there // number_of_outputs(objective, 1)
+        what = "ways" if objective.kind == "classification" else "dimensions of targets"
+        raise UsageError(
+            f"this learner has outputs for the {size} {what} it trains with, and y has "
+            f"{y.shape[1]}: tests need as many as training"
+        )
+
+
+def _answer(
+    reads: SetNetwork,
+    objective: Objective,
+    least_scale: float,
+    params: PyTree,
+    memory: Any,
+    z: Array,
+) -> Array | Gaussian:
+    raw = linear(params["output"], reads.answer(params["reader"], memory, z))
+    return gaussian(raw, least_scale) if objective.outputs == "gaussian" else raw
+
+
+def _init(
+    network: Network, reads: SetNetwork, objective: Objective, key: Array, episode: Episode
+) -> tuple[PyTree, PyTree]:
+    network_key, embed_key, reader_key, output_key = jax.random.split(key, 4)
+    support = episode.support
+    check_batch(support, "support")
+    check_targets(support.y)
+    params, state = network.init(network_key, support.x)
+    z, _ = embed_support(network, params, state, support, key=embed_key, train=False)
+    check_vectors(z)
+    reader = reads.init(reader_key, z.shape[1], support.y.shape[1], len(z))
+
+    def features(reader: PyTree, z: Array, y: Array) -> Array:
+        return reads.answer(reader, reads.absorb(reader, z, y, support.mask), z)
+
+    size = jax.eval_shape(features, reader, z, support.y).shape[1]
+    outputs = number_of_outputs(objective, support.y.shape[1])
+    output = init_linear(output_key, size, outputs)
+    return {"network": params, "reader": reader, "output": output}, state
+
+
+def _training_loss(
+    network: Network,
+    reads: SetNetwork,
+    objective: Objective,
+    coded: Callable[[Array], Array],
+    answer: Callable[[PyTree, Any, Array], Array | Gaussian],
+    nca_weight: float,
+) -> Loss:
+    embed = embed_together if may_embed_together(network.normalisation) else embed_apart
+
+    def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
+        support, query = episode
+        check_batch(support, "support")
+        check_batch(query, "query")
+        check_size(objective, params, support.y)
+        z_support, z, state = embed(network, params["network"], state, support, query, key=key)
+        memory = reads.absorb(params["reader"], z_support, coded(support.y), support.mask)
+        value, metrics = objective.loss(answer(params, memory, z), query.y, query.mask)
+        if nca_weight and objective.kind == "classification":
+            near = _loss_of_encoder(z_support, z, episode)
+            value, metrics = value + nca_weight * near, {**metrics, "nca_loss": near}
+        return value, LossAux(state, metrics)
+
+    return loss
+
+
+def _loss_of_encoder(z_support: Array, z: Array, episode: Episode) -> Array:
+    masks = [row_mask(batch) for batch in episode]
+    y = jnp.concatenate([batch.y for batch in episode])
+    return nca_loss(jnp.concatenate([z_support, z]), y, jnp.concatenate(masks))
+
+
+def in_any_order(loss: Loss) -> Loss:
+    """A loss that sees the support set in random order, for learners to which the order matters."""
+
+    def shuffled(
+        params: PyTree, state: PyTree, episode: Episode, key: Array
+    ) -> tuple[Array, LossAux]:
+        order_key, loss_key = jax.random.split(key)
+        check_batch(episode.support, "support")
+        order = jax.random.permutation(order_key, tree_rows(episode.support.x))
+        return loss(
+            params, state, Episode(take_rows(episode.support, order), episode.query), loss_key
+        )
+
+    return shuffled
