@@ -12,7 +12,13 @@ from meta_jax import registry
 from meta_jax.core import Array, LossAux, MetaLearner, Metrics, Objective, PyTree, Sample, with_loss
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import check_at_least_one
-from meta_jax.networks.sequences import SequenceNetwork, causal_transformer, recurrent, snail
+from meta_jax.networks.sequences import (
+    SequenceNetwork,
+    causal_transformer,
+    linear_transformer,
+    recurrent,
+    snail,
+)
 from meta_jax.objectives import check_kind, trial_return
 from meta_jax.reinforcement.environment import Environment
 from meta_jax.reinforcement.ppo import (
@@ -35,11 +41,12 @@ from meta_jax.reinforcement.trial_policy import (
     start_memory,
 )
 
-Memory = Literal["gru", "lstm", "transformer", "snail"]
+Memory = Literal["gru", "lstm", "transformer", "linear_transformer", "snail"]
 _MEMORIES: dict[Memory, Callable[[int, int], SequenceNetwork]] = {
     "gru": lambda size, layers: recurrent(size, "gru"),
     "lstm": lambda size, layers: recurrent(size, "lstm"),
     "transformer": lambda size, layers: causal_transformer(size, layers),
+    "linear_transformer": lambda size, layers: linear_transformer(size, layers),
     "snail": lambda size, layers: snail(width=size, filters=size),
 }
 _MOST_EPISODES = 10  # whose returns are metrics of their own
@@ -71,11 +78,12 @@ def rl2(
 
     Args:
       objective: Objective of the tasks; they are of reinforcement learning.
-      memory: Kind of the memory: a recurrent layer 'gru' or 'lstm', a causal 'transformer', or
-        'snail' (Mishra et al. 2018), temporal convolutions with attention.
-      hidden_size: Units of the recurrent layer, width of the transformer, or channels that each
+      memory: Kind of the memory: a recurrent layer 'gru' or 'lstm', a causal 'transformer',
+        'linear_transformer' for one with linear attention, or 'snail' (Mishra et al. 2018),
+        temporal convolutions with attention.
+      hidden_size: Units of the recurrent layer, width of a transformer, or channels that each
         convolution of SNAIL adds.
-      layers: Number of layers of the transformer.
+      layers: Number of layers of a transformer.
       inputs: What the memory reads of the step before: in 'steps' its action and reward; in
         'transitions' the pair of its observation and action, plain and times the reward, which
         suits environments of few states.

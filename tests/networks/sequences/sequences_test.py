@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from meta_jax.lookup import UsageError
-from meta_jax.networks.sequences import causal_transformer, recurrent, snail
+from meta_jax.networks.sequences import (
+    causal_transformer,
+    linear_transformer,
+    recurrent,
+    snail,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -19,6 +24,7 @@ NETWORKS = {
     "gru": recurrent(4, "gru"),
     "lstm": recurrent(4, "lstm"),
     "transformer": causal_transformer(8, layers=2, heads=2),
+    "linear_transformer": linear_transformer(8, layers=2, heads=2),
     "snail": snail(width=4, filters=3, key_size=2, value_size=3),
 }
 
@@ -124,3 +130,27 @@ def test_numbers_that_do_not_fit_are_refused():
         snail(filters=0)
     with pytest.raises(UsageError, match="hidden_size"):
         recurrent(0)
+
+
+def test_linear_attention_is_a_weighted_mean_of_values():
+    """One layer against the sum over steps, written out."""
+    network = linear_transformer(4, layers=1, heads=1)
+    init = jax.jit(network.init, static_argnums=(1, 2))(jax.random.key(0), 3, 6)
+    (layer,) = init["layers"]
+    silent = jax.tree.map(jnp.zeros_like, layer)
+    layer = silent | {key: layer[key] for key in ("attention_output", "query_key_value")}
+    layer["attention_normalisation"] = {"scale": jnp.ones(4), "offset": jnp.zeros(4)}
+    found = jax.jit(network.read)(init | {"layers": [layer]}, XS, np.ones(6, bool))
+
+    def normalised(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+    z = XS @ np.asarray(init["input"]["kernel"])
+    q, k, v = np.split(normalised(z) @ np.asarray(layer["query_key_value"]["kernel"]), 3, axis=1)
+    phi = [np.where(x > 0, x + 1, np.exp(x)) for x in (q, k)]
+    for t in range(6):
+        weights = phi[1][: t + 1] @ phi[0][t]
+        mean = weights @ v[: t + 1] / weights.sum()
+        expected = normalised(z[t] + mean @ np.asarray(layer["attention_output"]["kernel"]))
+        np.testing.assert_allclose(found[t], expected, atol=1e-10)
