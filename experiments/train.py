@@ -23,7 +23,7 @@ from experiments import records, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.testing import Asked, Result, Tested
 from experiments.trials import draw_trials
-from meta_jax.core import Array, Episode, MetaLearner, PyTree, Tasks
+from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures
@@ -45,6 +45,7 @@ from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
 _STOPPED = 130  # as a shell has it for Ctrl-C
+_DRAWN_POINTS = 150  # of a function, where the tasks give any number
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -351,8 +352,12 @@ def report(
     if run.testing.objective.kind == "control":
         draw_trials(run.learner, (params, state), run.testing, workdir)
     else:
-        _draw_episode(run.learner, (params, state), run.testing, workdir / "episode.png")
-    scores = {name: tested.score._asdict() for name, tested in beside.items()}
+        _draw_episode(run, (params, state), workdir / "episode.png")
+    scores = {
+        name: tested.score._asdict()
+        | {"metrics": {metric: list(score) for metric, score in tested.metrics.items()}}
+        for name, tested in beside.items()
+    }
     write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")
     print("\n".join([text, *(f"note: {note}" for note in run.source.notes)]))
@@ -366,23 +371,38 @@ def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:
     return testing.instance_table(curves)
 
 
-def _draw_episode(learner: MetaLearner, learned: tuple, tasks: Tasks, path: Path) -> None:
+def _draw_episode(run: runs.Run, learned: tuple, path: Path) -> None:
     """Draws a test episode with the learner's answers, where it can be drawn."""
-
-    @jax.jit
-    def answer(learned: tuple, data: PyTree) -> tuple[Episode, Array]:
-        keys = jax.random.split(jax.random.key(0), 3)
-        episode = tasks.sample(keys[0], data)
-        params, state = learned
-        adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
-        return episode, learner.predict(params, adapted, episode.query.x, keys[2], train=False)[0]
-
-    if runs.example_inputs(tasks) is None:
+    if runs.example_inputs(run.testing) is None:
         return
-    episode, outputs = answer(learned, tasks.data)
     # Numbers and images can be drawn; other inputs have no picture.
     with contextlib.suppress(ValueError):
-        pictures.episode_picture(episode, outputs, path)
+        if run.testing.exact_answers:
+            # Such functions are drawn at as many points as are asked for.
+            size = runs.test_size(run.config["run"])._replace(queries=_DRAWN_POINTS)
+            tasks = run.source.tasks("test", size, train=False)
+            pictures.functions_picture(_answered(run.learner, learned, tasks, 3), path)
+        else:
+            (drawn,) = _answered(run.learner, learned, run.testing, 1)
+            pictures.episode_picture(drawn.episode, drawn.predictions, path)
+
+
+def _answered(
+    learner: MetaLearner, learned: tuple, tasks: Tasks, number: int
+) -> list[pictures.DrawnFunction]:
+    """Episodes, the learner's answers, and the exact ones where they are known."""
+    exact = next(iter(tasks.exact_answers.values()), None)
+
+    @jax.jit
+    def answer(learned: tuple, data: PyTree, key: Array) -> pictures.DrawnFunction:
+        keys = jax.random.split(key, 3)
+        episode, best = exact(keys[0], data) if exact else (tasks.sample(keys[0], data), None)
+        params, state = learned
+        adapted = learner.adapt(params, state, episode.support, keys[1], train=False)
+        outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
+        return pictures.DrawnFunction(episode, outputs, best)
+
+    return [answer(learned, tasks.data, jax.random.key(seed)) for seed in range(number)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from meta_jax.core import Array, Batch, Episode, Objective
-from meta_jax.objectives import row_mask
+from meta_jax.objectives import Gaussian, row_mask
 from meta_jax.training.evaluation import MeanCI
 from meta_jax.training.writers import as_history
 
@@ -112,21 +112,113 @@ def episode_picture(episode: Episode, predictions: Array | None, path: Path | st
     Args:
       episode: The task; rows of padding are left out.
       predictions: What the learner says of the queries, in their order: logits or probabilities
-        [q, ways] or means [q, 1]; None draws the task alone.
+        [q, ways], means [q, 1], or a `Gaussian`, of which a band of two scales is drawn; None draws
+        the task alone.
       path: The PNG to write, in place of an older one.
 
     Raises:
       ValueError: the inputs are neither images nor single numbers.
     """
-    predicted = None if predictions is None else np.asarray(predictions, np.float32)
     shape = getattr(episode.support.x, "shape", ())
-    if len(shape) == 4 and shape[-1] in (1, 3):
-        draw = _draw_images
-    elif len(shape) == 2 and shape[-1] == 1 and episode.support.y.shape[-1] == 1:
-        draw = _draw_curve
-    else:
+    if _is_function(episode):
+        function = DrawnFunction(episode, predictions)
+        functions_picture([function], path)
+        return
+    if len(shape) != 4 or shape[-1] not in (1, 3):
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
-    write_figure(draw(_examples(episode.support), _examples(episode.query), predicted), path)
+    predicted = None if predictions is None else np.asarray(predictions, np.float32)
+    support, query = _examples(episode.support), _examples(episode.query)
+    write_figure(_draw_images(support, query, predicted), path)
+
+
+def _is_function(episode: Episode) -> bool:
+    shape = getattr(episode.support.x, "shape", ())
+    return len(shape) == 2 and shape[-1] == 1 and episode.support.y.shape[-1] == 1
+
+
+class DrawnFunction(NamedTuple):
+    """A task of regression and what is said of it.
+
+    Attributes:
+      episode: The task, with x [n, 1] and y [n, 1]; rows of padding are left out.
+      predictions: Means [q, 1] of the queries, or a `Gaussian`; None for the task alone.
+      exact: The best predictions that there are, likewise; None where they are not known.
+    """
+
+    episode: Episode
+    predictions: Array | Gaussian | None = None
+    exact: Array | Gaussian | None = None
+
+
+def functions_picture(functions: Sequence[DrawnFunction], path: Path | str) -> None:
+    """Draws functions side by side: support points, the queried curve, the predicted one.
+
+    Where a prediction says how sure it is, a band shows two scales on either side of its mean; two
+    thin lines bound that of the exact prediction.
+
+    Args:
+      functions: The functions.
+      path: The PNG to write, in place of an older one.
+
+    Raises:
+      ValueError: there is nothing to draw, or inputs or targets are not single numbers.
+    """
+    if not functions:
+        raise ValueError("there are no functions to draw")
+    for function in functions:
+        if not _is_function(function.episode):
+            shape = getattr(function.episode.support.x, "shape", ())
+            raise ValueError(f"a function with inputs of shape {shape} cannot be drawn")
+    figure = new_figure(6.4 if len(functions) == 1 else 4.6 * len(functions), 3.8)
+    panels = np.ravel(figure.subplots(1, len(functions)))
+    for axes, function in zip(panels, functions, strict=True):
+        _draw_function(axes, function)
+    # Numbers of points are those of the panel, and so are errors.
+    if len(functions) == 1:
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    else:
+        handles, labels = panels[0].get_legend_handles_labels()
+        labels = [label.partition(" (")[0] for label in labels]
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    write_figure(figure, path)
+
+
+def _draw_function(axes: "Axes", function: DrawnFunction) -> None:
+    support, query = map(_examples, function.episode)
+    rows = np.flatnonzero(query.mask)
+    rows = rows[query.x[rows, 0].argsort()]
+    x, y = query.x[rows, 0], query.y[rows, 0]
+    axes.plot(x, y, color=_COLOURS["train"], linewidth=2, label="task")
+    if function.exact is not None:
+        mean, scale = _mean_and_scale(function.exact, rows)
+        style: dict[str, Any] = {"color": "black", "linewidth": 0.9}
+        axes.plot(x, mean, **style, label="exact")
+        if scale is not None:
+            axes.plot(x, mean - 2 * scale, **style, linestyle=":")
+            axes.plot(x, mean + 2 * scale, **style, linestyle=":")
+    if function.predictions is not None:
+        mean, scale = _mean_and_scale(function.predictions, rows)
+        label = f"prediction (mse {np.mean((mean - y) ** 2):.3g})"
+        colour = _COLOURS["val"]
+        axes.plot(x, mean, color=colour, linewidth=2, linestyle="--", label=label)
+        if scale is not None:
+            low, high = mean - 2 * scale, mean + 2 * scale
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    points = support.x[support.mask, 0], support.y[support.mask, 0]
+    axes.plot(*points, "o", color=_COLOURS["test"], label=f"support ({len(points[0])})")
+    axes.set(xlabel="x", ylabel="y")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mean_and_scale(
+    outputs: Array | Gaussian, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Means of some rows, and their scales where there are such."""
+    if isinstance(outputs, Gaussian):
+        mean, scale = (np.asarray(leaf, np.float32)[rows, 0] for leaf in outputs)
+        return mean, scale
+    return np.asarray(outputs, np.float32)[rows, 0], None
 
 
 def _examples(batch: Batch) -> _Examples:
@@ -315,32 +407,6 @@ def _draw_image(axes: "Axes", image: np.ndarray, corner: tuple[float, float], co
     axes.add_patch(
         Rectangle((left, top), side, side, fill=False, edgecolor=colour, linewidth=width)
     )
-
-
-def _draw_curve(support: _Examples, query: _Examples, predicted: np.ndarray | None) -> "Figure":
-    rows = np.flatnonzero(query.mask)
-    rows = rows[query.x[rows, 0].argsort()]
-    x, y = query.x[rows, 0], query.y[rows, 0]
-    figure = new_figure(6.4, 3.8)
-    axes = figure.subplots()
-    axes.plot(x, y, color=_COLOURS["train"], linewidth=2, label="task")
-    if predicted is not None:
-        guess = predicted[rows, 0]
-        axes.plot(
-            x,
-            guess,
-            color=_COLOURS["val"],
-            linewidth=2,
-            linestyle="--",
-            label=f"prediction (mse {np.mean((guess - y) ** 2):.3g})",
-        )
-    points = support.x[support.mask, 0], support.y[support.mask, 0]
-    axes.plot(*points, "o", color=_COLOURS["test"], label=f"support ({len(points[0])})")
-    axes.set(xlabel="x", ylabel="y")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return figure
 
 
 def finish_axes(axes: "Axes") -> None:

@@ -84,7 +84,8 @@ def _absorb(
     seen = None if mask is None else mask[None]
     encoded = feedforward(params["encoder"], pairs(z, labels, mask))
     for layer in params["self_attention"]:
-        encoded = after_attention(layer, encoded, attend(*project(layer, encoded, heads), seen))
+        query, keys, values = project(layer, encoded, heads)
+        encoded = after_attention(layer, encoded, attend(query, keys, values, seen))
     keys = feedforward(params["embedding"], without_padding(z, mask)) @ params["key"]["kernel"]
     values = linear(params["value"], encoded)
     return KeysAndValues(split_heads(heads, keys), split_heads(heads, values), seen)
