@@ -5,7 +5,8 @@ import json
 import pytest
 
 from meta_jax.reinforcement.gittins import bayes_optimal_return
-from tests.experiments.command_line_test import assert_refused, command
+from tests.binaries import command, process
+from tests.experiments.command_line_test import assert_refused
 
 FEW = ("--trials=40", "--tuning_trials=20")
 
@@ -31,7 +32,7 @@ FEW = ("--trials=40", "--tuning_trials=20")
 )
 def test_it_prints_and_writes_what_strategies_reach(tmp_path, arguments, parameters, random):
     output = tmp_path / "found.json"
-    found = command("strategies", *arguments, *FEW, f"--output={output}")
+    found = process("strategies", *arguments, *FEW, f"--output={output}")
     assert found.returncode == 0, found.stderr
     result = json.loads(output.read_text())
     assert set(result["strategies"]) == set(parameters)
