@@ -12,9 +12,9 @@ def key_and_leak_checks() -> Iterator[None]:
     """Fails where a random key is used twice, or a tracer outlives its trace.
 
     For every trace that is over, the checker of leaks looks through all objects of the process:
-    those that were there before, a second's worth each time, are put aside.
+    those that were there before, seconds' worth each time, are put aside, garbage among them: to
+    collect it first would look through all of them once more.
     """
-    gc.collect()
     gc.freeze()
     try:
         with jax.debug_key_reuse(True), jax.checking_leaks():

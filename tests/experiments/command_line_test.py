@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from PIL import Image
 
 from experiments import testing
 from meta_jax.lookup import UsageError
+from tests.binaries import QUICK, ROOT, command, process
 
-ROOT = Path(__file__).parents[2]
 RESULT_KEYS = [
     *("learner", "tasks", "split", "ways", "shots", "queries", "episodes", "accuracy", "ci95"),
     *("normalisation", "transductive", "steps", "seed", "seconds", "metrics"),
@@ -25,24 +24,6 @@ TINY_EPISODES = [
     *("--log_every=2", "--eval_every=4", "--checkpoint_every=2", "--val_episodes=4"),
 ]
 TINY = ["--network.features=4", *TINY_EPISODES]
-
-
-# Compilation is most of the time, and commands after the first find what it compiled.
-QUICK = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
-
-def command(module, *arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **QUICK},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 def assert_refused(found, *culprits):
@@ -72,7 +53,7 @@ def folder(tmp_path_factory):
 def trained(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     arguments = (f"--tasks=folder:{folder}", *TINY, f"--workdir={workdir}", "--eval_episodes=40")
-    return workdir, arguments, command("train", *arguments)
+    return workdir, arguments, process("train", *arguments)
 
 
 def test_train_keeps_the_contract(trained):
@@ -109,7 +90,7 @@ def test_train_keeps_the_contract(trained):
 def test_evaluate_gives_the_test_accuracy_again(trained, tmp_path):
     workdir, _, _ = trained
     output = tmp_path / "out.json"
-    found = command("evaluate", f"--workdir={workdir}", "--eval_episodes=40", f"--output={output}")
+    found = process("evaluate", f"--workdir={workdir}", "--eval_episodes=40", f"--output={output}")
     assert found.returncode == 0, found.stderr
     assert re.fullmatch(
         r"test accuracy .* \(3-way 1-shot, 40 episodes, normalisation running\)\n", found.stdout
@@ -315,7 +296,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, arguments, culprits):
 
 
 def test_help_shows_the_chosen_learner_and_ends_well():
-    found = command("train", "--learner=maml", "--help")
+    found = process("train", "--learner=maml", "--help")
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.startswith("Meta-trains a learner")
     for text in ("usage: python -m experiments.train", "--workdir=", "--learner.inner_lr=FLOAT"):
@@ -337,12 +318,12 @@ def test_a_result_that_is_not_finite_is_an_error(folder, tmp_path):
 
 
 def test_evaluate_without_a_run_is_refused(tmp_path):
-    assert_refused(command("evaluate"), "--workdir")
+    assert_refused(process("evaluate"), "--workdir")
     assert_refused(command("evaluate", f"--workdir={tmp_path}"), "config.json")
 
 
 def test_reproduce_refuses_a_row_that_does_not_exist():
-    assert_refused(command("reproduce", "prototypical/omniglot_5w2s"), "omniglot_5w2s", "5w1s")
+    assert_refused(process("reproduce", "prototypical/omniglot_5w2s"), "omniglot_5w2s", "5w1s")
 
 
 def test_a_sequence_is_tested_at_every_instance(folder, tmp_path):

@@ -10,7 +10,8 @@ from experiments import compare, records
 from meta_jax.lookup import UsageError
 from meta_jax.training.pictures import Curve, validation_curves
 from meta_jax.training.record import write_config
-from tests.experiments.command_line_test import assert_refused, command
+from tests.binaries import command, process
+from tests.experiments.command_line_test import assert_refused
 
 
 def config_of(learner="prototypical", objective="cross_entropy", steps=10, **optimizer):
@@ -130,13 +131,13 @@ def test_a_damaged_result_is_named(runs):
 
 def test_the_binary_prints_and_draws_and_refuses_what_is_no_workdir(runs, tmp_path):
     picture = tmp_path / "pictures" / "curves.png"
-    found = command("compare", *runs, f"--output={picture}")
+    found = process("compare", *runs, f"--output={picture}")
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"{report(*runs)}\n\nvalidation curves in {picture}\n"
     assert np.asarray(Image.open(picture)).std() > 0
     assert_refused(command("compare", runs[0], tmp_path), "no config.json", str(tmp_path))
     assert_refused(command("compare", runs[0], f"--output={tmp_path}"), "no PNG file")
-    assert_refused(command("compare"), "name the workdirs")
+    assert_refused(process("compare"), "name the workdirs")
 
 
 class TestValidationCurves:

@@ -10,7 +10,8 @@ from meta_jax.lookup import UsageError
 from meta_jax.optimization_based.learned_optimizers.hand_designed import HAND_DESIGNED
 from meta_jax.optimization_based.learned_optimizers.tuning import LEARNING_RATES
 from meta_jax.training.learned_rules import load_rule
-from tests.experiments.command_line_test import ROOT, assert_refused, command
+from tests.binaries import ROOT, command, process
+from tests.experiments.command_line_test import assert_refused
 
 TINY = [
     *("--rule=mlp", "--estimator=pes", "--estimator.horizon=4", "--estimator.truncation=2"),
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("learn_optimizer")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    found = command("learn_optimizer", *TINY, "--test_tasks=8", f"--workdir={workdir}")
+    found = process("learn_optimizer", *TINY, "--test_tasks=8", f"--workdir={workdir}")
     assert found.returncode == 0, found.stderr
     return workdir, found.stdout
 
@@ -130,7 +131,7 @@ def test_weights_are_not_read_as_another_rule(trained):
 
 
 def test_help_shows_the_settings_of_what_is_chosen_and_no_others():
-    found = command("learn_optimizer", "--rule=lstm", "--family=mlp", "--help")
+    found = process("learn_optimizer", "--rule=lstm", "--family=mlp", "--help")
     assert found.returncode == 0, found.stderr
     for name in ("rule.preprocessing", "family.width", "estimator.horizon", "tasks.image_size"):
         assert f"\n  --{name}=" in found.stdout

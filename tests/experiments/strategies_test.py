@@ -6,7 +6,8 @@ import pytest
 
 from experiments import returns
 from meta_jax.reinforcement.gittins import bayes_optimal_return
-from tests.experiments.command_line_test import assert_refused, command
+from tests.binaries import command, process
+from tests.experiments.command_line_test import assert_refused
 
 FEW = ("--trials=40", "--tuning_trials=20")
 
@@ -32,7 +33,7 @@ FEW = ("--trials=40", "--tuning_trials=20")
 )
 def test_it_prints_and_writes_what_strategies_reach(tmp_path, arguments, parameters, random):
     output = tmp_path / "found.json"
-    found = command("strategies", *arguments, *FEW, f"--output={output}")
+    found = process("strategies", *arguments, *FEW, f"--output={output}")
     assert found.returncode == 0, found.stderr
     assert output.with_suffix(".png").stat().st_size > 0
     result = json.loads(output.read_text())
