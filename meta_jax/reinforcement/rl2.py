@@ -17,6 +17,7 @@ from meta_jax.networks.sequences import (
     causal_transformer,
     linear_transformer,
     recurrent,
+    running_sums,
     snail,
 )
 from meta_jax.objectives import check_kind, trial_return
@@ -41,13 +42,14 @@ from meta_jax.reinforcement.trial_policy import (
     start_memory,
 )
 
-Memory = Literal["gru", "lstm", "transformer", "linear_transformer", "snail"]
+Memory = Literal["gru", "lstm", "transformer", "linear_transformer", "snail", "sums"]
 _MEMORIES: dict[Memory, Callable[[int, int], SequenceNetwork]] = {
     "gru": lambda size, layers: recurrent(size, "gru"),
     "lstm": lambda size, layers: recurrent(size, "lstm"),
     "transformer": lambda size, layers: causal_transformer(size, layers),
     "linear_transformer": lambda size, layers: linear_transformer(size, layers),
     "snail": lambda size, layers: snail(width=size, filters=size),
+    "sums": lambda size, layers: running_sums(size),
 }
 _MOST_EPISODES = 10  # whose returns are metrics of their own
 
@@ -79,10 +81,10 @@ def rl2(
     Args:
       objective: Objective of the tasks; they are of reinforcement learning.
       memory: Kind of the memory: a recurrent layer 'gru' or 'lstm', a causal 'transformer',
-        'linear_transformer' for one with linear attention, or 'snail' (Mishra et al. 2018),
-        temporal convolutions with attention.
-      hidden_size: Units of the recurrent layer, width of a transformer, or channels that each
-        convolution of SNAIL adds.
+        'linear_transformer' for one with linear attention, 'snail' (Mishra et al. 2018) for
+        temporal convolutions with attention, or 'sums', which forgets the order of the steps.
+      hidden_size: Units of the recurrent layer, width of a transformer, channels that each
+        convolution of SNAIL adds, or number of sums.
       layers: Number of layers of a transformer.
       inputs: What the memory reads of the step before: in 'steps' its action and reward; in
         'transitions' the pair of its observation and action, plain and times the reward, which

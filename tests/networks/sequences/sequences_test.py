@@ -13,6 +13,7 @@ from meta_jax.networks.sequences import (
     causal_transformer,
     linear_transformer,
     recurrent,
+    running_sums,
     snail,
 )
 
@@ -25,6 +26,7 @@ NETWORKS = {
     "lstm": recurrent(4, "lstm"),
     "transformer": causal_transformer(8, layers=2, heads=2),
     "linear_transformer": linear_transformer(8, layers=2, heads=2),
+    "sums": running_sums(4),
     "snail": snail(width=4, filters=3, key_size=2, value_size=3),
 }
 
@@ -154,3 +156,12 @@ def test_linear_attention_is_a_weighted_mean_of_values():
         mean = weights @ v[: t + 1] / weights.sum()
         expected = normalised(z[t] + mean @ np.asarray(layer["attention_output"]["kernel"]))
         np.testing.assert_allclose(found[t], expected, atol=1e-10)
+
+
+def test_sums_do_not_depend_on_the_order_of_the_steps_before():
+    order = np.array([2, 0, 1, 4, 3, 5])
+    everything = np.ones(6, bool)
+    found = read("sums")(params("sums"), XS, everything)
+    shuffled = read("sums")(params("sums"), XS[order], everything)
+    np.testing.assert_allclose(shuffled[-1], found[-1], atol=1e-12)
+    assert abs(shuffled[3] - found[3]).max() > 1e-3
