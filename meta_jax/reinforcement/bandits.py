@@ -85,7 +85,7 @@ def _environment(sample_task: SampleTask, arms: int, pulls: int) -> Environment:
         _reset,
         _pull,
         Discrete(arms),
-        jax.ShapeDtypeStruct((0,), jnp.float32),
+        jax.ShapeDtypeStruct((0,), jnp.result_type(float)),
         horizon=1,
         episodes=pulls,
         expected_reward=_probability,
@@ -115,7 +115,7 @@ def _reset(key: Array, task: PyTree) -> tuple[tuple, Array]:
 def _pull(
     key: Array, task: Array, state: tuple, action: Array
 ) -> tuple[tuple, Array, Array, Array]:
-    reward = jax.random.bernoulli(key, task[action]).astype(jnp.float32)
+    reward = jax.random.bernoulli(key, task[action]).astype(task.dtype)
     return state, jnp.zeros(0), reward, jnp.bool_(True)
 
 

@@ -67,7 +67,7 @@ def grid_navigation(*, size: int = 5, episodes: int = 4, horizon: int = 15) -> E
         functools.partial(_reset, size),
         functools.partial(_step, size, horizon),
         Discrete(len(_MOVES)),
-        jax.ShapeDtypeStruct((size * size,), jnp.float32),
+        jax.ShapeDtypeStruct((size * size,), jnp.result_type(float)),
         horizon=horizon,
         episodes=episodes,
         expected_reward=functools.partial(_expected_reward, size),

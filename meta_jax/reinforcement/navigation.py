@@ -81,7 +81,7 @@ def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed")
         _reset,
         functools.partial(_step, horizon),
         Continuous(2),
-        jax.ShapeDtypeStruct((2,), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.result_type(float)),
         horizon=horizon,
         episodes=episodes,
         optimal_return=functools.partial(_optimal_return, horizon),

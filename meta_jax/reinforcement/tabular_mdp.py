@@ -79,7 +79,7 @@ def tabular_mdp(
         functools.partial(_reset, states),
         functools.partial(_step, states, horizon),
         Discrete(actions),
-        jax.ShapeDtypeStruct((states,), jnp.float32),
+        jax.ShapeDtypeStruct((states,), jnp.result_type(float)),
         horizon=horizon,
         episodes=episodes,
         expected_reward=_expected_reward,

@@ -34,6 +34,22 @@ def test_the_functions_fit_each_other(name):
 
 
 @pytest.mark.parametrize(
+    "build", [bandit, dependent_bandit, tabular_mdp, navigation, grid_navigation]
+)
+def test_the_functions_fit_each_other_in_double_precision(build):
+    with jax.enable_x64(True):
+        environment = build(**({"pulls": 2} if build in (bandit, dependent_bandit) else {}))
+        check_environment(environment)
+        agent = Agent((), lambda memory, percept, key: (jnp.zeros_like(percept.action), (), ()))
+        key = jax.random.key(0)
+        run = functools.partial(
+            run_trial, problem=Problem(environment, environment.sample_task(key))
+        )
+        found = jax.eval_shape(functools.partial(run, agent=agent), key)
+        assert found.reward.dtype == found.percept.observation.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
     ("build", "culprit"),
     [
         (functools.partial(bandit, arms=0), "arms=0"),

@@ -405,7 +405,9 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
+from meta_jax.data.source import EpisodeSize
 from meta_jax.optimization_based.maml import maml
+from meta_jax.reinforcement import bandit, rl2, source_from_environment
 from meta_jax.training.outer_step import (
     init_train_state, make_outer_step, make_train_loop, task_mesh
 )
@@ -445,32 +447,35 @@ def averaging_init(key, episode):
 
 averaging = shared(None)._replace(init=averaging_init, loss=averaging_loss)
 
-# Name: (the learner of a mesh, tasks in a step, task chunk). The last one's 16 images
-# are shared, not its one task.
+# Name: (the learner of a mesh, its tasks, tasks in a step, task chunk). The 16 images of the
+# last one are shared, not its one task.
+episodes = Tasks(sample, data, cross_entropy)
+pulls = source_from_environment(bandit(arms=2, pulls=3)).tasks(
+    "train", EpisodeSize(1, 1, 1), train=True
+)
 learners = {
-    "shared state": (unshared(averaging), 8, None),
-    "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), 16, 8),
-    "state of a task": (unshared(counting), 16, 8),
-    "images": (shared, 1, None),
+    "shared state": (unshared(averaging), episodes, 8, None),
+    "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), episodes, 16, 8),
+    "state of a task": (unshared(counting), episodes, 16, 8),
+    "ppo": (unshared(rl2(hidden_size=4, epochs=1, minibatches=2)), pulls, 16, None),
+    "images": (shared, episodes, 1, None),
 }
 def largest(a, b):
     gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), a, b)
     return max(jax.tree.leaves(gaps))
 
 results = {"devices": jax.device_count()}
-for name, (learner_of, batch, chunk) in learners.items():
+for name, (learner_of, tasks, batch, chunk) in learners.items():
     ends = []
     for devices in (jax.devices()[:1], jax.devices()):
         learner, mesh = learner_of(task_mesh(8, devices)), task_mesh(batch, devices)
         step = make_outer_step(
-            learner, optimizer, sample, task_batch=batch, task_chunk=chunk, mesh=mesh
+            learner, optimizer, tasks.sample, task_batch=batch, task_chunk=chunk, mesh=mesh
         )
-        train_state = init_train_state(
-            learner, optimizer, Tasks(sample, data, cross_entropy), 0, task_batch=batch
-        )
+        train_state = init_train_state(learner, optimizer, tasks, 0, task_batch=batch)
         start = jax.tree.map(np.asarray, train_state.params)
-        run = make_train_loop(step).lower(train_state, data, 20).compile()
-        train_state, metrics, finite = run(train_state, data, 20)
+        run = make_train_loop(step).lower(train_state, tasks.data, 20).compile()
+        train_state, metrics, finite = run(train_state, tasks.data, 20)
         assert finite
         ends.append(jax.tree.map(np.asarray, (train_state.params, train_state.state, metrics)))
     results[name] = {
@@ -505,7 +510,7 @@ def test_eight_devices_train_as_one_does():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["devices"] == 8
-    for name in ("shared state", "maml", "state of a task", "images"):
+    for name in ("shared state", "maml", "state of a task", "ppo", "images"):
         assert results[name]["apart"] < 1e-9, results
         assert results[name]["moved"] > 1e-2, results
         assert results[name]["shared"], results
