@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from meta_jax.core import Array
 
 
-def dice_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> Array:
+def dice_surrogate(
+    log_probabilities: Array, advantages: Array, mask: Array, sampled: Array | None = None
+) -> Array:
     """Loaded DiCE of one trajectory, to be maximised (Farquhar et al. 2019, equation 8).
 
     sum_t (magic(w_0 + ... + w_t) - magic(w_0 + ... + w_{t-1})) A_t with w_t = log pi(a_t) and
@@ -19,6 +21,8 @@ def dice_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> 
       log_probabilities: Logarithms of the probabilities of the actions, [steps].
       advantages: Advantages, constants, [steps].
       mask: bool [steps], False for padding.
+      sampled: Logarithms of the probabilities that the actions were sampled with, constants; by
+        default `log_probabilities`. With those of an older policy, steps are weighed by importance.
 
     Examples:
       >>> w, a = jnp.array([-0.5, -1.0]), jnp.array([2.0, 3.0])
@@ -26,13 +30,15 @@ def dice_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> 
       [2.0, 3.0]
     """
     _check_steps(log_probabilities, advantages, mask)
-    w = jnp.where(mask, log_probabilities, 0)
-    upto = jnp.cumsum(w)
-    difference = _magic(upto) - _magic(upto - w)
+    ratio = jnp.where(mask, _log_ratio(log_probabilities, sampled), 0)
+    upto = jnp.cumsum(ratio)
+    difference = jnp.exp(upto) - jnp.exp(upto - ratio)
     return jnp.where(mask, difference * jax.lax.stop_gradient(advantages), 0).sum()
 
 
-def lvc_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> Array:
+def lvc_surrogate(
+    log_probabilities: Array, advantages: Array, mask: Array, sampled: Array | None = None
+) -> Array:
     """The low-variance curvature surrogate of one trajectory (Rothfuss et al. 2019, equation 5).
 
     sum_t (magic(w_t) - 1) A_t, to be maximised. Its value and gradient are those of
@@ -43,6 +49,7 @@ def lvc_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> A
       log_probabilities: Logarithms of the probabilities of the actions, [steps].
       advantages: Advantages, constants, [steps].
       mask: bool [steps], False for padding.
+      sampled: As in `dice_surrogate`.
 
     Examples:
       >>> w, a = jnp.array([-0.5, -1.0]), jnp.array([2.0, 3.0])
@@ -50,7 +57,8 @@ def lvc_surrogate(log_probabilities: Array, advantages: Array, mask: Array) -> A
       [[2.0, 0.0], [0.0, 3.0]]
     """
     _check_steps(log_probabilities, advantages, mask)
-    gain = (_magic(log_probabilities) - 1) * jax.lax.stop_gradient(advantages)
+    ratio = jnp.exp(_log_ratio(log_probabilities, sampled))
+    gain = (ratio - 1) * jax.lax.stop_gradient(advantages)
     return jnp.where(mask, gain, 0).sum()
 
 
@@ -59,5 +67,6 @@ def _check_steps(log_probabilities: Array, advantages: Array, mask: Array) -> No
     chex.assert_equal_shape([log_probabilities, advantages, mask])
 
 
-def _magic(w: Array) -> Array:
-    return jnp.exp(w - jax.lax.stop_gradient(w))
+def _log_ratio(log_probabilities: Array, sampled: Array | None) -> Array:
+    sampled = log_probabilities if sampled is None else sampled
+    return log_probabilities - jax.lax.stop_gradient(sampled)

@@ -1,12 +1,12 @@
 """MAML for reinforcement learning: a policy that a few policy gradients adapt to a task."""
 
 import functools
-import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax import registry
 from meta_jax.core import (
@@ -17,48 +17,37 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    Sample,
     with_loss,
 )
-from meta_jax.inner_loop import (
-    Adjoint,
-    InnerLoopResult,
-    UpdateRule,
-    as_adjoint,
-    from_optax,
-    learned_sgd,
-    run_inner_loop,
-)
+from meta_jax.inner_loop import Adjoint, UpdateRule, as_adjoint, from_optax, learned_sgd
 from meta_jax.lookup import UsageError
-from meta_jax.networks.layers import check_at_least_one, init_linear, linear
+from meta_jax.networks.layers import check_at_least_one
 from meta_jax.objectives import check_kind, trial_return
-from meta_jax.reinforcement.advantages import generalised_advantages, standardised
-from meta_jax.reinforcement.baselines import fit_baseline, linear_features, returns_to_go
-from meta_jax.reinforcement.dice import dice_surrogate, lvc_surrogate
-from meta_jax.reinforcement.environment import Actions, Discrete, Problem
+from meta_jax.reinforcement.advantages import standardised
+from meta_jax.reinforcement.environment import Problem
 from meta_jax.reinforcement.policies import log_probability, sample_action
-from meta_jax.reinforcement.rollout import Agent, Percept, Trajectory, run_trial
+from meta_jax.reinforcement.policy_adaptation import (
+    Adaptation,
+    Part,
+    Surrogate,
+    advantages,
+    init_policy,
+    inner_loop,
+    log_probabilities,
+    policy_outputs,
+    sample_trajectories,
+    surrogate_loss,
+)
+from meta_jax.reinforcement.rollout import Percept, Trajectory
 from meta_jax.reinforcement.trial_policy import actions_of, check_problem
 
-Part = Literal["all", "head", "body"]
-Surrogate = Literal["dice", "lvc"]
-_SURROGATES = {"dice": dice_surrogate, "lvc": lvc_surrogate}
 
+class _Size(NamedTuple):
+    """Number of inner steps, and of the trajectories of each."""
 
-class _Parts(NamedTuple):
-    """What the functions of the learner share."""
-
-    network: Network
-    rule: UpdateRule
-    adjoint: Adjoint
-    adapted: Part
     steps: int
-    eval_steps: int
     trajectories: int
-    eval_trajectories: int
-    discount: float
-    gae_lambda: float
-    surrogate: Surrogate
-    initial_scale: float
 
 
 @registry.learner("maml_rl", network="mlp", tasks="navigation", run={"task_batch": 20})
@@ -79,6 +68,9 @@ def maml_rl(
     gae_lambda: float = 1.0,
     surrogate: Surrogate = "dice",
     initial_scale: float = 1.0,
+    outer: Literal["gradient", "ppo"] = "gradient",
+    epochs: int = 5,
+    clip: float = 0.2,
 ) -> MetaLearner:
     """Builds a MAML learner of policies (Finn, Abbeel and Levine 2017, section 5.3).
 
@@ -108,6 +100,10 @@ def maml_rl(
       surrogate: Loss whose gradient is the policy gradient: 'dice', with unbiased second
         derivatives, or 'lvc', whose second derivatives are biased and vary less.
       initial_scale: Standard deviation of the actions of a Gaussian policy before training.
+      outer: Outer update: 'gradient' makes one with the trajectories of a step, 'ppo' several, as
+        proximal meta-policy search does (Rothfuss et al. 2019, algorithm 1, without its KL term).
+      epochs: Updates that 'ppo' makes in an outer step.
+      clip: Change of an action's probability ratio beyond which 'ppo' gives no more reward.
 
     Returns:
       The learner. Its tasks are `Problem`s. `adapt` gives the policy after the inner loop;
@@ -119,33 +115,38 @@ def maml_rl(
       UsageError: tasks of another kind, a network with normalisation, or numbers that do not fit.
     """
     check_kind(objective, "control", "maml_rl")
-    check_at_least_one("maml_rl", trajectories=trajectories, eval_trajectories=eval_trajectories)
+    check_at_least_one(
+        "maml_rl",
+        trajectories=trajectories,
+        eval_trajectories=eval_trajectories,
+        epochs=epochs,
+    )
     if min(steps, eval_steps) < 0:
         raise UsageError(f"steps must be at least 0: steps={steps}, eval_steps={eval_steps}")
     if not initial_scale > 0:
         raise UsageError(f"initial_scale={initial_scale} must be above 0")
     if network.normalisation != "none":
         raise UsageError("maml_rl needs a network without normalisation, such as mlp")
-    parts = _Parts(
+    parts = Adaptation(
         network,
         _rule(inner_rule, inner_lr, inner_lr if later_lr is None else later_lr),
         as_adjoint(adjoint),
         adapted,
-        steps,
-        eval_steps,
-        trajectories,
-        eval_trajectories,
         discount,
         gae_lambda,
         surrogate,
         initial_scale,
     )
+    training, testing = _Size(steps, trajectories), _Size(eval_steps, eval_trajectories)
+    is_ppo = outer == "ppo"
     return MetaLearner(
         functools.partial(_init, parts),
-        functools.partial(_adapt, parts),
+        functools.partial(_adapt, parts, training, testing),
         functools.partial(_predict, parts),
-        functools.partial(_loss, parts),
-        functools.partial(_evaluate, parts),
+        functools.partial(_loss, parts, training),
+        functools.partial(_evaluate, parts, testing),
+        update=functools.partial(_update, parts, training, epochs, clip) if is_ppo else None,
+        updates_per_step=epochs if is_ppo else 1,
     )
 
 
@@ -155,165 +156,44 @@ def _rule(name: str, inner_lr: float, later_lr: float) -> UpdateRule:
     return from_optax(optax.sgd(lambda step: jnp.where(step == 0, inner_lr, later_lr)))
 
 
-def _init(parts: _Parts, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
-    environment = check_problem(task, "maml_rl").environment
-    if not environment.observation.shape[0]:
-        raise UsageError(
-            "the policies of maml_rl see the observation alone, and these tasks have none: choose "
-            "rl2, which remembers what it did, or other tasks"
-        )
-    network_key, head_key, rule_key = jax.random.split(key, 3)
-    x = jnp.zeros((1, *environment.observation.shape), environment.observation.dtype)
-    body, state = parts.network.init(network_key, x)
-    z = jax.eval_shape(functools.partial(_embed, parts.network, state), body, x)
-    actions = environment.actions
-    outputs = actions.n if isinstance(actions, Discrete) else actions.size
-    policy = {"network": body, "head": init_linear(head_key, z.shape[1], outputs)}
-    if not isinstance(actions, Discrete):
-        policy["log_scale"] = jnp.full(actions.size, math.log(parts.initial_scale), z.dtype)
-    changed, _ = _split(parts.adapted, policy)
-    return {"policy": policy, "rule": parts.rule.init_meta(rule_key, changed)}, state
+def _init(parts: Adaptation, key: Array, task: PyTree) -> tuple[PyTree, PyTree]:
+    return init_policy(parts, key, check_problem(task, "maml_rl"))
 
 
-def _embed(network: Network, state: PyTree, body: PyTree, x: Array) -> Array:
-    return network.apply(body, state, x, key=None, train=False)[0]
-
-
-def _split(adapted: Part, policy: PyTree) -> tuple[PyTree, PyTree]:
-    """The parts of a policy that the inner loop changes, and the others."""
-    chosen = {"all": set(policy), "head": {"head", "log_scale"}, "body": {"network"}}[adapted]
-    changed = {name: part for name, part in policy.items() if name in chosen}
-    return changed, {name: part for name, part in policy.items() if name not in chosen}
-
-
-def _outputs(network: Network, state: PyTree, policy: PyTree, observations: Array) -> Array:
-    """What describes the policy at observations [n, size]: [n, outputs]."""
-    outputs = linear(policy["head"], _embed(network, state, policy["network"], observations))
-    if "log_scale" in policy:
-        scales = jnp.broadcast_to(policy["log_scale"], outputs.shape)
-        return jnp.concatenate([outputs, scales], 1)
-    return outputs
-
-
-def _act(
-    network: Network,
-    state: PyTree,
-    policy: PyTree,
-    actions: Actions,
-    memory: tuple,
-    percept: Percept,
-    key: Array,
-) -> tuple[Array, tuple, tuple]:
-    outputs = _outputs(network, state, policy, percept.observation[None])[0]
-    return sample_action(key, outputs, actions), memory, ()
-
-
-def sample_trajectories(
-    network: Network, state: PyTree, policy: PyTree, problem: Problem, key: Array, count: int
-) -> Trajectory:
-    """Trajectories of a policy in one task, [count, steps]; nothing is differentiated through them.
-
-    Args:
-      network: Body of the policy.
-      state: State of the body.
-      policy: Parameters {'network', 'head'} and, for real actions, 'log_scale'.
-      problem: The task.
-      key: Random key.
-      count: Number of trajectories.
-    """
-    act = functools.partial(
-        _act, network, state, jax.lax.stop_gradient(policy), problem.environment.actions
-    )
-    run = functools.partial(run_trial, problem=problem, agent=Agent((), act))
-    return jax.vmap(run)(jax.random.split(key, count))
-
-
-def _advantages(parts: _Parts, problem: Problem, found: Trajectory) -> Array:
-    """Returns less a baseline that is linear in features, of mean 0 and deviation 1."""
-    mask = found.mask
-    to_go = functools.partial(returns_to_go, discount=parts.discount)
-    step = jnp.arange(mask.shape[1]) % problem.environment.horizon
-    features = linear_features(found.percept.observation, jnp.broadcast_to(step, mask.shape))
-    baseline = fit_baseline(features, jax.vmap(to_go)(found.reward, mask), mask)
-    advantage = jax.vmap(
-        functools.partial(
-            generalised_advantages, discount=parts.discount, gae_lambda=parts.gae_lambda
-        )
-    )(found.reward, baseline, mask)
-    return standardised(advantage, mask)
-
-
-def _surrogate(
-    parts: _Parts, problem: Problem, state: PyTree, policy: PyTree, found: Trajectory
-) -> Array:
-    """The loss of a policy on trajectories that it sampled itself: the surrogate, negative."""
-    advantage = _advantages(parts, problem, found)
-    count, steps = found.mask.shape
-    observations = found.percept.observation.reshape(count * steps, -1)
-    outputs = _outputs(parts.network, state, policy, observations).reshape(count, steps, -1)
-    of_action = functools.partial(log_probability, actions=problem.environment.actions)
-    log_p = jax.vmap(jax.vmap(of_action))(outputs, found.action)
-    surrogate = _SURROGATES[parts.surrogate]
-    return -jax.vmap(surrogate)(log_p, advantage, found.mask).sum() / found.mask.sum()
-
-
-class _Seen(NamedTuple):
-    """What the inner problem keeps: the state of the body, and the last return."""
-
-    state: PyTree
-    mean_return: Array
-
-
-def _size(parts: _Parts, train: bool) -> tuple[int, int]:
-    """Number of inner steps, and of the trajectories of each, in training or in tests."""
-    if train:
-        return parts.steps, parts.trajectories
-    return parts.eval_steps, parts.eval_trajectories
-
-
-def _inner_loop(
-    parts: _Parts,
-    params: PyTree,
+def _sample_at(
+    parts: Adaptation,
     state: PyTree,
     problem: Problem,
     key: Array,
-    *,
-    train: bool,
-) -> tuple[PyTree, InnerLoopResult]:
-    """The adapted policy, and the inner loop; what it observed is the return before each step."""
-    steps, trajectories = _size(parts, train)
-    changed, kept = _split(parts.adapted, params["policy"])
-
-    def loss(changed: PyTree, seen: _Seen, step: Array) -> tuple[Array, _Seen]:
-        policy, now = changed | kept, jax.random.fold_in(key, step)
-        found = sample_trajectories(parts.network, seen.state, policy, problem, now, trajectories)
-        value = _surrogate(parts, problem, seen.state, policy, found)
-        return value, _Seen(seen.state, found.reward.sum(1).mean())
-
-    ended = run_inner_loop(
-        loss,
-        parts.rule,
-        params["rule"],
-        changed,
-        _Seen(state, jnp.zeros(())),
-        steps=steps,
-        adjoint=parts.adjoint,
-        observe=lambda changed, seen, step: seen.mean_return,
-    )
-    return ended.params | kept, ended
+    count: int,
+    policy: PyTree,
+    step: Array,
+) -> Trajectory:
+    """Trajectories that a policy samples for an inner step."""
+    key = jax.random.fold_in(key, step)
+    return sample_trajectories(parts.network, state, policy, problem, key, count)
 
 
 def _adapt(
-    parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array, *, train: bool
+    parts: Adaptation,
+    training: _Size,
+    testing: _Size,
+    params: PyTree,
+    state: PyTree,
+    task: PyTree,
+    key: Array,
+    *,
+    train: bool,
 ) -> PyTree:
     """The policy after the inner loop, which acts in the task itself."""
-    problem = check_problem(task, "maml_rl")
-    policy, _ = _inner_loop(parts, params, state, problem, key, train=train)
+    problem, size = check_problem(task, "maml_rl"), training if train else testing
+    draw = functools.partial(_sample_at, parts, state, problem, key, size.trajectories)
+    policy, _ = inner_loop(parts, params, state, problem, draw, size.steps)
     return policy, state
 
 
 def _predict(
-    parts: _Parts,
+    parts: Adaptation,
     params: PyTree,
     adapted: tuple[PyTree, PyTree],
     percept: Percept,
@@ -325,41 +205,130 @@ def _predict(
     """An action with its log probability, and the adapted policy as it was."""
     del params, train, mask
     policy, state = adapted
-    outputs = _outputs(parts.network, state, policy, percept.observation[None])[0]
+    outputs = policy_outputs(parts.network, state, policy, percept.observation[None])[0]
     actions = actions_of(percept, outputs.shape[0])
     action = sample_action(key, outputs, actions)
     return (action, log_probability(outputs, action, actions)), adapted
 
 
+class _Sampled(NamedTuple):
+    """A policy that adapted, and what was sampled on the way."""
+
+    policy: PyTree
+    inner: Trajectory  # [inner steps, count, steps]
+    outer: Trajectory  # of the adapted policy, [count, steps]
+
+    def returns(self) -> list[Array]:
+        """Mean returns before each inner step, and after the last."""
+        before = self.inner.reward.sum(-1).mean(-1)
+        return [*before, self.outer.reward.sum(-1).mean()]
+
+
 def _adapt_and_act(
-    parts: _Parts, params: PyTree, state: PyTree, problem: Problem, key: Array, *, train: bool
-) -> tuple[PyTree, InnerLoopResult, Trajectory]:
-    """The adapted policy, its inner loop, and trajectories that it samples then."""
+    parts: Adaptation, size: _Size, params: PyTree, state: PyTree, problem: Problem, key: Array
+) -> _Sampled:
     inner_key, outer_key = jax.random.split(key)
-    policy, ended = _inner_loop(parts, params, state, problem, inner_key, train=train)
-    _, count = _size(parts, train)
-    found = sample_trajectories(parts.network, state, policy, problem, outer_key, count)
-    return policy, ended, found
+    draw = functools.partial(_sample_at, parts, state, problem, inner_key, size.trajectories)
+    policy, ended = inner_loop(parts, params, state, problem, draw, size.steps)
+    found = sample_trajectories(parts.network, state, policy, problem, outer_key, size.trajectories)
+    return _Sampled(policy, ended.observed, found)
 
 
 def _loss(
-    parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array
+    parts: Adaptation, size: _Size, params: PyTree, state: PyTree, task: PyTree, key: Array
 ) -> tuple[Array, LossAux]:
     problem = check_problem(task, "maml_rl")
-    policy, ended, found = _adapt_and_act(parts, params, state, problem, key, train=True)
-    mean_return = found.reward.sum(1).mean()
-    metrics = {"return": mean_return}
-    if parts.steps:
-        metrics["return_before"] = ended.observed[0]
+    sampled = _adapt_and_act(parts, size, params, state, problem, key)
+    advantage = advantages(parts, problem, sampled.outer)
+    surrogate = surrogate_loss(parts, problem, state, sampled.policy, sampled.outer, advantage)
+    returns = sampled.returns()
     # The surrogate is 0 whatever the policy; what is minimised is the negative return.
-    loss = _surrogate(parts, problem, state, policy, found) - mean_return
-    return loss, LossAux(state, metrics)
+    value = surrogate - jax.lax.stop_gradient(surrogate) - returns[-1]
+    return value, LossAux(state, _metrics(size, returns))
 
 
-def _evaluate(parts: _Parts, params: PyTree, state: PyTree, task: PyTree, key: Array) -> Metrics:
+def _metrics(size: _Size, returns: list[Array]) -> Metrics:
+    return {"return": returns[-1], **({"return_before": returns[0]} if size.steps else {})}
+
+
+def _evaluate(
+    parts: Adaptation, size: _Size, params: PyTree, state: PyTree, task: PyTree, key: Array
+) -> Metrics:
     problem = check_problem(task, "maml_rl")
-    _, ended, found = _adapt_and_act(parts, params, state, problem, key, train=False)
-    last = found.reward.sum(1).mean()
-    returns = [*(ended.observed[i] for i in range(parts.eval_steps)), last]
+    returns = _adapt_and_act(parts, size, params, state, problem, key).returns()
     by_step = {f"return_after_{i}": value for i, value in enumerate(returns)}
-    return with_loss(-last, {"return": last, **by_step})
+    return with_loss(-returns[-1], {"return": returns[-1], **by_step})
+
+
+def _update(
+    parts: Adaptation,
+    size: _Size,
+    epochs: int,
+    clip: float,
+    optimizer: optax.GradientTransformationExtraArgs,
+    sample: Sample,
+    params: PyTree,
+    state: PyTree,
+    opt_state: PyTree,
+    data: PyTree,
+    keys: Array,
+    *,
+    mesh: Mesh | None = None,
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+    """Adapts to all tasks once, then makes several updates on what was sampled."""
+    if mesh is not None:
+        keys = jax.lax.with_sharding_constraint(keys, NamedSharding(mesh, PartitionSpec("task")))
+    task_keys, act_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    problems = jax.vmap(sample, (0, None))(task_keys, data)
+    act = functools.partial(_adapt_and_act, parts, size, params, state)
+    sampled = jax.vmap(act)(problems, act_keys)
+    found = jax.vmap(functools.partial(advantages, parts))(problems, sampled.outer)
+    # Over all tasks, so that each one's return counts alike.
+    advantage = standardised(found, sampled.outer.mask)
+    replay = functools.partial(_replayed_loss, parts, size, clip, state)
+
+    def loss(params: PyTree) -> Array:
+        return jax.vmap(replay, (None, 0, 0, 0))(params, problems, sampled, advantage).mean()
+
+    def update(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], Metrics]:
+        params, opt_state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(
+            gradient, opt_state, params, value=value, grad=gradient
+        )
+        norm = optax.tree.norm(gradient)
+        return (optax.apply_updates(params, updates), opt_state), {
+            "loss": value,
+            "gradient_norm": norm,
+        }
+
+    (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), length=epochs)
+    returns = jax.tree.map(jnp.mean, jax.vmap(_Sampled.returns)(sampled))
+    metrics = jax.tree.map(jnp.mean, metrics) | _metrics(size, returns)
+    return params, state, opt_state, metrics
+
+
+def _replayed_loss(
+    parts: Adaptation,
+    size: _Size,
+    clip: float,
+    state: PyTree,
+    params: PyTree,
+    problem: Problem,
+    sampled: _Sampled,
+    advantage: Array,
+) -> Array:
+    """The clipped surrogate after an inner loop on trajectories that were sampled before."""
+    draw = functools.partial(_stored, sampled.inner)
+    policy, _ = inner_loop(parts, params, state, problem, draw, size.steps)
+    log_p = log_probabilities(parts, problem, state, policy, sampled.outer)
+    ratio = jnp.exp(log_p - sampled.outer.extras)
+    gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+    mask = sampled.outer.mask
+    return -jnp.where(mask, gain, 0).sum() / mask.sum()
+
+
+def _stored(inner: Trajectory, policy: PyTree, step: Array) -> Trajectory:
+    """The trajectories of an inner step, whoever sampled them."""
+    del policy
+    return jax.tree.map(lambda leaf: leaf[step], inner)

@@ -11,7 +11,8 @@ from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.lookup import UsageError
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
-from meta_jax.reinforcement.maml_rl import maml_rl, sample_trajectories
+from meta_jax.reinforcement.maml_rl import maml_rl
+from meta_jax.reinforcement.policy_adaptation import sample_trajectories
 from meta_jax.reinforcement.rollout import Percept
 from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
 from tests.checkers import key_and_leak_checks
