@@ -5,6 +5,8 @@ from typing import NamedTuple
 _DUAN = "Duan et al. 2016, table 1"
 _DUAN_MDP = "Duan et al. 2016, table 2"
 _MISHRA = "Mishra et al. 2018, table 3"
+_MAML = "Finn et al. 2017, section 5.3"
+_GRID = "Zintgraf et al. 2020 have curves only; the mean optimum of an episode is 11.07"
 _SNELL = "Snell et al. 2017, table 1"
 _FINN = "Finn et al. 2017, table 1"
 _NICHOL = "Nichol et al. 2018, table 2"
@@ -120,4 +122,13 @@ ROWS: dict[str, Row] = {
     "rl2/bandit_100_10": _trials("rl2_bandit_100_10", 83.5, _DUAN),
     "snail/bandit_10_5": _trials("snail_bandit_10_5", 6.6, _MISHRA),
     "snail/bandit_100_5": _trials("snail_bandit_100_5", 79.1, _MISHRA),
+    "rl2/mdp_10": _trials("rl2_mdp_10", 156.2, _DUAN_MDP),
+    "rl2/mdp_25": _trials("rl2_mdp_25", 445.7, _DUAN_MDP),
+    "rl2/grid_navigation_episode_2": _trials("rl2_grid_navigation", None, _GRID, "episode_2"),
+    "rl2/grid_navigation_episode_3": _trials("rl2_grid_navigation", None, _GRID, "episode_3"),
+    "rl2/grid_navigation_episode_4": _trials("rl2_grid_navigation", None, _GRID, "episode_4"),
+    "maml_rl/navigation_0_steps": _trials("maml_rl_navigation", -40.41, _MAML, "return_after_0"),
+    "maml_rl/navigation_1_step": _trials("maml_rl_navigation", -11.68, _MAML, "return_after_1"),
+    "maml_rl/navigation_2_steps": _trials("maml_rl_navigation", -3.33, _MAML, "return_after_2"),
+    "maml_rl/navigation_3_steps": _trials("maml_rl_navigation", -3.23, _MAML, "return_after_3"),
 }

@@ -265,6 +265,7 @@ class Built(NamedTuple):
     params: dict
     state: dict
     value_and_grad: Callable  # (params, state, episode, key), jitted
+    adapt: Callable  # (params, state, support, key) -> the adapted learner at test, jitted
     program: Callable  # (params, state, support, x, mask, key) -> outputs and state at test, jitted
     traces: list[None]  # one for each compilation of the program
 
@@ -278,25 +279,56 @@ def shifted(leaf):
 
 
 @functools.cache
+def initial(name, mode):
+    """Parameters and state of a learner before training.
+
+    Leaves that the learner has in its own mode too are those, so that few modes compile an `init`:
+    no law is about initial values.
+    """
+    learner, own = LEARNERS[name].build(mode), LEARNERS[name].mode
+    arguments = (jax.random.key(0), episode(name))
+    if mode != own:
+        known = dict(jax.tree_util.tree_leaves_with_path(initial(name, own)))
+        wanted = jax.eval_shape(learner.init, *arguments)
+        paths = jax.tree_util.tree_leaves_with_path(wanted)
+        found = [known.get(path) for path, _ in paths]
+        if all(
+            leaf is not None and (leaf.shape, leaf.dtype) == (asked.shape, asked.dtype)
+            for leaf, (_, asked) in zip(found, paths, strict=True)
+        ):
+            return jax.tree.unflatten(jax.tree.structure(wanted), found)
+    return jax.jit(learner.init)(*arguments)
+
+
 def built(name, mode=None):
-    learner = LEARNERS[name].build(mode or LEARNERS[name].mode)
-    params, state = jax.jit(learner.init)(jax.random.key(0), episode(name))
+    """The learner in a mode, by default its own: one for all laws, with what it has compiled."""
+    return _built(name, mode or LEARNERS[name].mode)
+
+
+@functools.cache
+def _built(name, mode):
+    learner = LEARNERS[name].build(mode)
+    params, state = initial(name, mode)
     leaves, treedef = jax.tree.flatten(params)
     noise = np.random.default_rng(1)
     params = treedef.unflatten([p + 0.3 * noise.standard_normal(p.shape) for p in leaves])
     traces = []
+    # Jitted on their own they are traced once, for the laws that use the parts and for the whole.
+    adapt = jax.jit(functools.partial(learner.adapt, train=False))
+    predict = jax.jit(functools.partial(learner.predict, train=False))
 
     def program(params, state, support, x, mask, key):
         traces.append(None)
         adapt_key, predict_key = jax.random.split(key)
-        adapted = learner.adapt(params, state, support, adapt_key, train=False)
-        return learner.predict(params, adapted, x, predict_key, train=False, mask=mask)
+        adapted = adapt(params, state, support, adapt_key)
+        return predict(params, adapted, x, predict_key, mask=mask)
 
     return Built(
         learner,
         params,
         jax.tree.map(shifted, state),
         jax.jit(jax.value_and_grad(learner.loss, has_aux=True)),
+        adapt,
         jax.jit(program),
         traces,
     )
@@ -445,13 +477,7 @@ def test_a_test_is_exported_for_any_number_of_queries(name, mode):
     b, task = built(name, mode), episode(name)
     if not LEARNERS[name].supervised:
         pytest.skip("its tasks are problems to optimize, which have no queries")
-    adapted = jax.eval_shape(
-        functools.partial(b.learner.adapt, train=False),
-        b.params,
-        b.state,
-        task.support,
-        jax.random.key(0),
-    )
+    adapted = jax.eval_shape(b.adapt, b.params, b.state, task.support, jax.random.key(0))
     (m,) = jax.export.symbolic_shape("m")
     x = jax.ShapeDtypeStruct((m, *task.query.x.shape[1:]), task.query.x.dtype)
 

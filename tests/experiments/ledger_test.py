@@ -58,29 +58,47 @@ def load_once(name, settings):  # the whole Omniglot takes seconds
     return load_source(name, **dict(settings))
 
 
-def rows_by_test():
+def rows_by_test(*, trials=False):
     """Rows of the same weights and settings, such as the instances of a sequence, share a test."""
     tests = {}
     for row in ROWS_IN_LEDGER:
+        if (row["ways"] is None) != trials:
+            continue
         made = ROWS[row["row"]]
         key = (row["weights"], made.ways, made.shots, made.normalisation, made.protocol)
         tests.setdefault(key, []).append(row)
     return list(tests.values())
 
 
+def tolerance(row, episodes, answers=1, answers_of_row=1):
+    """How far a test of few episodes may be from a row: three standard errors of both.
+
+    Args:
+      row: Row of the ledger.
+      episodes: Number of the test's episodes.
+      answers: Number of queries in an episode of the test, where it differs from the row's.
+      answers_of_row: Number of queries in an episode of the row's own test.
+    """
+    of_row = row["ci95"] ** 2 * row["episodes"] / 1.96**2  # variance between its episodes
+    of_a_query = row["value"] * (100 - row["value"])
+    variance = of_row + of_a_query * (1 / answers - 1 / answers_of_row)
+    return 3 * (variance / episodes + (row["ci95"] / 1.96) ** 2) ** 0.5
+
+
 @pytest.mark.parametrize("rows", rows_by_test(), ids=lambda rows: rows[0]["row"])
-def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch, request):
+def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
     monkeypatch.setattr(
         testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
     )
-    if rows[0]["learner"] in ("reptile", "lstm_meta_learner", "meta_networks"):  # they take long
-        request.getfixturevalue("optimized")
+    takes_long = rows[0]["learner"] in ("reptile", "lstm_meta_learner", "meta_networks")
+    episodes = 10 if takes_long else 30
     first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
     is_sequence = first.metric.startswith("instance_")
-    queries = min(5, read_config(weights)["run"]["queries"])
+    queries_of_row = read_config(weights)["run"]["queries"]
+    queries = min(5, queries_of_row)
     found = testing.evaluate(
         weights,
-        testing.Asked(episodes=30, seed=1),
+        testing.Asked(episodes=episodes, seed=1),
         size={**first.size(), "queries": 10 - first.shots if is_sequence else queries},
         settings=first.settings(),
         data_dir=str(omniglot_zips),
@@ -88,10 +106,21 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch, reque
     assert found.record["normalisation"] == rows[0]["normalisation"]
     assert found.record["transductive"] == rows[0]["transductive"]
     for row in rows:
-        scores = ROWS[row["row"]].score(found.record)
-        value, ci95 = scores["value"], scores["ci95"]
-        # Fewer queries and fewer episodes, other ones too: three standard errors of the small test.
-        assert abs(value - row["value"]) < 3 / 1.96 * ci95 + row["ci95"]
+        value = ROWS[row["row"]].score(found.record)["value"]
+        # Fewer queries and fewer episodes, other ones too.
+        asked, of_row = (1, 1) if is_sequence else (queries, queries_of_row)
+        allowed = tolerance(row, episodes, row["ways"] * asked, row["ways"] * of_row)
+        assert abs(value - row["value"]) < allowed
+
+
+@pytest.mark.parametrize("rows", rows_by_test(trials=True), ids=lambda rows: rows[0]["row"])
+def test_weights_give_the_return_again(rows):
+    trials = 20 if rows[0]["learner"] == "maml_rl" else 100
+    asked = testing.Asked(episodes=trials, seed=1)
+    found = testing.evaluate(ledger.ROOT / rows[0]["weights"], asked)
+    for row in rows:
+        value = ROWS[row["row"]].score(found.record)["value"]
+        assert abs(value - row["value"]) < tolerance(row, trials)
 
 
 def test_a_row_takes_the_place_of_its_older_self(tmp_path):

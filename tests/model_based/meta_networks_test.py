@@ -20,7 +20,7 @@ LEARNER = meta_networks(features=3, hidden=4, blocks=3, key_strength=1.0)
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def episode(shots=1, ways=3, seed=0):
@@ -41,7 +41,7 @@ def params():
 
 @functools.cache
 def slow_and_fast():
-    slow = init_augmented(KEY, jnp.zeros((1, 28, 28, 1)), 3, 4, 5)
+    slow = jax.jit(lambda x: init_augmented(KEY, x, 3, 4, 5))(jnp.zeros((1, 28, 28, 1)))
     return moved(slow), jax.tree.map(lambda p: 0.2 * normal(p.size, *p.shape), slow)
 
 
@@ -84,12 +84,16 @@ def test_the_network_by_hand():
         y = jax.lax.conv_general_dilated(
             x, conv["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return np.maximum(y + conv["bias"], 0)
+        return jnp.maximum(y + conv["bias"], 0)
 
-    z = x
-    for name in slow["conv"]:
-        z = layer(slow, z, name) + layer(fast, z, name)
-        z = jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+    @jax.jit
+    def convolutions(slow, fast, z):
+        for name in slow["conv"]:
+            z = layer(slow, z, name) + layer(fast, z, name)
+            z = jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+        return z
+
+    z = np.asarray(convolutions(slow, fast, x))
     assert z.shape == (2, 1, 1, 3)
     z = z.reshape(2, 3)
     z = sum(np.maximum(z @ w["dense"]["hidden"], 0) for w in (slow, fast))
@@ -140,11 +144,12 @@ def test_a_query_is_answered_with_fast_weights_mixed_by_attention():
     support, query = episode()
     adapted = adapt(params(), {}, support, KEY)
     answers, _ = predict(params(), adapted, query.x, KEY)
-    r = represent(params()["embedding"], adapted.embedding, query.x)
+    r = jax.jit(represent)(params()["embedding"], adapted.embedding, query.x)
     weights = np.asarray(content_address(r, adapted.keys))
+    values = jax.tree.map(np.asarray, adapted.values)
 
     def answer(x, a):
-        mixed = jax.tree.map(lambda each: sum(map(np.multiply, a, each)), adapted.values)
+        mixed = jax.tree.map(lambda each: sum(map(np.multiply, a, each)), values)
         return jax.jit(classify)(params()["base"], mixed, x[None])[0]
 
     for found, a, x in zip(answers, weights, query.x, strict=True):
@@ -176,8 +181,8 @@ def test_there_are_no_second_order_terms(monkeypatch):
         return LEARNER.loss(params, {}, episode, KEY)[0]
 
     gradient = jax.jit(jax.grad(loss))(params(), episode())
-    names = ("embedding", "base")
-    constants = iter([module._gradients(params()[name], episode().support) for name in names])
+    names, gradients = ("embedding", "base"), jax.jit(module._gradients)
+    constants = iter([gradients(params()[name], episode().support) for name in names])
     monkeypatch.setattr(module, "_gradients", lambda *_: next(constants))
     frozen = jax.jit(jax.grad(loss))(params(), episode())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradient, frozen)

@@ -75,7 +75,7 @@ def test_constant_rates_and_the_last_loss_are_maml(per_step):
 def test_the_multi_step_loss_is_the_weighted_sum_of_the_query_losses():
     settings = {"inner_lr": 0.4, "mask": None}
     ours = maml_plus_plus(tanh_network(), steps=3, multi_step_steps=10, **settings)
-    params, state = ours.init(KEY, vectors())
+    params, state = jax.jit(ours.init)(KEY, vectors())
     state = {**state, "outer_step": jnp.asarray(4)}
     plain = {**params, "rule": {}}
     parts = [
@@ -89,14 +89,14 @@ def test_the_multi_step_loss_is_the_weighted_sum_of_the_query_losses():
     )
     np.testing.assert_allclose(value, mix[0], rtol=1e-10)
     assert_trees_close(gradient["learner"], mix[1]["learner"])
-    assert ours.loss(params, state, vectors(), KEY)[1].state["outer_step"] == 5
+    assert jax.jit(ours.loss)(params, state, vectors(), KEY)[1].state["outer_step"] == 5
 
 
 @pytest.mark.parametrize(("outer_step", "first"), [(4, True), (5, False)])
 def test_second_order_comes_in_after_its_steps(outer_step, first):
     settings = {"inner_lr": 0.4, "steps": 2, "mask": None}
     ours = maml_plus_plus(tanh_network(), first_order_steps=5, **settings)
-    params, state = ours.init(KEY, vectors())
+    params, state = jax.jit(ours.init)(KEY, vectors())
     state = {**state, "outer_step": jnp.asarray(outer_step)}
     _, found = loss_and_gradient(ours, params, state, vectors(), KEY)
     plain = maml(tanh_network(), **settings, **({"adjoint": FIRST_ORDER} if first else {}))
@@ -136,7 +136,7 @@ def test_shared_normalisation_is_left_alone():
 @pytest.mark.parametrize("network", [tanh_network(), normalised_network("layer")])
 def test_networks_without_moments_have_no_state_of_steps(network):
     learner = maml_plus_plus(network, steps=2, multi_step_steps=4)
-    params, state = learner.init(KEY, vectors())
+    params, state = jax.jit(learner.init)(KEY, vectors())
     assert state["network"] == {}
     assert params["learner"]["network"]["w"].shape == (4, 6)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["learner"]):
@@ -149,7 +149,7 @@ def test_networks_without_moments_have_no_state_of_steps(network):
 
 def test_running_moments_are_kept_for_each_step():
     learner = maml_plus_plus(normalised_network("running"), steps=2)
-    params, state = learner.init(KEY, vectors())
+    params, state = jax.jit(learner.init)(KEY, vectors())
     params["learner"]["network"]["normalisation"]["scale"] *= jnp.array([[1.0], [2.0]])
     _, aux = jax.jit(learner.loss)(params, state, vectors(), KEY)
     mean = aux.state["network"]["mean"]
