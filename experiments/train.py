@@ -347,7 +347,7 @@ def report(
     else:
         baselines = testing.test_baselines(run.source, run.testing, asked)
         beside |= baselines
-        text += "".join(f"; {name.replace('_', ' ')} {t.text()}" for name, t in baselines.items())
+        text += testing.beside_text(baselines)
     _draw_episode(run, (params, state), workdir / "episode.png")
     scores = {
         name: tested.score._asdict()

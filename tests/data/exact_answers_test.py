@@ -8,7 +8,8 @@ import pytest
 from meta_jax.core import Batch
 from meta_jax.data.gaussian_process import Hyperparameters, covariance, gp, gp_posterior
 from meta_jax.data.linear_regression import linear_regression, posterior
-from meta_jax.data.source import EpisodeSize
+from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.data.varying_shots import with_random_shots
 from meta_jax.lookup import UsageError
 
@@ -29,7 +30,7 @@ def exact(tasks, number=200):
 
 
 def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, atol=1e-5), a, b)
 
 
 class TestKernels:
@@ -158,6 +159,38 @@ class TestLinearRegression:
     def test_mistakes_are_refused(self, settings, message):
         with pytest.raises(UsageError, match=message):
             linear_regression(**settings)
+
+
+class TestSinusoid:
+    def test_the_best_one_is_found_from_five_points(self):
+        tasks = load_source("sinusoid", vary_frequency=True).tasks("test", SIZE, train=False)
+        episodes, answers = exact(tasks)
+        assert_same(episodes, draw(tasks))
+        assert ((answers - episodes.query.y) ** 2).mean() < 1e-3
+
+    def test_frequencies_differ_where_they_are_asked_to(self):
+        keys = jax.random.split(jax.random.key(0), 300)
+        found = jax.vmap(lambda key: sample_sinusoid(key, 40, 1, vary_frequency=True).support)(keys)
+        plain = jax.vmap(lambda key: sample_sinusoid(key, 40, 1).support)(keys)
+        np.testing.assert_array_equal(found.x, plain.x)
+        waves = jax.vmap(best_at, (0, None))(found, jnp.linspace(0.6, 1.4, 81))
+        best = np.linspace(0.6, 1.4, 81)[np.asarray(waves.argmin(1))]
+        assert 0.78 < best.min() < 0.83
+        assert 1.17 < best.max() < 1.22
+
+    def test_a_likelihood_has_no_exact_answer_without_noise(self):
+        source = load_source("sinusoid", vary_frequency=True, objective="gaussian_likelihood")
+        assert not source.tasks("test", SIZE, train=False).exact_answers
+
+
+def best_at(support, frequencies):
+    """The squared error of the best sinusoid of each frequency."""
+
+    def error(w):
+        basis = jnp.concatenate([jnp.sin(w * support.x), jnp.cos(w * support.x)], 1)
+        return ((basis @ jnp.linalg.lstsq(basis, support.y)[0] - support.y) ** 2).sum()
+
+    return jax.vmap(error)(frequencies)
 
 
 def test_random_shots_leave_the_rows_as_they_are():
