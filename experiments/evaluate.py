@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
     )
     if output:
         write_text(output, json.dumps(found.record, indent=1) + "\n")
-    print(testing.line(found))
+    print(testing.line(found) + testing.beside_text(found.beside))
     if found.tested.instances:
         print(testing.instance_table({found.tested.objective.metric: found.tested.instances}))
 

@@ -74,6 +74,7 @@ class Result(NamedTuple):
 
     tested: Tested
     record: dict[str, Any]
+    beside: Mapping[str, Tested] = {}  # exact answers to the same episodes, by name
 
 
 def make_test(
@@ -138,8 +139,13 @@ def test_baselines(source: TaskSource, tasks: Tasks, asked: Asked) -> dict[str, 
         like = jax.eval_shape(learner.init, jax.random.key(0), runs.example_task(tasks))
         params, state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         found[name] = make_test(learner, tasks, asked)(params, state)
+    return found | test_exact_answers(tasks, asked)
+
+
+def test_exact_answers(tasks: Tasks, asked: Asked) -> dict[str, Tested]:
+    """Tests the exact answers of tasks that know them, on the episodes of a learner's test."""
     repeats = _repeater(tasks.objective)
-    return found | {
+    return {
         name: make_test(repeats, tasks._replace(sample=_with_answers(answered)), asked)({}, {})
         for name, answered in tasks.exact_answers.items()
     }
@@ -265,9 +271,14 @@ def score_text(score: MeanCI, objective: Objective) -> str:
 
 def line(found: Result) -> str:
     """The one human-readable line of a result."""
-    tested, record = found
+    tested, record, _ = found
     on = _measured_on(record, tested.objective, instances=len(tested.instances))
     return f"{record['split']} {tested.objective.metric} {tested.text()} ({on})"
+
+
+def beside_text(beside: Mapping[str, Tested]) -> str:
+    """What stands behind the line of a result: the scores of others on the same episodes."""
+    return "".join(f"; {name.replace('_', ' ')} {t.text()}" for name, t in beside.items())
 
 
 def _measured_on(
@@ -410,9 +421,10 @@ def evaluate(
         check_fit(loaded, drawn)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    test = make_test(loaded.learner, drawn._replace(objective=loaded.objective), asked)
+    drawn = drawn._replace(objective=loaded.objective)
+    test = make_test(loaded.learner, drawn, asked)
     _, _, metadata = trained.load_parameters(folder, checkpoint, learner=loaded.learner)
-    return result(
+    found = result(
         loaded.config,
         test(loaded.params, loaded.state),
         asked,
@@ -420,6 +432,7 @@ def evaluate(
         tasks=tasks,
         seconds=metadata["seconds"],
     )
+    return found._replace(beside=test_exact_answers(drawn, asked))
 
 
 def load_other_source(

@@ -348,7 +348,7 @@ def report(
     else:
         baselines = testing.test_baselines(run.source, run.testing, asked)
         beside |= baselines
-        text += "".join(f"; {name.replace('_', ' ')} {t.text()}" for name, t in baselines.items())
+        text += testing.beside_text(baselines)
     if run.testing.objective.kind == "control":
         draw_trials(run.learner, (params, state), run.testing, workdir)
     else:

@@ -28,6 +28,7 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.metric_based.r2d2 import r2d2
 from meta_jax.metric_based.relation import relation
 from meta_jax.metric_based.siamese import siamese
+from meta_jax.model_based.in_context import in_context
 from meta_jax.model_based.mann import lstm_learner, mann
 from meta_jax.model_based.meta_networks import meta_networks
 from meta_jax.networks.layers import init_linear, linear
@@ -139,6 +140,17 @@ def by_gradient(method: Callable[..., MetaLearner], **settings) -> Row:
     return Row(lambda mode: method(network(mode), **settings), mode="batch", any_ways=False)
 
 
+def in_one_context(reader: str, width: int = 4, **settings) -> Row:
+    """A row of the learner that reads the support set in context."""
+    return Row(
+        lambda mode: in_context(
+            network(mode), reader=reader, width=width, layers=2, heads=2, **settings
+        ),
+        any_ways=False,
+        support_order=reader != "snail",
+    )
+
+
 LEARNERS = {
     "siamese": Row(lambda mode: siamese(network(mode))),
     "matching": Row(lambda mode: matching(network(mode))),
@@ -183,6 +195,13 @@ LEARNERS = {
         lambda mode: lstm_learner(network(mode), hidden_size=5),
         any_ways=False,
         support_order=False,
+    ),
+    "in_context_mean": in_one_context("mean", width=12),
+    "in_context_cross_attention": in_one_context("cross_attention", label_code="equiangular"),
+    "in_context_target_masked": in_one_context("target_masked", label_code="equiangular"),
+    "in_context_snail": in_one_context("snail"),
+    "in_context_sinusoid": regression(
+        lambda network: in_context(network, width=4, layers=2, heads=2, objective=squared_error)
     ),
     "meta_networks": Row(
         lambda mode: meta_networks(features=3, hidden=3),

@@ -317,7 +317,7 @@ def load_source(name: str, **settings: Any) -> TaskSource:
     """Builds a task source by its name.
 
     Args:
-      name: 'glyphs', 'omniglot', 'folder:PATH', 'tfds:NAME', 'sinusoid', or somebody's own
+      name: 'glyphs', 'omniglot', 'folder:PATH', 'tfds:NAME', 'sinusoid', 'gp', or somebody's own
         'package.module:function'.
       **settings: Settings of the source; those of a recorded `TaskSource.config` build it again.
 
@@ -328,7 +328,7 @@ def load_source(name: str, **settings: Any) -> TaskSource:
     Examples:
       >>> source = load_source("sinusoid")
       >>> source.config
-      {'name': 'sinusoid', 'objective': 'squared_error'}
+      {'name': 'sinusoid', 'objective': 'squared_error', 'vary_frequency': False}
       >>> tasks = source.tasks("train", EpisodeSize(ways=1, shots=10, queries=10), train=True)
     """
     component, argument = find_source(name)

@@ -80,7 +80,7 @@ def build_reader(reader: Reader, width: int, layers: int, heads: int) -> SetNetw
     return temporal_convolutions(width, width, width, width)
 
 
-@registry.learner("in_context", network="conv4", normalisation="running")
+@registry.learner("in_context", network="conv4", normalisation="running", run={"task_batch": 16})
 def in_context(
     network: Network,
     *,

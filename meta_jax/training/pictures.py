@@ -101,7 +101,9 @@ def _panels(metrics: Sequence[dict[str, Any]], objective: Objective) -> dict[str
     return {label: curves for label, curves in panels.items() if curves}
 
 
-def episode_picture(episode: Episode, predictions: Array | None, path: Path | str) -> None:
+def episode_picture(
+    episode: Episode, predictions: Array | Gaussian | None, path: Path | str
+) -> None:
     """Draws one episode, beside what a learner predicts of its queries.
 
     Images (support.x [n, H, W, C], C 1 or 3): one row for each class, its support set on the

@@ -1,7 +1,10 @@
 """What a test finds and what is reported of it, inside one process."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import testing
 from experiments.command_line import RunError
@@ -16,7 +19,7 @@ from meta_jax.core import (
     supervised_evaluate,
 )
 from meta_jax.data.source import TaskSource
-from meta_jax.objectives import cross_entropy, squared_error
+from meta_jax.objectives import Gaussian, cross_entropy, gaussian_likelihood, squared_error
 from meta_jax.training.evaluation import MeanCI
 
 CONFIG = {
@@ -144,6 +147,25 @@ def test_baselines_are_tested_beside_it():
     drawn = Tasks(lambda key, data: labelled, (), cross_entropy)
     found = testing.test_baselines(source, drawn, Asked(episodes=2))
     assert found["nearest_neighbour"].score == (100.0, 0.0)
+
+
+def test_exact_answers_are_tested_on_the_same_episodes():
+    def sample(key, data):
+        batch = Batch(*(jax.random.normal(k, (3, 1)) for k in jax.random.split(key)))
+        return Episode(batch, batch._replace(mask=jnp.array([True, False, True])))
+
+    def nearly(key, data):
+        episode = sample(key, data)
+        return episode, Gaussian(episode.query.y + 0.5, jnp.full((3, 1), 0.1))
+
+    source = TaskSource(None, ("test",))
+    drawn = Tasks(sample, (), gaussian_likelihood, {"nearly": nearly})
+    (tested,) = testing.test_baselines(source, drawn, Asked(episodes=4)).values()
+    np.testing.assert_allclose(tested.metrics["mse"], (0.25, 0), atol=1e-6)
+    np.testing.assert_allclose(
+        tested.score.mean, scipy.stats.norm.logpdf(5) + np.log(10), rtol=1e-5
+    )
+    assert tested.metrics["coverage"].mean == 0
 
 
 def test_a_table_has_the_score_at_every_instance():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from meta_jax.core import Batch, Episode, Objective
-from meta_jax.objectives import cross_entropy, squared_error
+from meta_jax.objectives import Gaussian, cross_entropy, squared_error
 from meta_jax.training import pictures
 from meta_jax.training.evaluation import MeanCI
 
@@ -106,6 +106,42 @@ def test_regression_curve_is_drawn_whatever_the_order_of_its_queries(tmp_path):
         pictures.episode_picture(Episode(support, query), None, tmp_path / f"{name} alone")
     np.testing.assert_array_equal(pixels(tmp_path / "sorted"), pixels(tmp_path / "shuffled"))
     assert (pixels(tmp_path / "sorted") != pixels(tmp_path / "sorted alone")).any()
+
+
+class TestFunctions:
+    X = jnp.linspace(-2.0, 2.0, 40)[:, None]
+    EPISODE = Episode(Batch(X[::8], jnp.sin(X[::8])), Batch(X, jnp.sin(X)))
+    SURE = Gaussian(jnp.sin(X), jnp.full_like(X, 0.1))
+
+    def draw(self, path, *functions):
+        pictures.functions_picture([pictures.DrawnFunction(*each) for each in functions], path)
+        return pixels(path)
+
+    def test_a_prediction_that_is_less_sure_has_a_wider_band(self, tmp_path):
+        def coloured(predictions):
+            path = tmp_path / "picture"
+            pictures.episode_picture(self.EPISODE, predictions, path)
+            return (np.ptp(pixels(path).astype(int), axis=-1) > 20).sum()
+
+        bands = [self.SURE.mean, self.SURE, self.SURE._replace(scale=3 * self.SURE.scale)]
+        areas = [coloured(prediction) for prediction in bands]
+        assert areas == sorted(areas)
+        assert len(set(areas)) == 3
+
+    def test_the_exact_answer_is_drawn_where_it_is_known(self, tmp_path):
+        alone = self.draw(tmp_path / "alone", (self.EPISODE, self.SURE))
+        beside = self.draw(tmp_path / "beside", (self.EPISODE, self.SURE, self.SURE))
+        assert beside.shape == alone.shape
+        assert (beside.max(-1) < 60).sum() > (alone.max(-1) < 60).sum()
+
+    def test_several_stand_side_by_side(self, tmp_path):
+        one = (self.EPISODE, self.SURE, self.SURE)
+        assert self.draw(tmp_path / "three", one, one, one).shape[1] > 1600
+        with pytest.raises(ValueError, match="no functions to draw"):
+            pictures.functions_picture([], tmp_path / "none")
+        batch = Batch(jnp.zeros((2, 5)), jnp.ones((2, 1)))
+        with pytest.raises(ValueError, match=r"shape \(2, 5\) cannot be drawn"):
+            self.draw(tmp_path / "none", (Episode(batch, batch),))
 
 
 def test_other_inputs_are_refused(tmp_path):

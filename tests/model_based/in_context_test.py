@@ -1,0 +1,169 @@
+"""In-context learners: what they compute, what compiles, and what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meta_jax.core import Batch, Episode
+from meta_jax.data.gaussian_process import gp
+from meta_jax.data.source import EpisodeSize
+from meta_jax.lookup import UsageError
+from meta_jax.model_based.in_context import in_any_order, in_context, label_codes
+from meta_jax.networks.flatten import flatten
+from meta_jax.networks.mlp import mlp
+from meta_jax.networks.sets import equiangular_codes
+from meta_jax.objectives import (
+    Gaussian,
+    cross_entropy,
+    gaussian_likelihood,
+    squared_error,
+    trial_return,
+)
+from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from tests.small_networks import normalised
+
+READERS = ("mean", "cross_attention", "target_masked", "snail")
+KEY = jax.random.key(0)
+every_reader = pytest.mark.parametrize("reader", READERS)
+
+
+def curves(key=KEY, shots=6, queries=4, real=None):
+    x = jax.random.normal(key, (shots + queries, 1))
+    batch = [Batch(x[rows], jnp.sin(x[rows])) for rows in (slice(shots), slice(shots, None))]
+    mask = None if real is None else jnp.arange(shots) < real
+    return Episode(batch[0]._replace(mask=mask), batch[1])
+
+
+@functools.cache
+def built(reader, objective=gaussian_likelihood, **settings):
+    learner = in_context(
+        flatten(), objective=objective, reader=reader, width=8, layers=2, heads=2, **settings
+    )
+    params, state = jax.jit(learner.init)(KEY, curves())
+    return learner, params, state
+
+
+@every_reader
+def test_contexts_of_every_size_pass_through_one_program(reader):
+    learner, params, state = built(reader)
+    traces = []
+
+    @jax.jit
+    def step(params, task):
+        traces.append(None)
+        return jax.value_and_grad(learner.loss, has_aux=True)(params, state, task, KEY)
+
+    losses = {real: float(step(params, curves(real=real))[0][0]) for real in range(1, 7)}
+    assert len(traces) == 1
+    assert len(set(losses.values())) == 6
+    if reader != "snail":  # there the order is drawn anew for each number of rows
+        for real in (1, 4):
+            whole = curves()
+            few = Episode(Batch(whole.support.x[:real], whole.support.y[:real]), whole.query)
+            loss, _ = learner.loss(params, state, few, KEY)
+            np.testing.assert_allclose(losses[real], loss, rtol=1e-4)
+
+
+@every_reader
+def test_answers_to_a_likelihood_have_scales_above_the_smallest(reader):
+    learner, params, state = built(reader, least_scale=0.1)
+    params = params | {"output": jax.tree.map(lambda leaf: 30 * leaf - 30, params["output"])}
+    adapted = learner.adapt(params, state, curves().support, KEY, train=False)
+    answer, _ = learner.predict(params, adapted, curves().query.x, KEY, train=False)
+    assert isinstance(answer, Gaussian)
+    assert answer.mean.shape == answer.scale.shape == (4, 1)
+    assert (answer.scale >= 0.1).all()
+    assert answer.scale.min() < 0.11
+
+
+def test_the_mean_without_a_network_is_a_function_of_the_mean_pair_alone():
+    learner, params, state = built("mean")
+    first = curves().support
+    # The same mean of encoded pairs: every pair twice.
+    twice = Batch(jnp.concatenate([first.x, first.x]), jnp.concatenate([first.y, first.y]))
+    memories = [
+        learner.adapt(params, state, support, KEY, train=False).memory for support in (first, twice)
+    ]
+    np.testing.assert_allclose(*memories, rtol=1e-5)
+
+
+def test_labels_enter_as_their_codes():
+    y = jnp.eye(3)[jnp.array([2, 0])]
+    np.testing.assert_array_equal(label_codes(cross_entropy, "one_hot", y), y)
+    found = label_codes(cross_entropy, "equiangular", y)
+    np.testing.assert_allclose(found, equiangular_codes(3)[jnp.array([2, 0])], rtol=1e-6)
+    np.testing.assert_array_equal(label_codes(squared_error, "equiangular", y), y)
+
+
+def test_the_encoders_own_loss_is_added_with_its_weight():
+    images = jax.random.normal(KEY, (6, 2, 2, 3))
+    batch = Batch(images, jnp.tile(jnp.eye(3), (2, 1)))
+    task = Episode(batch, batch)
+
+    def loss(weight):
+        learner = in_context(normalised("batch"), width=8, layers=1, nca_weight=weight)
+        params, state = jax.jit(learner.init)(KEY, task)
+        return jax.jit(learner.loss)(params, state, task, KEY)
+
+    (plain, _), (both, aux) = loss(0.0), loss(0.5)
+    assert aux.metrics["nca_loss"] > 0
+    np.testing.assert_allclose(both, plain + 0.5 * aux.metrics["nca_loss"], rtol=1e-5)
+
+
+def test_sequences_are_trained_in_any_order():
+    def loss(params, state, episode, key):
+        return (episode.support.y[0, 0], episode.support.mask[0]), None
+
+    y = jnp.arange(4.0)[:, None]
+    support = Batch(y, y, jnp.arange(4) < 3)
+    shuffled = jax.jit(lambda key: in_any_order(loss)({}, {}, Episode(support, support), key)[0])
+    found = {tuple(map(float, shuffled(key))) for key in jax.random.split(KEY, 40)}
+    assert found == {(0, True), (1, True), (2, True), (3, False)}
+    # Tests keep the order given.
+    learner, params, state = built("snail")
+    first, second = (learner.evaluate(params, state, curves(), jax.random.key(i)) for i in (0, 1))
+    assert first == second
+
+
+@pytest.mark.parametrize(("reader", "reached"), [("mean", -0.7), ("target_masked", -0.5)])
+def test_it_learns_gaussian_processes(reader, reached):
+    """A mean of zero and the same scale everywhere have -0.935 nat at best."""
+    tasks = gp(noise=0.1).tasks("train", EpisodeSize(1, 12, 12), train=True)
+    learner = in_context(
+        mlp((16,)), objective=gaussian_likelihood, reader=reader, width=16, layers=2, heads=2
+    )
+    optimizer = optax.adam(3e-3)
+    state = init_train_state(learner, optimizer, tasks, 0, task_batch=16)
+    step = make_outer_step(learner, optimizer, tasks.sample, task_batch=16, task_chunk=16)
+    before = likelihood(learner, state, tasks)
+    state, _, _ = make_train_loop(step)(state, tasks.data, 300)
+    assert before < -1
+    assert likelihood(learner, state, tasks) > reached
+
+
+def likelihood(learner, train_state, tasks):
+    @jax.jit
+    def test(params, keys):
+        draw = jax.vmap(lambda key: tasks.sample(key, tasks.data))
+        evaluate = jax.vmap(learner.evaluate, (None, None, 0, 0))
+        return evaluate(params, train_state.state, draw(keys), keys)["log_likelihood"].mean()
+
+    return float(test(train_state.params, jax.random.split(jax.random.key(9), 200)))
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(UsageError, match="unknown reader 'max': choose one of mean"):
+        in_context(flatten(), reader="max")
+    with pytest.raises(UsageError, match="unknown label_code 'binary': choose one of one_hot"):
+        in_context(flatten(), label_code="binary")
+    with pytest.raises(UsageError, match="width=9, heads=2"):
+        in_context(flatten(), width=9, heads=2)
+    with pytest.raises(UsageError, match="a learner that acts"):
+        in_context(flatten(), objective=trial_return)
+    learner, params, state = built("mean")
+    with pytest.raises(UsageError, match=r"1 dimensions of targets.*y has 2"):
+        learner.adapt(params, state, Batch(jnp.ones((3, 1)), jnp.ones((3, 2))), KEY, train=False)
