@@ -125,6 +125,38 @@ def test_training_and_tests_say_what_came_of_each_step():
     assert found["return"] < 0
 
 
+@pytest.mark.parametrize("surrogate", ["dice", "lvc"])
+def test_the_first_update_of_ppo_is_the_outer_gradient(surrogate):
+    """Of one task, whose advantages have another scale."""
+    params, state = initial()
+    ours = learner(outer="ppo", epochs=1, surrogate=surrogate)
+    keys, optimizer = jax.random.split(KEY, 1), optax.sgd(1.0)
+    update = jax.jit(functools.partial(ours.update, optimizer, TASKS.sample))
+    found, _, _, metrics = update(params, state, optimizer.init(params), (), keys)
+    task_key, key = jax.random.split(keys[0])
+    plain = learner(surrogate=surrogate)
+    gradient = jax.jit(jax.grad(plain.loss, has_aux=True))
+    expected, aux = gradient(params, state, TASKS.sample(task_key, ()), key)
+    moved = np.concatenate(
+        [np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (params, found)), strict=True)]
+    )
+    expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(expected)])
+    cosine = moved @ expected / (np.linalg.norm(moved) * np.linalg.norm(expected))
+    assert cosine > 0.999
+    np.testing.assert_allclose(metrics["return"], aux.metrics["return"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(moved), rtol=1e-4)
+
+
+def test_ppo_makes_several_updates_of_a_step():
+    ours = learner(outer="ppo", epochs=3)
+    assert (ours.updates_per_step, learner().updates_per_step) == (3, 1)
+    loop = make_train_loop(make_outer_step(ours, optax.adam(1e-3), TASKS.sample, task_batch=2))
+    after, metrics, finite = loop(init_train_state(ours, optax.adam(1e-3), TASKS, 0), (), 1)
+    assert finite
+    assert after.opt_state[0].count == 3
+    assert metrics.keys() == {"loss", "return", "return_before", "gradient_norm"}
+
+
 def test_discrete_actions_have_logits():
     source = load_source("tabular_mdp", states=4, actions=3, episodes=1)
     task = source.tasks("train", EpisodeSize(1, 1, 1), train=True).sample(KEY, ())
