@@ -159,7 +159,7 @@ def _row(name: str, work: Work, ceiling: measure.Ceiling, peers: bool, cache: st
     contenders = {"ceiling": _several(ceiling.run), "ours": ours.steps}
     agreement = {}
     if peers:
-        theirs, agreement = _agreeing_peers(work)
+        theirs, agreement = _agreeing_peers(work) if work.rl2 is None else _agreeing_policy(work)
         contenders |= {peer: _several(made.step, made.wait) for peer, made in theirs.items()}
     times = _step_times(contenders, FLAGS.rounds)
     floors = [time * work.flop / ceiling.flop for time in times.pop("ceiling")]
@@ -244,6 +244,27 @@ def _agreeing_peers(work: Work) -> tuple[dict, dict[str, float]]:
         if not distance <= _TOLERANCE * size:
             raise RuntimeError(f"{name} has another gradient: {differences[name]} relative")
     return theirs, differences
+
+
+def _agreeing_policy(work: Work) -> tuple[dict, dict[str, float]]:
+    """The peer of RL^2, and how far its gradient on the same trials is from ours.
+
+    Raises:
+      RuntimeError: further than float32 explains.
+    """
+    from experiments.benchmark import trial_peers
+
+    assert work.rl2 is not None
+    params = init_train_state(work.learner, works.optimizer(), work.tasks, 0).params
+    experience, gradient = works.trials_and_gradient(work.rl2, work.tasks, params)
+    ours = trial_peers.named_arrays(gradient)
+    peer = trial_peers.peer(work.rl2, params)
+    found = peer.gradient(experience)
+    size = np.sqrt(sum((g**2).sum() for g in ours.values()))
+    distance = np.sqrt(sum(((g - found[k][-len(g) :]) ** 2).sum() for k, g in ours.items()))
+    if not distance <= _TOLERANCE * size:
+        raise RuntimeError(f"torch has another gradient: {distance / size:.2g} relative")
+    return {"torch": peer}, {"torch": float(f"{distance / size:.2g}")}
 
 
 def _cached_compile_seconds(work: Work, cache: str) -> float:

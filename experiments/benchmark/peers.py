@@ -7,7 +7,7 @@ Needs what requirements-benchmark.txt lists, which the type checker's environmen
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import higher  # pyrefly: ignore[missing-import]
 import jax
@@ -32,7 +32,7 @@ Task = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # support 
 class Peer(NamedTuple):
     """One library at one work."""
 
-    gradient: Callable[[list[Task]], dict[str, np.ndarray]]  # of the mean loss over tasks
+    gradient: Callable[[Any], dict[str, np.ndarray]]  # of the mean loss over tasks
     step: Callable[[], None]  # one whole training step, begun
     wait: Callable[[], None]  # until the steps begun are done
 

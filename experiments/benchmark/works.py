@@ -1,5 +1,6 @@
 """The measured training steps, on our side: what a step learns from, and what it must multiply."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,14 +12,25 @@ from meta_jax.core import Array, Batch, Episode, MetaLearner, PyTree, Tasks
 from meta_jax.data.dataset import Dataset
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.data.source import EpisodeSize
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.metric_based.relation import relation
 from meta_jax.networks.conv4 import conv4, strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.relation_network import relation_encoder
+from meta_jax.networks.sequences import recurrent
 from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.optimization_based.maml import maml
 from meta_jax.optimization_based.reptile import minibatches, reptile
+from meta_jax.reinforcement import bandit, rl2, source_from_environment
+from meta_jax.reinforcement.ppo import (
+    Experience,
+    PolicyGradient,
+    collect,
+    normalised,
+    surrogate_loss,
+)
+from meta_jax.reinforcement.trial_policy import TrialPolicy
 from meta_jax.training.outer_step import task_mesh
 
 INNER_LEARNING_RATE = {"images": 0.4, "sinusoid": 0.01, "reptile": 1e-3}
@@ -29,7 +41,7 @@ _SIDE, _FEATURES = 28, 64
 class Work(NamedTuple):
     """One training step: sampling, forward, backward, optimizer."""
 
-    method: str  # 'maml', 'reptile', 'prototypical' or 'relation'
+    method: str  # 'maml', 'reptile', 'prototypical', 'relation' or 'rl2'
     learner: MetaLearner
     tasks: Tasks
     task_batch: int
@@ -37,6 +49,23 @@ class Work(NamedTuple):
     spec: EpisodeSpec | None = None  # of the images; None for sinusoid
     inner_steps: int = 0
     first_order: bool = False
+    rl2: "Rl2Setting | None" = None
+
+
+class Rl2Setting(NamedTuple):
+    """RL^2 on bandits: the trials of an outer step, and PPO on them."""
+
+    arms: int = 5
+    pulls: int = 100
+    trials: int = 400
+    hidden_size: int = 64
+    epochs: int = 3
+    minibatches: int = 20
+    discount: float = 0.99
+    gae_lambda: float = 0.9
+    entropy_weight: float = 0.01
+    value_weight: float = 0.5
+    clip: float = 0.2
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -135,6 +164,41 @@ def sinusoid_maml(*, task_batch: int) -> Work:
     return Work("maml", learner, source, task_batch, flop, None, 1)
 
 
+def rl2_bandit(setting: Rl2Setting = Rl2Setting()) -> Work:  # noqa: B008 - a constant
+    """RL^2 with a GRU on bandits; acting once, and 3 times forward and backward on minibatches."""
+    shared = setting._asdict()
+    arms, pulls, trials = (shared.pop(name) for name in ("arms", "pulls", "trials"))
+    source = source_from_environment(bandit(arms=arms, pulls=pulls))
+    inputs, hidden = arms + 2, setting.hidden_size
+    once = 2.0 * trials * pulls * hidden * (3 * inputs + 3 * hidden + arms + 1)
+    tasks = source.tasks("train", EpisodeSize(1, 1, 1), train=True)
+    flop = once * (1 + 3 * setting.epochs)
+    return Work("rl2", rl2(**shared), tasks, trials, flop, rl2=setting)
+
+
+def trials_and_gradient(
+    setting: Rl2Setting, tasks: Tasks, params: PyTree
+) -> tuple[Experience, PyTree]:
+    """16 trials that the policy acts, and the gradient of the surrogate on all of them."""
+    policy = TrialPolicy(recurrent(setting.hidden_size))
+    settings = PolicyGradient(
+        "sampled",
+        *(setting.discount, setting.gae_lambda, setting.entropy_weight, setting.value_weight),
+        setting.clip,
+    )
+    keys = jax.random.split(jax.random.key(0), 16)
+    problems = jax.vmap(tasks.sample, (0, None))(keys, tasks.data)
+    act = functools.partial(collect, settings, policy, params)
+    experience = jax.jit(jax.vmap(act))(problems, keys)
+    loss_of = functools.partial(surrogate_loss, settings, policy, problems.environment.actions)
+
+    def loss(params: PyTree) -> Array:
+        return jax.vmap(loss_of, (None, 0))(params, normalised(experience))[0].mean()
+
+    with jax.default_matmul_precision("float32"):
+        return experience, jax.jit(jax.grad(loss))(params)
+
+
 def works(data: Dataset) -> dict[str, Work]:
     """All works of the table by name."""
     found = {}
@@ -149,6 +213,7 @@ def works(data: Dataset) -> dict[str, Work]:
     found["reptile"] = image_reptile(data, task_batch=5)
     found["relation_5way"] = image_relation(data)
     found["maml_sinusoid"] = sinusoid_maml(task_batch=25)
+    found["rl2_bandit_100_5"] = rl2_bandit()
     return found
 
 
