@@ -2,12 +2,14 @@
 
     python -m experiments.strategies --tasks=bandit --arms=5 --pulls=100
     python -m experiments.strategies --tasks=tabular_mdp --episodes=10 --published
+    python -m experiments.strategies --arms=5 --pulls=100 --weights=results/weights/rl2_bandit_100_5
 
 Each strategy's parameter is chosen on other tasks than those of the test, which are the same for
 all. With --published the strategies for MDPs have the priors of Duan et al. (2016), not the tasks'.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +22,11 @@ from experiments.compare import aligned
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.reinforcement.bandit_strategies import bandit_candidates
 from meta_jax.reinforcement.bandits import bandit
-from meta_jax.reinforcement.environment import Environment
+from meta_jax.reinforcement.environment import Environment, Problem
 from meta_jax.reinforcement.evaluation import (
+    Play,
     Trials,
-    Tuned,
+    by_learner,
     by_strategy,
     optimal_returns,
     run_trials,
@@ -33,7 +36,9 @@ from meta_jax.reinforcement.gittins import bayes_optimal_return
 from meta_jax.reinforcement.mdp_strategies import mdp_candidates
 from meta_jax.reinforcement.strategy import Candidate
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
+from meta_jax.shapes import shape_difference
 from meta_jax.training.evaluation import MeanCI, confidence_interval
+from meta_jax.training.trained import load
 from meta_jax.training.trial_pictures import regret_curves
 from meta_jax.training.writers import write_text
 
@@ -63,13 +68,15 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "output", None, "JSON file to write the results to; beside it a picture of regret.", values
     )
+    flags.DEFINE_string("weights", None, "Trained policy to test beside them, a folder.", values)
     flags.DEFINE_bool("record", False, "Whether to write results/strategies and README.", values)
 
 
 class Row(NamedTuple):
-    """What a strategy reached."""
+    """What a strategy reached, and the returns by which its parameter was chosen."""
 
-    tuned: Tuned
+    parameter: Any
+    tuning: Mapping[Any, float]
     score: MeanCI
 
 
@@ -88,7 +95,11 @@ def main(arguments: list[str]) -> None:
         tuned = tune(candidate, environment, tuning_key, FLAGS.tuning_trials, chunk=chunk)
         play = by_strategy(tuned.strategy)
         trials[name] = run_trials(environment, play, test_key, FLAGS.trials, chunk=chunk)
-        rows[name] = Row(tuned, confidence_interval(trials[name].returns))
+        rows[name] = Row(tuned.parameter, tuned.returns, confidence_interval(trials[name].returns))
+    if FLAGS.weights:
+        play = _learned(environment)
+        trials["learned"] = run_trials(environment, play, test_key, FLAGS.trials, chunk=chunk)
+        rows["learned"] = Row(None, {}, confidence_interval(trials["learned"].returns))
     references = _references(
         environment, settings, optimal_returns(environment, test_key, FLAGS.trials)
     )
@@ -137,6 +148,24 @@ def _chosen(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
     return {name: candidates[name] for name in names}
 
 
+def _learned(environment: Environment) -> Play:
+    """The trained policy of --weights.
+
+    Raises:
+      UsageError: it was trained on tasks with other actions or observations.
+    """
+    learner, params, state = load(local_path(FLAGS.weights))[:3]
+    problem = Problem(environment, environment.sample_task(jax.random.key(0)))
+    expected, _ = jax.eval_shape(learner.init, jax.random.key(0), problem)
+    difference = shape_difference(params, expected)
+    if difference:
+        raise UsageError(
+            f"--weights={FLAGS.weights} was trained on tasks with other actions or observations "
+            f"({difference}): name the tasks of its training"
+        )
+    return by_learner(learner, params, state)
+
+
 def _references(
     environment: Environment, settings: dict[str, Any], optima: np.ndarray
 ) -> dict[str, float]:
@@ -161,9 +190,9 @@ def report(rows: dict[str, Row], references: dict[str, float]) -> str:
       references: Returns that need no strategy, by what they are.
     """
     table = [["strategy", "parameter", "return"]]
-    for name, (tuned, (mean, ci95)) in rows.items():
-        parameter = "" if tuned.parameter is None else f"{tuned.parameter:g}"
-        table.append([name, parameter, f"{mean:.2f} ± {ci95:.2f}"])
+    for name, (parameter, _, (mean, ci95)) in rows.items():
+        shown = "" if parameter is None else f"{parameter:g}"
+        table.append([name, shown, f"{mean:.2f} ± {ci95:.2f}"])
     exact = [["reference", "return"]]
     exact += [[name, f"{value:.2f}"] for name, value in references.items()]
     return f"{aligned(table)}\n\n{aligned(exact)}"
@@ -180,11 +209,11 @@ def _result(
         "seed": FLAGS.seed,
         "strategies": {
             name: {
-                "parameter": tuned.parameter,
-                **score._asdict(),
-                "tuning": {str(value): mean for value, mean in tuned.returns.items()},
+                "parameter": row.parameter,
+                **row.score._asdict(),
+                "tuning": {str(value): mean for value, mean in row.tuning.items()},
             }
-            for name, (tuned, score) in rows.items()
+            for name, row in rows.items()
         },
         "references": references,
     }

@@ -1,11 +1,17 @@
 """`experiments.strategies` as a user meets it."""
 
 import json
+import re
 
+import jax
 import pytest
 
 from experiments import returns
+from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.reinforcement.gittins import bayes_optimal_return
+from meta_jax.reinforcement.rl2 import rl2
+from meta_jax.training.record import make_config
+from meta_jax.training.trained import Trained, save_trained
 from tests.binaries import command, process
 from tests.experiments.command_line_test import assert_refused
 
@@ -53,6 +59,19 @@ def test_what_cannot_be_run_is_refused_in_one_line():
     assert_refused(command("strategies", "--strategies=none"), "--strategies=none", "gittins")
     assert_refused(command("strategies", "--arms=0"), "arms=0")
     assert_refused(command("strategies", "--arms=3", "--record"), "--record", "bandit_10_5")
+
+
+def test_a_learned_policy_stands_beside_strategies(tmp_path):
+    source = load_source("bandit", arms=2, pulls=4)
+    tasks, learner = source.tasks("train", EpisodeSize(1, 1, 1), train=True), rl2(hidden_size=4)
+    params, state = learner.init(jax.random.key(0), tasks.sample(jax.random.key(0), ()))
+    config = make_config(learner, tasks, source=source.config)
+    save_trained(tmp_path, Trained(learner, params, state, tasks.objective, None, config))
+    bandits = ("--strategies=best_arm", "--pulls=4", *FEW, f"--weights={tmp_path}")
+    found = command("strategies", "--arms=2", *bandits)
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"\nlearned +\d\.\d\d ± ", found.stdout)
+    assert_refused(command("strategies", "--arms=3", *bandits), "--weights", "other actions")
 
 
 def test_the_table_has_ours_beside_the_papers():
