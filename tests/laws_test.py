@@ -196,7 +196,7 @@ LEARNERS = {
         any_ways=False,
         support_order=False,
     ),
-    "in_context_mean": in_one_context("mean", width=12),
+    "in_context_mean": in_one_context("mean", width=8),
     "in_context_cross_attention": in_one_context("cross_attention", label_code="equiangular"),
     "in_context_target_masked": in_one_context("target_masked", label_code="equiangular"),
     "in_context_snail": in_one_context("snail"),

@@ -25,12 +25,13 @@ NORMAL = np.random.default_rng(0).normal
 Z, Y, QUERIES = NORMAL(size=(5, 3)), NORMAL(size=(5, 2)), NORMAL(size=(4, 3))
 READERS = {
     "mean": set_encoder(6, 2),
+    "mean_of_products": set_encoder(6, 2, pairing="product"),
     "cross_attention": cross_attention(6, 2, 2),
     "target_masked": target_masked_transformer(6, 2, 2),
     "snail": temporal_convolutions(4, 3, 3, 2),
     "gru": read_in_order(recurrent(4)),
 }
-SETS = ("mean", "cross_attention", "target_masked")
+SETS = ("mean", "mean_of_products", "cross_attention", "target_masked")
 every_reader = pytest.mark.parametrize("name", READERS)
 
 
@@ -99,6 +100,16 @@ def test_without_layers_the_set_is_the_mean_of_its_pairs():
     np.testing.assert_allclose(memory, expected)
     answer = reader.answer(params, memory, QUERIES)
     np.testing.assert_allclose(answer, np.c_[QUERIES, np.tile(expected, (4, 1))])
+
+
+def test_products_with_one_hot_labels_are_the_mean_of_each_class():
+    reader = set_encoder(7, 0, pairing="product")
+    labels = np.eye(2)[[0, 1, 1, 0, 0]]
+    mask = np.array([True, True, True, True, False])
+    memory = reader.absorb(reader.init(jax.random.key(0), 3, 2, 5), Z, labels, mask)
+    np.testing.assert_allclose(memory, np.concatenate([Z[[0, 3]].mean(0), Z[[1, 2]].mean(0)]))
+    with pytest.raises(UsageError, match="unknown pairing 'sum': choose one of concatenated"):
+        set_encoder(pairing="sum")
 
 
 def test_the_mean_of_rows_that_are_all_padding_is_zero():
