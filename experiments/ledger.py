@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 # Where a table of README lies; the binary that writes it is named in its first line.
 RESULTS = "<!-- table of results: written by experiments.reproduce -->"
 SPEED = "<!-- table of speed: written by experiments.benchmark -->"
+FUNCTIONS = "<!-- table of functions: written by experiments.reproduce -->"
 RETURNS = "<!-- table of returns: written by experiments.reproduce -->"
 STRATEGIES = "<!-- table of strategies: written by experiments.strategies -->"
 GPU_SPEED = "<!-- table of speed on a GPU: written by experiments.benchmark -->"
@@ -54,6 +55,18 @@ def table_of_returns(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_of_functions(rows: list[dict]) -> str:
+    """Rows of regression as a Markdown table, with the exact answer to the same tasks."""
+    lines = [
+        "| row | metric | ours | paper | exact answer | training | weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exact = ", ".join(f"{value:.4g}" for value in row["exact"].values()) or "none"
+        lines.append(f"| {_score(row)} | {exact} | {_training(row)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _score(row: dict) -> str:
     value = f"{row['value']:.2f} ± {row['ci95']:.2f}"
     paper = "none" if row["paper"] is None else row["paper"]
@@ -64,11 +77,17 @@ def _training(row: dict) -> str:
     return f"{row['train_minutes']:.0f} min | `{row['weights']}`"
 
 
+_TABLES = {
+    "classification": (RESULTS, table),
+    "regression": (FUNCTIONS, table_of_functions),
+    "control": (RETURNS, table_of_returns),
+}
+
+
 def write_tables(rows: list[dict]) -> None:
-    """Writes README's two tables of the ledger."""
-    trials = [row for row in rows if row["ways"] is None]
-    write_readme(RESULTS, table([row for row in rows if row["ways"] is not None]))
-    write_readme(RETURNS, table_of_returns(trials))
+    """Writes README's tables of the ledger, one for each kind of task."""
+    for kind, (place, as_table) in _TABLES.items():
+        write_readme(place, as_table([row for row in rows if row["kind"] == kind]))
 
 
 def write_readme(place: str, table: str) -> None:
@@ -82,7 +101,7 @@ def with_table(readme: str, place: str, table: str) -> str:
 
     Args:
       readme: The text.
-      place: `RESULTS`, `RETURNS`, `STRATEGIES`, `SPEED` or `GPU_SPEED`.
+      place: `RESULTS`, `FUNCTIONS`, `RETURNS`, `STRATEGIES`, `SPEED` or `GPU_SPEED`.
       table: The new one, in Markdown.
 
     Raises:

@@ -48,7 +48,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
         settings=row.settings(),
         data_dir=FLAGS.data_dir,
     )
-    ledger.write_tables(ledger.record(_ledger_row(name, row, found.record, trained, commit)))
+    ledger.write_tables(ledger.record(_ledger_row(name, row, found, trained, commit)))
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
@@ -80,14 +80,17 @@ def _trained(model: str, workdir: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _ledger_row(name: str, row: Row, found: dict, trained: dict, commit: str) -> dict:
-    kept = ("learner", "tasks", "split", "ways", "shots", "episodes")
+def _ledger_row(name: str, row: Row, found: testing.Result, trained: dict, commit: str) -> dict:
+    record = found.record
     return {
         "row": name,
-        **{key: found[key] for key in kept},
+        "kind": found.tested.objective.kind,
+        **{key: record[key] for key in ("learner", "tasks", "split")},
+        **{"ways": row.ways, "shots": row.shots, "episodes": record["episodes"]},
         "metric": row.metric,
-        **row.score(found),
-        **{key: found[key] for key in ("normalisation", "transductive")},
+        **row.score(record),
+        "exact": {name: round(t.metrics[row.metric].mean, 4) for name, t in found.beside.items()},
+        **{key: record[key] for key in ("normalisation", "transductive")},
         "paper": row.paper,
         "paper_source": row.paper_source,
         "command": f"python -m experiments.reproduce {name}",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 _DUAN = "Duan et al. 2016, table 1"
 _DUAN_MDP = "Duan et al. 2016, table 2"
 _MISHRA = "Mishra et al. 2018, table 3"
+_NGUYEN = "Nguyen and Grover 2022 have other length scales, and scales bounded by 0.1"
 _MAML = "Finn et al. 2017, section 5.3"
 _GRID = "Zintgraf et al. 2020 have curves only; the mean optimum of an episode is 11.07"
 _SNELL = "Snell et al. 2017, table 1"
@@ -18,7 +19,7 @@ class Row(NamedTuple):
     """One line of the results table. Training flags are in experiments/flagfiles/MODEL.flags."""
 
     model: str  # one trained model may serve several rows
-    ways: int | None  # None for trials, which have neither ways nor shots
+    ways: int | None  # None for trials and functions; tasks are then as in training
     shots: int | None
     paper: float | None  # accuracies in per cent; None where none is published
     paper_source: str
@@ -52,6 +53,12 @@ class Row(NamedTuple):
 
 def _trials(model: str, paper: float | None, source: str, metric: str = "return") -> Row:
     """A row of reinforcement learning, on the tasks that were trained on."""
+    return Row(model, None, None, paper, source, metric)
+
+
+def _functions(model: str, paper: float | None, metric: str = "log_likelihood") -> Row:
+    """A row of regression, on the tasks that were trained on."""
+    source = _NGUYEN if metric == "log_likelihood" else "none with this setting"
     return Row(model, None, None, paper, source, metric)
 
 
@@ -122,6 +129,12 @@ ROWS: dict[str, Row] = {
     "rl2/bandit_100_10": _trials("rl2_bandit_100_10", 83.5, _DUAN),
     "snail/bandit_10_5": _trials("snail_bandit_10_5", 6.6, _MISHRA),
     "snail/bandit_100_5": _trials("snail_bandit_100_5", 79.1, _MISHRA),
+    "tnpd/gp_rbf": _functions("tnpd_gp_rbf", None),
+    "tnpd/gp_matern52": _functions("tnpd_gp_matern52", None),
+    "canp/gp_rbf": _functions("canp_gp_rbf", None),
+    "canp/gp_matern52": _functions("canp_gp_matern52", None),
+    "cnp/gp_rbf": _functions("cnp_gp_rbf", None),
+    "cnp/gp_matern52": _functions("cnp_gp_matern52", None),
     "rl2/mdp_10": _trials("rl2_mdp_10", 156.2, _DUAN_MDP),
     "rl2/mdp_25": _trials("rl2_mdp_25", 445.7, _DUAN_MDP),
     "rl2/grid_navigation_episode_2": _trials("rl2_grid_navigation", None, _GRID, "episode_2"),

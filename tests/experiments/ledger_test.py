@@ -14,7 +14,7 @@ from meta_jax.training.record import read_config
 
 ROWS_IN_LEDGER = ledger.read()
 KEYS = {
-    *("row", "learner", "tasks", "split", "ways", "shots", "episodes", "ci95"),
+    *("row", "kind", "exact", "learner", "tasks", "split", "ways", "shots", "episodes", "ci95"),
     *("metric", "value", "normalisation", "transductive", "paper", "paper_source"),
     *("command", "train_minutes", "machine", "versions", "commit", "weights"),
 }
@@ -58,11 +58,11 @@ def load_once(name, settings):  # the whole Omniglot takes seconds
     return load_source(name, **dict(settings))
 
 
-def rows_by_test(*, trials=False):
+def rows_by_test(kind):
     """Rows of the same weights and settings, such as the instances of a sequence, share a test."""
     tests = {}
     for row in ROWS_IN_LEDGER:
-        if (row["ways"] is None) != trials:
+        if row["kind"] != kind:
             continue
         made = ROWS[row["row"]]
         key = (row["weights"], made.ways, made.shots, made.normalisation, made.protocol)
@@ -85,7 +85,7 @@ def tolerance(row, episodes, answers=1, answers_of_row=1):
     return 3 * (variance / episodes + (row["ci95"] / 1.96) ** 2) ** 0.5
 
 
-@pytest.mark.parametrize("rows", rows_by_test(), ids=lambda rows: rows[0]["row"])
+@pytest.mark.parametrize("rows", rows_by_test("classification"), ids=lambda rows: rows[0]["row"])
 def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
     monkeypatch.setattr(
         testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
@@ -113,7 +113,7 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
         assert abs(value - row["value"]) < allowed
 
 
-@pytest.mark.parametrize("rows", rows_by_test(trials=True), ids=lambda rows: rows[0]["row"])
+@pytest.mark.parametrize("rows", rows_by_test("control"), ids=lambda rows: rows[0]["row"])
 def test_weights_give_the_return_again(rows):
     trials = 20 if rows[0]["learner"] == "maml_rl" else 100
     asked = testing.Asked(episodes=trials, seed=1)
@@ -121,6 +121,14 @@ def test_weights_give_the_return_again(rows):
     for row in rows:
         value = ROWS[row["row"]].score(found.record)["value"]
         assert abs(value - row["value"]) < tolerance(row, trials)
+
+
+@pytest.mark.parametrize("rows", rows_by_test("regression"), ids=lambda rows: rows[0]["row"])
+def test_weights_predict_functions_as_well_again(rows):
+    found = testing.evaluate(ledger.ROOT / rows[0]["weights"], testing.Asked(episodes=50, seed=1))
+    for row in rows:
+        value = ROWS[row["row"]].score(found.record)["value"]
+        assert abs(value - row["value"]) < tolerance(row, 50)
 
 
 def test_a_row_takes_the_place_of_its_older_self(tmp_path):
