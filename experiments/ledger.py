@@ -39,12 +39,13 @@ def record(row: dict, path: Path = LEDGER) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Rows of classification as a Markdown table."""
     lines = [
-        "| row | metric | ours | paper | normalisation | training | weights |",
-        "|---|---|---|---|---|---|---|",
+        "| row | metric | ours | paper | rerun | normalisation | training | weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mode = row["normalisation"] + (", transductive" if row["transductive"] else "")
-        lines.append(f"| {_score(row)} | {mode} | {_training(row)} |")
+        rerun = "none" if row["rerun"] is None else row["rerun"]
+        lines.append(f"| {_score(row)} | {rerun} | {mode} | {_training(row)} |")
     return "\n".join(lines) + "\n"
 
 

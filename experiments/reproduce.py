@@ -1,6 +1,7 @@
 """Makes rows of the results table: trains from the flagfile, tests, writes ledger and weights.
 
     python -m experiments.reproduce prototypical/omniglot_5w1s --data_dir=PATH
+    python -m experiments.reproduce prototypical/omniglot_20w5s --data_dir=PATH --shipped
 
 A model that several rows share is trained once; a training that was stopped is resumed.
 """
@@ -21,6 +22,7 @@ from meta_jax.lookup import UsageError
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot lies.")
+flags.DEFINE_bool("shipped", False, "Whether to test the weights that are shipped, untrained anew.")
 _ASKED = testing.Asked(episodes=1000)
 _WEIGHTS = Path("results/weights")
 
@@ -39,16 +41,21 @@ def main(names: list[str]) -> None:
 
 def _reproduce(name: str, row: Row, commit: str) -> None:
     """Trains the row's model where that is not done, tests it, writes the row, prints a line."""
-    workdir = Path(FLAGS.runs) / row.model
-    trained = _trained(row.model, workdir)
+    weights = ledger.ROOT / _WEIGHTS / row.model
+    if FLAGS.shipped:
+        minutes = _minutes_on_record(row.model)
+    else:
+        workdir = Path(FLAGS.runs) / row.model
+        minutes = round(_trained(row.model, workdir)["seconds"] / 60, 1)
+        _ship_weights(workdir, weights)
     found = testing.evaluate(
-        _ship_weights(workdir, ledger.ROOT / _WEIGHTS / row.model),
+        weights,
         _ASKED,
         size=row.size(),
         settings=row.settings(),
         data_dir=FLAGS.data_dir,
     )
-    ledger.write_tables(ledger.record(_ledger_row(name, row, found, trained, commit)))
+    ledger.write_tables(ledger.record(_ledger_row(name, row, found, minutes, commit)))
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
@@ -80,7 +87,20 @@ def _trained(model: str, workdir: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _ledger_row(name: str, row: Row, found: testing.Result, trained: dict, commit: str) -> dict:
+def _minutes_on_record(model: str) -> float:
+    """Minutes that the training of shipped weights took, by another row of theirs.
+
+    Raises:
+      UsageError: no row has these weights.
+    """
+    weights = str(_WEIGHTS / model)
+    for row in ledger.read():
+        if row["weights"] == weights:
+            return row["train_minutes"]
+    raise UsageError(f"no weights of {model} are shipped: leave --shipped out to train them")
+
+
+def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, commit: str) -> dict:
     record = found.record
     return {
         "row": name,
@@ -93,8 +113,10 @@ def _ledger_row(name: str, row: Row, found: testing.Result, trained: dict, commi
         **{key: record[key] for key in ("normalisation", "transductive")},
         "paper": row.paper,
         "paper_source": row.paper_source,
+        "rerun": row.rerun,
+        "rerun_source": row.rerun_source,
         "command": f"python -m experiments.reproduce {name}",
-        "train_minutes": round(trained["seconds"] / 60, 1),
+        "train_minutes": minutes,
         "machine": ledger.machine(),
         "versions": ledger.versions("jax", "jaxlib", "flax", "optax"),
         "commit": commit,
@@ -102,12 +124,11 @@ def _ledger_row(name: str, row: Row, found: testing.Result, trained: dict, commi
     }
 
 
-def _ship_weights(workdir: Path, folder: Path) -> Path:
+def _ship_weights(workdir: Path, folder: Path) -> None:
     """Copies what a test needs of a workdir, a workdir in small."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
     shutil.copy(workdir / "config.json", folder / "config.json")
-    return folder
 
 
 def _commit() -> str:

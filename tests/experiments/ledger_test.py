@@ -16,6 +16,7 @@ ROWS_IN_LEDGER = ledger.read()
 KEYS = {
     *("row", "kind", "exact", "learner", "tasks", "split", "ways", "shots", "episodes", "ci95"),
     *("metric", "value", "normalisation", "transductive", "paper", "paper_source"),
+    *("rerun", "rerun_source"),
     *("command", "train_minutes", "machine", "versions", "commit", "weights"),
 }
 
@@ -47,7 +48,7 @@ def test_every_row_can_be_made_again():
         made = ROWS[row["row"]]
         assert (row["ways"], row["shots"]) == (made.ways, made.shots)
         assert row["paper"] == made.paper
-        assert row["metric"] == made.metric
+        assert (row["metric"], row["rerun"]) == (made.metric, made.rerun)
         assert (ledger.ROOT / "experiments/flagfiles" / f"{made.model}.flags").is_file()
         size = sum(p.stat().st_size for p in (ledger.ROOT / row["weights"]).rglob("*"))
         assert 0 < size <= 1 << 20
