@@ -10,6 +10,7 @@ from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
 from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
 
@@ -137,11 +138,8 @@ def gp_posterior(
     known = jnp.where(both, covariance(kernel, hyper, support.x, support.x), 0) + noise**2 * eye
     known = jnp.where(both | (eye == 0), known, 1.0)
     between = jnp.where(real[:, None], covariance(kernel, hyper, support.x, x), 0)
-    root = jnp.linalg.cholesky(known)
     targets = jnp.where(real[:, None], support.y, 0)
-    solved = jax.scipy.linalg.solve_triangular(
-        root, jnp.concatenate([between, targets], 1), lower=True
-    )
+    _, solved = eliminate(known, jnp.concatenate([between, targets], 1))
     explained, targets = solved[:, :-1], solved[:, -1]
     variance = hyper.scale**2 - (explained**2).sum(0)
     scale = jnp.sqrt(jnp.maximum(variance, 0) + noise**2)
@@ -162,7 +160,8 @@ def draw_task(
     points = size.shots + size.queries
     x = uniform(keys[3], (points, 1), minval=-2.0, maxval=2.0)
     cov = covariance(process.kernel, hyper, x, x) + process.noise**2 * jnp.eye(points)
-    y = jnp.linalg.cholesky(cov) @ jax.random.normal(keys[4], (points, 1))
+    factor, _ = eliminate(cov, jnp.zeros((points, 0)))
+    y = factor @ jax.random.normal(keys[4], (points, 1))
     support = with_random_shots(keys[5], Batch(x[: size.shots], y[: size.shots]), least_shots)
     return Episode(support, Batch(x[size.shots :], y[size.shots :])), hyper
 

@@ -9,6 +9,7 @@ from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, SampleOfSize, TaskSource, source_from_sampler
 from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
 
@@ -87,7 +88,7 @@ def posterior(noise: float, support: Batch, x: Array) -> Gaussian:
     """The exact posterior of targets y = w x + noise e with w in N(0, I), e in N(0, 1).
 
     Its mean is that of ridge regression with the penalty noise^2; without noise, of the smallest w
-    with the least squares.
+    that fits the targets.
 
     Args:
       noise: Standard deviation of the noise.
@@ -99,14 +100,8 @@ def posterior(noise: float, support: Batch, x: Array) -> Gaussian:
     """
     real = row_mask(support)[:, None]
     known, targets = jnp.where(real, support.x, 0), jnp.where(real, support.y, 0)
-    if not noise:
-        # Directions that the points do not span are those of singular values near zero.
-        inverse = jnp.linalg.pinv(known)
-        left = jnp.eye(x.shape[1]) - inverse @ known
-        variance = ((x @ left) ** 2).sum(1)
-        return Gaussian(x @ (inverse @ targets), jnp.sqrt(variance)[:, None])
     gram = known @ known.T + noise**2 * jnp.eye(len(known))
-    solved = jnp.linalg.solve(gram, jnp.concatenate([targets, known @ x.T], 1))
-    mean = x @ (known.T @ solved[:, :1])
-    variance = (x**2).sum(1) - ((known @ x.T) * solved[:, 1:]).sum(0)
-    return Gaussian(mean, jnp.sqrt(jnp.maximum(variance, 0) + noise**2)[:, None])
+    _, solved = eliminate(gram, jnp.concatenate([targets, known @ x.T], 1))
+    seen, targets = solved[:, 1:], solved[:, :1]
+    variance = (x**2).sum(1) - (seen**2).sum(0)
+    return Gaussian(seen.T @ targets, jnp.sqrt(jnp.maximum(variance, 0) + noise**2)[:, None])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, SampleOfSize, TaskSource, source_from_sampler
+from meta_jax.linear_systems import solve_positive_definite
 from meta_jax.objectives import as_objective
 
 _FREQUENCIES = (0.8, 1.2)
@@ -102,7 +103,7 @@ def best_sinusoid(support: Batch, x: Array) -> Array:
 
     def fit(frequency: Array) -> tuple[Array, Array]:
         basis = waves(frequency, support.x)
-        weights = jnp.linalg.solve(basis.T @ basis + 1e-6 * jnp.eye(2), basis.T @ support.y)
+        weights = solve_positive_definite(basis.T @ basis + 1e-6 * jnp.eye(2), basis.T @ support.y)
         return ((basis @ weights - support.y) ** 2).sum(), weights
 
     frequencies = jnp.linspace(*_FREQUENCIES, 801)

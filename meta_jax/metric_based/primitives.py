@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array
+from meta_jax.linear_systems import solve_positive_definite
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_real, check_targets, without_padding
 
@@ -371,9 +372,12 @@ def ridge_solve(
         x, y, penalty = (jnp.asarray(a, jnp.float32) for a in (x, y, penalty))
     n, inputs = x.shape
     if form == "dual" or (form == "auto" and n < inputs):
-        weights = x.T @ _solve(x @ x.T + penalty * jnp.eye(n, dtype=x.dtype), y)
+        gram = x @ x.T + penalty * jnp.eye(n, dtype=x.dtype)
+        weights = x.T @ solve_positive_definite(gram, y)
     else:
-        weights = _solve(x.T @ x + penalty * jnp.eye(inputs, dtype=x.dtype), x.T @ y)
+        weights = solve_positive_definite(
+            x.T @ x + penalty * jnp.eye(inputs, dtype=x.dtype), x.T @ y
+        )
     return weights.astype(dtype)
 
 
@@ -384,7 +388,3 @@ def check_ridge_form(form: str) -> None:
       UsageError: it is not 'auto', 'primal' or 'dual'.
     """
     choose(dict.fromkeys(("auto", "primal", "dual")), "form", form)
-
-
-def _solve(a: Array, b: Array) -> Array:
-    return jax.scipy.linalg.solve(a, b, assume_a="pos")

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from meta_jax.core import Array
+from meta_jax.linear_systems import solve_positive_definite
 from meta_jax.reinforcement.advantages import generalised_advantages
 
 
@@ -36,7 +37,7 @@ def fit_baseline(features: Array, returns: Array, mask: Array, ridge: float = 1e
     real = jnp.where(mask[..., None], features, 0).reshape(-1, features.shape[-1])
     targets = jnp.where(mask, returns, 0).reshape(-1)
     gram = real.T @ real + ridge * mask.sum() * jnp.eye(real.shape[1], dtype=real.dtype)
-    return features @ jnp.linalg.solve(gram, real.T @ targets)
+    return features @ solve_positive_definite(gram, (real.T @ targets)[:, None])[:, 0]
 
 
 def returns_to_go(rewards: Array, mask: Array, discount: float) -> Array:
