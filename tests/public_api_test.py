@@ -43,6 +43,7 @@ def test_all_lists_what_is_there():
     assert submodules <= {
         "backend",
         "core",
+        "linear_systems",
         "lookup",
         "metric_based",
         "model_based",
