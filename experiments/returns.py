@@ -8,6 +8,7 @@ from meta_jax.training.writers import write_text
 
 RESULTS = ledger.ROOT / "results" / "strategies"
 # Duan et al. 2016, tables 1 and 2, and Mishra et al. 2018, tables 3 and 4, by tasks and our names.
+# What they call optimistic Thompson sampling has the figures of our likeliest_thompson.
 PUBLISHED = {
     "bandit_10_5": (5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6, 6.7, 6.6),
     "bandit_10_10": (5.0, 6.6, 5.5, 6.2, 6.7, 6.6, 6.6, 6.7, 6.7),
@@ -27,7 +28,7 @@ PUBLISHED = {
 _LEARNED = ("rl2", "snail")
 _COLUMNS = {
     "bandit": (
-        *("random", "gittins", "thompson", "optimistic_thompson", "ucb1", "epsilon_greedy"),
+        *("random", "gittins", "thompson", "likeliest_thompson", "ucb1", "epsilon_greedy"),
         *("greedy", *_LEARNED),
     ),
     "mdp": (
@@ -89,5 +90,6 @@ def record(name: str, result: dict[str, Any]) -> None:
       name: The tasks, a key of `PUBLISHED`.
       result: What `experiments.strategies` found.
     """
+    RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
     ledger.write_readme(ledger.STRATEGIES, table(read(), ledger.read()))

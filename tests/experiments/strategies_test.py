@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 
 import jax
 import pytest
 
-from experiments import returns
+from experiments import ledger, returns
 from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.reinforcement.gittins import bayes_optimal_return
 from meta_jax.reinforcement.rl2 import rl2
@@ -72,6 +73,16 @@ def test_a_learned_policy_stands_beside_strategies(tmp_path):
     assert found.returncode == 0, found.stderr
     assert re.search(r"\nlearned +\d\.\d\d ± ", found.stdout)
     assert_refused(command("strategies", "--arms=3", *bandits), "--weights", "other actions")
+
+
+def test_a_result_on_record_is_in_the_table(tmp_path, monkeypatch):
+    copy = tmp_path / "README.md"
+    shutil.copy(ledger.README, copy)
+    monkeypatch.setattr(ledger, "README", copy)
+    monkeypatch.setattr(returns, "RESULTS", tmp_path / "new" / "strategies")
+    returns.record("bandit_500_50", {"strategies": {"gittins": {"mean": 461.25}}})
+    assert "| 500, 50 | - / 249.6 | 461.2 / 463.7 |" in copy.read_text()
+    assert list(returns.read()) == ["bandit_500_50"]
 
 
 def test_the_table_has_ours_beside_the_papers():
