@@ -1,6 +1,12 @@
 """Reinforcement learning: environments, trials, strategies that know, and learned policies."""
 
-from meta_jax.networks.sequences import causal_transformer, recurrent, snail
+from meta_jax.networks.sequences import (
+    causal_transformer,
+    linear_transformer,
+    recurrent,
+    running_sums,
+    snail,
+)
 from meta_jax.reinforcement import bandit_strategies, mdp_strategies
 from meta_jax.reinforcement.advantages import generalised_advantages
 from meta_jax.reinforcement.bandits import bandit, dependent_bandit
@@ -65,6 +71,7 @@ __all__ = [
     "gittins_indices",
     "grid_navigation",
     "gymnax_environment",
+    "linear_transformer",
     "lvc_surrogate",
     "maml_rl",
     "mdp_strategies",
@@ -74,6 +81,7 @@ __all__ = [
     "rl2",
     "run_trial",
     "run_trials",
+    "running_sums",
     "snail",
     "source_from_environment",
     "tabular_mdp",
