@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, records, run_flags, runs, testing
+from experiments import ledger, records, returns, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.rows import ROWS, Row
 from meta_jax.lookup import UsageError
@@ -56,6 +56,7 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
         data_dir=FLAGS.data_dir,
     )
     ledger.write_tables(ledger.record(_ledger_row(name, row, found, minutes, commit)))
+    returns.write_table()  # learned policies stand beside strategies
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(

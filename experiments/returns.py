@@ -92,4 +92,9 @@ def record(name: str, result: dict[str, Any]) -> None:
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_table()
+
+
+def write_table() -> None:
+    """Writes README's table from the records of strategies and the ledger."""
     ledger.write_readme(ledger.STRATEGIES, table(read(), ledger.read()))

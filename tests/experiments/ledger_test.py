@@ -27,7 +27,7 @@ def test_readme_tables_are_the_ledger(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "README", copy)
     before = copy.read_text(encoding="utf-8")
     ledger.write_tables(ROWS_IN_LEDGER)
-    ledger.write_readme(ledger.STRATEGIES, returns.table(returns.read(), ROWS_IN_LEDGER))
+    returns.write_table()
     assert copy.read_text(encoding="utf-8") == before
 
 
