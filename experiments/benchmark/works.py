@@ -164,7 +164,7 @@ def sinusoid_maml(*, task_batch: int) -> Work:
     return Work("maml", learner, source, task_batch, flop, None, 1)
 
 
-def rl2_bandit(setting: Rl2Setting = Rl2Setting()) -> Work:  # noqa: B008 - a constant
+def rl2_bandit(setting: Rl2Setting) -> Work:
     """RL^2 with a GRU on bandits; acting once, and 3 times forward and backward on minibatches."""
     shared = setting._asdict()
     arms, pulls, trials = (shared.pop(name) for name in ("arms", "pulls", "trials"))
@@ -213,7 +213,7 @@ def works(data: Dataset) -> dict[str, Work]:
     found["reptile"] = image_reptile(data, task_batch=5)
     found["relation_5way"] = image_relation(data)
     found["maml_sinusoid"] = sinusoid_maml(task_batch=25)
-    found["rl2_bandit_100_5"] = rl2_bandit()
+    found["rl2_bandit_100_5"] = rl2_bandit(Rl2Setting())
     return found
 
 

@@ -123,19 +123,24 @@ def run_trials(
     indices = np.arange(trials + -trials % chunk).reshape(-1, chunk)
     # The last chunk is filled up, so that all of them run the same program.
     found = [_trials(environment, play, key, each) for each in indices]
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:trials], *found)
+    returns, regret = jax.tree.map(lambda *parts: np.concatenate(parts)[:trials], *found)
+    return Trials(returns, regret)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _trials(environment: Environment, play: Play, key: Array, indices: Array) -> Trials:
+def _trials(
+    environment: Environment, play: Play, key: Array, indices: Array
+) -> tuple[Array, Array | None]:
     return jax.vmap(functools.partial(_trial, environment, play, key))(indices)
 
 
-def _trial(environment: Environment, play: Play, key: Array, index: Array) -> Trials:
+def _trial(
+    environment: Environment, play: Play, key: Array, index: Array
+) -> tuple[Array, Array | None]:
     task_key, trial_key = jax.random.split(jax.random.fold_in(key, index))
     found = play(Problem(environment, environment.sample_task(task_key)), trial_key)
     regret = None if found.regret is None else jnp.cumsum(found.regret)
-    return Trials(found.reward.sum(), regret)  # type: ignore[arg-type]  # arrays of JAX, traced
+    return found.reward.sum(), regret
 
 
 def trial_returns(

@@ -39,6 +39,7 @@ from meta_jax.reinforcement.policy_adaptation import (
     sample_trajectories,
     surrogate_loss,
 )
+from meta_jax.reinforcement.ppo import gradient_step
 from meta_jax.reinforcement.rollout import Percept, Trajectory
 from meta_jax.reinforcement.trial_policy import actions_of, check_problem
 
@@ -291,16 +292,9 @@ def _update(
         return jax.vmap(replay, (None, 0, 0, 0))(params, problems, sampled, advantage).mean()
 
     def update(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], Metrics]:
-        params, opt_state = carry
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(
-            gradient, opt_state, params, value=value, grad=gradient
-        )
-        norm = optax.tree.norm(gradient)
-        return (optax.apply_updates(params, updates), opt_state), {
-            "loss": value,
-            "gradient_norm": norm,
-        }
+        value, gradient = jax.value_and_grad(loss)(carry[0])
+        carry, norm = gradient_step(optimizer, carry, value, gradient)
+        return carry, {"loss": value, "gradient_norm": norm}
 
     (params, opt_state), metrics = jax.lax.scan(update, (params, opt_state), length=epochs)
     returns = jax.tree.map(jnp.mean, jax.vmap(_Sampled.returns)(sampled))

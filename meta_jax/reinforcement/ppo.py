@@ -138,6 +138,18 @@ def normalised(experience: Experience) -> Experience:
     )
 
 
+def gradient_step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    carry: tuple[PyTree, PyTree],
+    loss: Array,
+    gradient: PyTree,
+) -> tuple[tuple[PyTree, PyTree], Array]:
+    """Parameters and the optimizer's state after a step, and the norm of the gradient."""
+    params, opt_state = carry
+    updates, opt_state = optimizer.update(gradient, opt_state, params, value=loss, grad=gradient)
+    return (optax.apply_updates(params, updates), opt_state), optax.tree.norm(gradient)
+
+
 def ppo_updates(
     settings: PolicyGradient,
     policy: TrialPolicy,
@@ -180,12 +192,8 @@ def ppo_updates(
         params, opt_state = carry
         batch = normalised(jax.tree.map(lambda leaf: leaf[rows], experience))
         (loss, metrics), gradient = jax.value_and_grad(batch_loss, has_aux=True)(params, batch)
-        updates, opt_state = optimizer.update(
-            gradient, opt_state, params, value=loss, grad=gradient
-        )
-        params = optax.apply_updates(params, updates)
-        norm = optax.tree.norm(gradient)
-        return (params, opt_state), {"loss": loss, "gradient_norm": norm, **metrics}
+        carry, norm = gradient_step(optimizer, (params, opt_state), loss, gradient)
+        return carry, {"loss": loss, "gradient_norm": norm, **metrics}
 
     carry, metrics = jax.lax.scan(update, carry, rows)
     return carry, jax.tree.map(jnp.mean, metrics)

@@ -127,7 +127,7 @@ def test_training_and_tests_say_what_came_of_each_step():
 
 @pytest.mark.parametrize("surrogate", ["dice", "lvc"])
 def test_the_first_update_of_ppo_is_the_outer_gradient(surrogate):
-    """Of one task, whose advantages have another scale."""
+    """The directions agree: in one task advantages differ by their scale alone."""
     params, state = initial()
     ours = learner(outer="ppo", epochs=1, surrogate=surrogate)
     keys, optimizer = jax.random.split(KEY, 1), optax.sgd(1.0)
