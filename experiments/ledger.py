@@ -63,13 +63,13 @@ def table_of_functions(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        exact = ", ".join(f"{value:.4g}" for value in row["exact"].values()) or "none"
-        lines.append(f"| {_score(row)} | {exact} | {_training(row)} |")
+        exact = ", ".join(f"{value:.3f}" for value in row["exact"].values()) or "none"
+        lines.append(f"| {_score(row, digits=3)} | {exact} | {_training(row)} |")
     return "\n".join(lines) + "\n"
 
 
-def _score(row: dict) -> str:
-    value = f"{row['value']:.2f} ± {row['ci95']:.2f}"
+def _score(row: dict, digits: int = 2) -> str:
+    value = f"{row['value']:.{digits}f} ± {row['ci95']:.{digits}f}"
     paper = "none" if row["paper"] is None else row["paper"]
     return f"`{row['row']}` | {row['metric'].replace('_', ' ')} | {value} | {paper}"
 

@@ -6,6 +6,12 @@ _DUAN = "Duan et al. 2016, table 1"
 _DUAN_MDP = "Duan et al. 2016, table 2"
 _MISHRA = "Mishra et al. 2018, table 3"
 _NGUYEN = "Nguyen and Grover 2022 have other length scales, and scales bounded by 0.1"
+_GARG = "Garg et al. 2022 have 20 dimensions, in a figure"
+_LI = "Li et al. 2017, table 1"
+_FIFTY = "Fifty et al. 2024 have no Omniglot"
+_GARNELO = "Garnelo et al. 2018, table 2"
+_SNAIL_PORT = "github.com/eambutu/snail-pytorch: a public implementation"
+_MISHRA_OMNIGLOT = "Mishra et al. 2018, table 1"
 _MAML = "Finn et al. 2017, section 5.3"
 _GRID = "Zintgraf et al. 2020 have curves only; the mean optimum of an episode is 11.07"
 _BRONSKILL = "Bronskill et al. 2020, tables of Omniglot: the authors' training, normalisation named"
@@ -28,11 +34,12 @@ class Row(NamedTuple):
     normalisation: str | None = None  # of the test, if not the training's
     protocol: str | None = None  # of the test, if not the training's
     rerun: float | None = None  # what somebody else's careful rerun of the method found
+    rerun_by: str = _BRONSKILL
 
     @property
     def rerun_source(self) -> str | None:
         """Where the rerun is published."""
-        return None if self.rerun is None else _BRONSKILL
+        return None if self.rerun is None else self.rerun_by
 
     def size(self) -> dict[str, int]:
         """How large the test's episodes are, where they are not as in training."""
@@ -63,10 +70,19 @@ def _trials(model: str, paper: float | None, source: str, metric: str = "return"
     return Row(model, None, None, paper, source, metric)
 
 
-def _functions(model: str, paper: float | None, metric: str = "log_likelihood") -> Row:
-    """A row of regression, on the tasks that were trained on."""
-    source = _NGUYEN if metric == "log_likelihood" else "none with this setting"
-    return Row(model, None, None, paper, source, metric)
+def _processes(model: str) -> Row:
+    """A row of functions from Gaussian processes, on the tasks that were trained on."""
+    return Row(model, None, None, None, _NGUYEN, "log_likelihood")
+
+
+def _linear(shots: int) -> Row:
+    """A row of linear regression in context, from this many points."""
+    return Row("tnpd_linear_regression", None, shots, None, _GARG, "mse")
+
+
+def _sinusoids(model: str, shots: int, paper: float | None = None) -> Row:
+    """A row of sinusoids of several frequencies, by a model trained with 5 shots."""
+    return Row(f"{model}_sinusoid_frequency", None, shots, paper, _LI, "mse")
 
 
 ROWS: dict[str, Row] = {
@@ -168,12 +184,36 @@ ROWS: dict[str, Row] = {
     "rl2/bandit_100_10": _trials("rl2_bandit_100_10", 83.5, _DUAN),
     "snail/bandit_10_5": _trials("snail_bandit_10_5", 6.6, _MISHRA),
     "snail/bandit_100_5": _trials("snail_bandit_100_5", 79.1, _MISHRA),
-    "tnpd/gp_rbf": _functions("tnpd_gp_rbf", None),
-    "tnpd/gp_matern52": _functions("tnpd_gp_matern52", None),
-    "canp/gp_rbf": _functions("canp_gp_rbf", None),
-    "canp/gp_matern52": _functions("canp_gp_matern52", None),
-    "cnp/gp_rbf": _functions("cnp_gp_rbf", None),
-    "cnp/gp_matern52": _functions("cnp_gp_matern52", None),
+    "tnpd/gp_rbf": _processes("tnpd_gp_rbf"),
+    "tnpd/gp_matern52": _processes("tnpd_gp_matern52"),
+    "canp/gp_rbf": _processes("canp_gp_rbf"),
+    "canp/gp_matern52": _processes("canp_gp_matern52"),
+    "cnp/gp_rbf": _processes("cnp_gp_rbf"),
+    "cnp/gp_matern52": _processes("cnp_gp_matern52"),
+    "tnpd/linear_regression_8_points": _linear(8),
+    "tnpd/linear_regression_12_points": _linear(12),
+    "tnpd/linear_regression_16_points": _linear(16),
+    "maml/sinusoid_frequency_5_shots": _sinusoids("maml", 5, 1.13),
+    "maml/sinusoid_frequency_10_shots": _sinusoids("maml", 10, 0.85),
+    "maml/sinusoid_frequency_20_shots": _sinusoids("maml", 20, 0.71),
+    "meta_sgd/sinusoid_frequency_5_shots": _sinusoids("meta_sgd", 5, 0.90),
+    "meta_sgd/sinusoid_frequency_10_shots": _sinusoids("meta_sgd", 10, 0.63),
+    "meta_sgd/sinusoid_frequency_20_shots": _sinusoids("meta_sgd", 20, 0.50),
+    "anil/sinusoid_frequency_5_shots": _sinusoids("anil", 5),
+    "anil/sinusoid_frequency_10_shots": _sinusoids("anil", 10),
+    "anil/sinusoid_frequency_20_shots": _sinusoids("anil", 20),
+    "tnpd/sinusoid_frequency_5_shots": _sinusoids("tnpd", 5),
+    "tnpd/sinusoid_frequency_10_shots": _sinusoids("tnpd", 10),
+    "tnpd/sinusoid_frequency_20_shots": _sinusoids("tnpd", 20),
+    "caml/omniglot_5w1s": Row("caml_omniglot", 5, 1, None, _FIFTY),
+    "caml/omniglot_20w1s": Row("caml_omniglot_20way", 20, 1, None, _FIFTY),
+    "cnp/omniglot_5w1s": Row("cnp_omniglot", 5, 1, 95.3, _GARNELO),
+    "snail/omniglot_5w1s": Row(
+        "snail_omniglot", 5, 1, 99.07, _MISHRA_OMNIGLOT, rerun=98.31, rerun_by=_SNAIL_PORT
+    ),
+    "snail/omniglot_20w1s": Row(
+        "snail_omniglot_20way", 20, 1, 97.64, _MISHRA_OMNIGLOT, rerun=93.75, rerun_by=_SNAIL_PORT
+    ),
     "rl2/mdp_10": _trials("rl2_mdp_10", 156.2, _DUAN_MDP),
     "rl2/mdp_25": _trials("rl2_mdp_25", 445.7, _DUAN_MDP),
     "rl2/grid_navigation_episode_2": _trials("rl2_grid_navigation", None, _GRID, "episode_2"),

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +24,8 @@ from docs.extending import (
     warm_optimizer,
 )
 from experiments import run_flags, runs
+from tests.binaries import command
 
-ROOT = Path(__file__).parents[1]
 PATH = "docs.extending"
 SMALL = ["--eval_every=0", "--ways=3", "--queries=2"]
 SINUSOIDS = ["--tasks=sinusoid", "--shots=5", "--network.widths=8"]
@@ -247,11 +244,8 @@ def test_the_average_of_the_weights_is_what_tests_use():
 
 
 def test_a_binary_takes_a_component_of_ones_own(tmp_path):
-    command = [sys.executable, "-m", "experiments.train", *FLAGS["signal_tasks"]]
-    command += ["--steps=2", "--log_every=1", "--eval_episodes=4", f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [*command, "--eval_every=0"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    few = ("--steps=2", "--log_every=1", "--eval_episodes=4", "--eval_every=0")
+    done = command("train", *FLAGS["signal_tasks"], *few, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -24,10 +24,12 @@ import numpy as np
 
 from meta_jax import registry
 from meta_jax.core import Objective
+from meta_jax.data import images
 from meta_jax.data.augmentation import Augment
+from meta_jax.data.cache import cache_key, cached, file_hash
 from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
 from meta_jax.data.episodes import Rotations
-from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size, open_image, resize_image
+from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
@@ -49,7 +51,8 @@ _VAL_ALPHABETS = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(
 SplitRule = Literal["vinyals", "lake"]
 SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
 _SPLITS = ("train", "val", "trainval", "test")
-_Character = tuple[str, int]  # alphabet, number from 1
+# (alphabet, number from 1) -> images, uint8 [20, image_size, image_size, 1]
+_Characters = dict[tuple[str, int], np.ndarray]
 
 
 class _Drawing(NamedTuple):
@@ -152,16 +155,12 @@ def load_omniglot(
     if resample not in RESAMPLE_FILTERS:
         raise DataError(f"resample {resample!r} is none of {', '.join(RESAMPLE_FILTERS)}")
     check_image_size(image_size)
-    read = functools.cache(functools.partial(_read_set, _find(data_dir)))
+    read = functools.cache(functools.partial(_read_set, _find(data_dir), image_size, resample))
 
     def load(split: str) -> Split:
         characters = _split_characters(split, split_rule, read)
-        pixels = [
-            np.stack([_pixels(drawing, image_size, resample) for drawing in drawings])
-            for drawings in characters.values()
-        ]
         return split_from_classes(
-            [255 - images if invert else images for images in pixels],
+            [255 - drawn if invert else drawn for drawn in characters.values()],
             class_names=[f"{alphabet}/character{number:02d}" for alphabet, number in characters],
             groups=[alphabet for alphabet, _ in characters],
         )
@@ -170,17 +169,15 @@ def load_omniglot(
 
 
 def _split_characters(
-    split: str,
-    rule: SplitRule,
-    read: Callable[[str], dict[_Character, list[_Drawing]]],
-) -> dict[_Character, list[_Drawing]]:
-    """The characters of one split with their drawings, in alphabetical order."""
+    split: str, rule: SplitRule, read: Callable[[str], _Characters]
+) -> _Characters:
+    """The characters of one split, in alphabetical order."""
     extra = _VINYALS_TRAINVAL_FROM_EVALUATION if rule == "vinyals" else 0
     if split == "test":
         return dict(list(read("images_evaluation").items())[extra:])
     members = dict(read("images_background"))
     if split == "val":
-        return {c: drawings for c, drawings in members.items() if c[0] in _VAL_ALPHABETS}
+        return {c: drawn for c, drawn in members.items() if c[0] in _VAL_ALPHABETS}
     if extra:
         members |= dict(list(read("images_evaluation").items())[:extra])
     return {
@@ -188,20 +185,27 @@ def _split_characters(
     }
 
 
-def _read_set(folder: Path, set_name: str) -> dict[_Character, list[_Drawing]]:
-    """The drawings of one set by character, in alphabetical order."""
+def _read_set(folder: Path, image_size: int, resample: str, set_name: str) -> _Characters:
+    """The characters of one set, in alphabetical order; what was decoded is kept for later runs."""
+    import PIL
+
     read = _read_tfds if (folder / "dataset_info.json").is_file() else _read_zip
     drawings = sorted(read(folder, set_name))
     _check_complete(drawings, set_name, folder)
-    by_character: dict[_Character, list[_Drawing]] = {}
-    for drawing in drawings:
-        by_character.setdefault((drawing.alphabet, drawing.character), []).append(drawing)
-    return by_character
+    content = hashlib.blake2b(b"".join(drawing.png for drawing in drawings)).digest()
+    code = PIL.__version__, file_hash(images.__file__)
+    pixels = cached(
+        cache_key("omniglot", *code, image_size, resample, content),
+        lambda: np.stack([_pixels(drawing, image_size, resample) for drawing in drawings]),
+    )
+    characters = [(drawing.alphabet, drawing.character) for drawing in drawings[::_DRAWERS]]
+    return dict(zip(characters, np.split(pixels, len(characters)), strict=True))
 
 
 def _pixels(drawing: _Drawing, image_size: int, resample: str) -> np.ndarray:
     # Greyscale first: Pillow would resize a 1-bit image by nearest neighbour whatever the filter.
-    return resize_image(open_image(drawing.png, drawing.name).convert("L"), image_size, resample)
+    grey = images.open_image(drawing.png, drawing.name).convert("L")
+    return images.resize_image(grey, image_size, resample)
 
 
 def _check_complete(drawings: list[_Drawing], set_name: str, folder: Path) -> None:

@@ -126,6 +126,10 @@ def test_ink_is_bright_on_dark(vinyals):
 # --- Made-up data, which needs no files -----------------------------------------------------------
 
 
+# What is decoded with these settings is kept for the other tests.
+DECODED_ONCE = {"image_size": 35, "resample": "box"}
+
+
 def _png(black_column):
     pixels = np.full((105, 105), 255, np.uint8)
     pixels[:, black_column] = 0
@@ -171,7 +175,7 @@ def _refused(message, *args, **settings):
 
 
 def test_settings_reach_the_pixels(made_up):
-    splits = load_omniglot(made_up, image_size=35, invert=False, resample="box")
+    splits = load_omniglot(made_up, invert=False, **DECODED_ONCE)
     # Drawer 7 inks column 7 of 105: a third of column 2 at a third of the size.
     expected = np.where(np.arange(35) == 2, 170, 255) * np.ones((35, 1))
     np.testing.assert_array_equal(splits.datasets["test"].examples[6, :, :, 0], expected)
@@ -198,7 +202,7 @@ def test_the_source_passes_its_settings(made_up):
 
 def test_a_set_that_the_split_does_not_need_may_be_missing(made_up, tmp_path):
     shutil.copy(made_up / "images_evaluation.zip", tmp_path)
-    splits = load_omniglot(tmp_path, image_size=5)
+    splits = load_omniglot(tmp_path, **DECODED_ONCE)
     assert len(splits.class_names["test"]) == 423
     with pytest.raises(DataError, match=r"has no images_background\.zip"):
         splits.datasets["val"]
@@ -212,7 +216,7 @@ def test_missing_data_is_refused(made_up, tmp_path, missing):
         _refused("holds neither images_background.zip and images_evaluation.zip", tmp_path)
     else:
         shutil.copy(made_up / "images_background.zip", tmp_path)
-        _refused("has no images_evaluation.zip: get it from https", tmp_path)
+        _refused("has no images_evaluation.zip: get it from https", tmp_path, **DECODED_ONCE)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
@@ -288,7 +292,7 @@ def _serve(monkeypatch, folder):
 
 def test_download_is_kept_for_the_next_time(made_up, nothing_at_home, monkeypatch):
     _serve(monkeypatch, made_up)
-    splits = load_omniglot(image_size=7)
+    splits = load_omniglot(**DECODED_ONCE)
     assert not nothing_at_home.exists()
     assert len(splits.class_names["test"]) == 423
     assert [path.name for path in nothing_at_home.iterdir()] == ["images_evaluation.zip"]
@@ -296,7 +300,7 @@ def test_download_is_kept_for_the_next_time(made_up, nothing_at_home, monkeypatc
     kept = {path.name: path.read_bytes() for path in nothing_at_home.iterdir()}
     assert kept == {path.name: path.read_bytes() for path in made_up.iterdir()}
     monkeypatch.setattr(omniglot, "_URL", "file:///nowhere")
-    assert len(load_omniglot(image_size=7).class_names["test"]) == 423
+    assert len(load_omniglot(**DECODED_ONCE).class_names["test"]) == 423
 
 
 def test_download_with_the_wrong_checksum_is_not_kept(made_up, nothing_at_home, monkeypatch):

@@ -16,7 +16,7 @@ from meta_jax.objectives import cross_entropy_loss, squared_error
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
-LEARNER = meta_networks(features=3, hidden=4, blocks=3, key_strength=1.0)
+LEARNER = meta_networks(features=3, hidden=4, blocks=2, key_strength=1.0)
 
 
 def normal(seed, *shape):

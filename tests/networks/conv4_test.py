@@ -94,12 +94,7 @@ def test_block_with_negative_scales_equals_the_plain_one(x64, stride, pool, mome
 
 @pytest.mark.parametrize(("stride", "pool"), [(1, True), (2, False)])
 @pytest.mark.parametrize("moments", ["batch", "stored"])
-def test_a_block_left_to_the_next_one_equals_the_plain_one(
-    x64, monkeypatch, request, stride, pool, moments
-):
-    if (moments, pool) == ("stored", True):
-        # Without optimisations, jaxlib 0.10.2 gets one second derivative wrong.
-        request.getfixturevalue("optimized")
+def test_a_block_left_to_the_next_one_equals_the_plain_one(x64, monkeypatch, stride, pool, moments):
     monkeypatch.setattr(fused_block, "on_cpu", lambda: True)  # an accelerator defers nothing
     monkeypatch.setattr(fused_block, "_PREPARED_BYTES", 1024)  # 2 of 5 images: one of filling
     params, stats, x = block()

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import lax
 
@@ -56,26 +55,24 @@ def test_plain_layers_make_the_network():
     np.testing.assert_allclose(z, 1 / (1 + np.exp(-flat)), atol=1e-5)
 
 
-def test_one_training_step_of_the_whole_network():
+def test_the_whole_network_has_a_gradient_in_every_layer():
     learner = siamese(koch())
     x = (jax.random.uniform(jax.random.key(1), (2, 105, 105, 1)) < 0.1).astype(float)
     episode = Episode(Batch(x, jnp.eye(2)), Batch(x[:, ::-1], jnp.eye(2)))
-    params, state = jax.jit(learner.init)(jax.random.key(0), episode)
-    optimizer = optax.adam(1e-4)
+    params, state = jax.eval_shape(learner.init, jax.random.key(0), episode)
+    rng = np.random.default_rng(0)  # quicker than 38 million numbers of JAX without optimisations
+    params = jax.tree.map(lambda p: 0.02 * rng.standard_normal(p.shape, np.float32), params)
 
     @jax.jit
-    def step(params):
+    def largest_gradients(params):
         gradient, aux = jax.grad(learner.loss, has_aux=True)(
             params, state, episode, jax.random.key(2)
         )
-        updates, _ = optimizer.update(gradient, optimizer.init(params))
-        moved = jax.tree.map(lambda u: abs(u).max(), updates)
-        return optax.apply_updates(params, updates), moved, aux.metrics
+        return jax.tree.map(lambda g: abs(g).max(), gradient), aux.metrics
 
-    new, moved, metrics = step(params)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, metrics)))
-    # Every layer learns; Adam's first step is its learning rate.
-    np.testing.assert_allclose(jax.tree.leaves(moved["network"]), 1e-4, rtol=1e-2)
+    largest, metrics = largest_gradients(params)
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves((largest, metrics)))
+    assert min(jax.tree.leaves(largest["network"])) > 0  # every layer learns
 
 
 def test_an_image_that_leaves_no_place_is_refused():

@@ -249,10 +249,9 @@ def test_keys_are_used_once_and_no_tracer_leaks_from_the_outer_gradient(build):
         jax.eval_shape(jax.jit(step), KEY)
 
 
-@pytest.mark.parametrize("mode", ["batch", "support", "one_at_a_time"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_padding_changes_nothing_in_the_inner_loop(mode, reduction):
-    learner = maml(normalised_network(mode), inner_lr=0.2, steps=2, reduction=reduction)
+@pytest.mark.parametrize("mode", ["batch", "support"])
+def test_padding_changes_nothing_in_an_inner_loop_that_sums(mode):
+    learner = maml(normalised_network(mode), inner_lr=0.2, steps=2, reduction="sum")
     params, state = learner.init(KEY, vectors())
     x = vectors().query.x
 

@@ -420,32 +420,34 @@ optimizer = optax.adam(1e-2)
 def shared(mesh):
     return prototypical(strided_conv4(2, normalisation="running", mesh=mesh))
 
+small = prototypical(mlp((8,)))
+
 def unshared(learner):
     return lambda mesh: learner
 
 # One state for each task: how many it has seen, and the last one's first image, summed up.
 def counting_loss(params, state, episode, key):
-    loss, aux = shared(None).loss(params, state["network"], episode, key)
+    loss, aux = small.loss(params, state["network"], episode, key)
     seen = {"tasks": state["tasks"] + 1, "ink": state["ink"] + episode.support.x[0].sum()}
     return loss * (1 + state["ink"]), LossAux({"network": aux.state, **seen}, aux.metrics)
 
 def counting_init(key, episode):
-    params, network = shared(None).init(key, episode)
+    params, network = small.init(key, episode)
     return params, {"network": network, "tasks": jnp.zeros((), int), "ink": jnp.zeros(())}
 
-counting = shared(None)._replace(init=counting_init, loss=counting_loss, state_scope="task")
+counting = small._replace(init=counting_init, loss=counting_loss, state_scope="task")
 
 # A shared state: how many steps there were, and the mean of the tasks' first images.
 def averaging_loss(params, state, episode, key):
-    loss, aux = shared(None).loss(params, state["network"], episode, key)
+    loss, aux = small.loss(params, state["network"], episode, key)
     seen = {"steps": state["steps"] + 1, "ink": episode.support.x[0].sum()}
     return loss, LossAux({"network": aux.state, **seen}, aux.metrics)
 
 def averaging_init(key, episode):
-    params, network = shared(None).init(key, episode)
+    params, network = small.init(key, episode)
     return params, {"network": network, "steps": jnp.zeros((), jnp.int32), "ink": jnp.zeros(())}
 
-averaging = shared(None)._replace(init=averaging_init, loss=averaging_loss)
+averaging = small._replace(init=averaging_init, loss=averaging_loss)
 
 # Name: (the learner of a mesh, its tasks, tasks in a step, task chunk). The 16 images of the
 # last one are shared, not its one task.
@@ -474,8 +476,8 @@ for name, (learner_of, tasks, batch, chunk) in learners.items():
         )
         train_state = init_train_state(learner, optimizer, tasks, 0, task_batch=batch)
         start = jax.tree.map(np.asarray, train_state.params)
-        run = make_train_loop(step).lower(train_state, tasks.data, 20).compile()
-        train_state, metrics, finite = run(train_state, tasks.data, 20)
+        run = make_train_loop(step).lower(train_state, tasks.data, 5).compile()
+        train_state, metrics, finite = run(train_state, tasks.data, 5)
         assert finite
         ends.append(jax.tree.map(np.asarray, (train_state.params, train_state.state, metrics)))
     results[name] = {
