@@ -140,7 +140,7 @@ def test_it_learns_gaussian_processes(reader, reached):
     state = init_train_state(learner, optimizer, tasks, 0, task_batch=16)
     step = make_outer_step(learner, optimizer, tasks.sample, task_batch=16, task_chunk=16)
     before = likelihood(learner, state, tasks)
-    state, _, _ = make_train_loop(step)(state, tasks.data, 300)
+    state, _, _ = make_train_loop(step)(state, tasks.data, 200)
     assert before < -1
     assert likelihood(learner, state, tasks) > reached
 
