@@ -2,6 +2,7 @@
 
     python -m experiments.reproduce prototypical/omniglot_5w1s --data_dir=PATH
     python -m experiments.reproduce prototypical/omniglot_20w5s --data_dir=PATH --shipped
+    python -m experiments.reproduce --all --hours=8 --data_dir=PATH
 
 A model that several rows share is trained once; a training that was stopped is resumed.
 """
@@ -10,12 +11,14 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from absl import flags
 
 from experiments import ledger, records, returns, run_flags, runs, testing
 from experiments.command_line import run_main
+from experiments.plan import make_plan, run_until
 from experiments.rows import ROWS, Row
 from meta_jax.lookup import UsageError
 
@@ -23,30 +26,71 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot lies.")
 flags.DEFINE_bool("shipped", False, "Whether to test the weights that are shipped, untrained anew.")
+flags.DEFINE_bool("all", False, "Whether to make all rows that are missing, cheapest first.")
+flags.DEFINE_float(
+    "hours", None, "Time for --all; a training that is not through goes on next time."
+)
+flags.DEFINE_bool("dry_run", False, "Whether --all only prints what it would do, and for how long.")
 _ASKED = testing.Asked(episodes=1000)
 _WEIGHTS = Path("results/weights")
 
 
 def main(names: list[str]) -> None:
     """Makes each row named on the command line, one line of output for each."""
+    if FLAGS.all:
+        _check_alone(names)
+        _reproduce_all()
+        return
     if not names:
-        raise UsageError(f"name one row or more: {', '.join(ROWS)}")
+        raise UsageError(f"name one row or more, or --all: {', '.join(ROWS)}")
     for name in names:
         if name not in ROWS:
             raise UsageError(f"unknown row '{name}': choose from {', '.join(ROWS)}")
+    if FLAGS.hours is not None or FLAGS.dry_run:
+        raise UsageError("--hours and --dry_run belong to --all: leave them out")
     commit = _commit()
     for name in names:
-        _reproduce(name, ROWS[name], commit)
+        _reproduce(name, ROWS[name], commit, shipped=FLAGS.shipped, ends=None)
 
 
-def _reproduce(name: str, row: Row, commit: str) -> None:
-    """Trains the row's model where that is not done, tests it, writes the row, prints a line."""
+def _check_alone(names: list[str]) -> None:
+    if names or FLAGS.shipped:
+        raise UsageError("--all makes every row that is missing: leave row names and --shipped out")
+    if FLAGS.hours is not None and not FLAGS.hours > 0:
+        raise UsageError(f"--hours={FLAGS.hours} must be above 0")
+
+
+def _reproduce_all() -> None:
+    """Makes the rows that the ledger lacks, cheapest first, until the time is over."""
+    plan = make_plan(ROWS, ledger.read(), Path(FLAGS.runs))
+    print("\n".join(plan.lines()), flush=True)
+    if FLAGS.dry_run:
+        return
+    commit = _commit()
+    ends = None if FLAGS.hours is None else time.monotonic() + 3600 * FLAGS.hours
+    for piece in plan.pieces:
+        for name in piece.rows:
+            over = ends is not None and time.monotonic() > ends
+            if over or not _reproduce(name, ROWS[name], commit, shipped=piece.shipped, ends=ends):
+                print("the time is over; the same command goes on from here")
+                return
+
+
+def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float | None) -> bool:
+    """Trains the row's model where that is not done, tests it, writes the row, prints a line.
+
+    Returns:
+      Whether the row was made before `ends`, a time of the monotonic clock.
+    """
     weights = ledger.ROOT / _WEIGHTS / row.model
-    if FLAGS.shipped:
+    if shipped:
         minutes = _minutes_on_record(row.model)
     else:
         workdir = Path(FLAGS.runs) / row.model
-        minutes = round(_trained(row.model, workdir)["seconds"] / 60, 1)
+        result = _trained(row.model, workdir, ends)
+        if result is None:
+            return False
+        minutes = round(result["seconds"] / 60, 1)
         _ship_weights(workdir, weights)
     found = testing.evaluate(
         weights,
@@ -61,12 +105,18 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
         f"{name}: test {row.metric} {testing.score_text(score, objective)} "
-        f"(normalisation {found.record['normalisation']}){paper}"
+        f"(normalisation {found.record['normalisation']}){paper}",
+        flush=True,
     )
+    return True
 
 
-def _trained(model: str, workdir: Path) -> dict:
-    """The result of a model's training, which is done here where it was not."""
+def _trained(model: str, workdir: Path, ends: float | None) -> dict | None:
+    """The result of a model's training, which is done here where it was not.
+
+    At the time `ends` of the monotonic clock the training is told to save and to stop; there is no
+    result then.
+    """
     flagfile = ledger.ROOT / "experiments" / "flagfiles" / f"{model}.flags"
     train = [
         f"--flagfile={flagfile}",
@@ -80,7 +130,9 @@ def _trained(model: str, workdir: Path) -> dict:
     else:
         # A process of its own: flags are global, and the training's memory is given back.
         command = [sys.executable, "-m", "experiments.train", *train, f"--workdir={workdir}"]
-        status = subprocess.run(command).returncode
+        status = run_until(command, ends)
+        if status is None and not path.exists():
+            return None
         if status:
             sys.exit(status)
         if not path.exists():

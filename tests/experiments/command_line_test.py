@@ -322,8 +322,9 @@ def test_evaluate_without_a_run_is_refused(tmp_path):
     assert_refused(command("evaluate", f"--workdir={tmp_path}"), "config.json")
 
 
-def test_reproduce_refuses_a_row_that_does_not_exist():
+def test_reproduce_refuses_what_it_cannot_make():
     assert_refused(process("reproduce", "prototypical/omniglot_5w2s"), "omniglot_5w2s", "5w1s")
+    assert_refused(process("reproduce", "--all", "--hours=0"), "--hours=0", "above 0")
 
 
 def test_a_sequence_is_tested_at_every_instance(folder, tmp_path):
