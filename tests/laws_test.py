@@ -197,6 +197,7 @@ LEARNERS = {
     "in_context_cross_attention": in_one_context("cross_attention", label_code="equiangular"),
     "in_context_target_masked": in_one_context("target_masked", label_code="equiangular"),
     "in_context_snail": in_one_context("snail"),
+    "in_context_latent": in_one_context("mean", width=8, latent=3),
     "in_context_sinusoid": regression(
         lambda network: in_context(network, width=4, layers=2, heads=2, objective=squared_error)
     ),

@@ -21,6 +21,12 @@ from meta_jax.core import (
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
+from meta_jax.model_based.latent import (
+    init_latent,
+    join_latent,
+    kl_divergence,
+    latent_distribution,
+)
 from meta_jax.model_based.sequence import check_vectors, nca_loss
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.normalisation import (
@@ -61,6 +67,7 @@ class InContextAdapted(NamedTuple):
     memory: Any  # what the set network keeps of it
     state: PyTree  # the embedding network's
     support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+    latent: Array | None  # mean of the latent vector, where there is one
 
 
 def build_reader(
@@ -95,6 +102,7 @@ def in_context(
     width: int = 64,
     layers: int = 4,
     heads: int = 4,
+    latent: int = 0,
     least_scale: float = 0.01,
     nca_weight: float = 0.0,
 ) -> MetaLearner:
@@ -103,10 +111,12 @@ def in_context(
     Each support example becomes a pair of its embedded input and its label; a network reads the
     pairs and answers each query, which never sees another. How it reads them makes it one method or
     another: a Conditional Neural Process (Garnelo et al. 2018) with the mean; an attentive one
-    (Kim et al. 2019, without a latent) with cross_attention; TNP-D (Nguyen and Grover 2022), which
+    (Kim et al. 2019) with cross_attention; TNP-D (Nguyen and Grover 2022), which
     is a Prior-Fitted Network (Müller et al. 2022) on tasks drawn from a prior, and with equiangular
     codes the network of CAML (Fifty et al. 2024), with target_masked; SNAIL (Mishra et al. 2018)
-    with snail.
+    with snail. A latent vector makes a Neural Process (Garnelo et al. 2018) of the mean and an
+    attentive one (Kim et al. 2019) of cross_attention: training adds KL(q || p) / m for m queries,
+    where the support set and the queries give q and the support set alone gives p.
 
     On Gaussian processes (tasks gp), 1000 outer steps give a log-likelihood of 0.99 nat (untrained
     -9.1, the exact posterior 2.08).
@@ -122,6 +132,8 @@ def in_context(
       width: Units of every layer.
       layers: Layers of the transformer, or of each encoder and decoder; snail has its own.
       heads: Number of attention heads, where there are several; divides the width.
+      latent: Size of a latent vector that a task's answers share, drawn in training from q; a test
+        takes the mean of p, so that it is not random. 0 for none.
       least_scale: Smallest scale of an answer to gaussian_likelihood; the neural processes of the
         literature have 0.1, which bounds the log-likelihood by 1.38.
       nca_weight: Weight of the encoder's own loss, `nca_loss`, in classification.
@@ -147,6 +159,8 @@ def in_context(
       ((2, 1), True)
     """
     target_kind(objective)
+    if latent < 0:
+        raise UsageError(f"the latent vector cannot have a size below 0: latent={latent}")
     if label_code not in get_args(LabelCode):
         codes = ", ".join(get_args(LabelCode))
         raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")
@@ -160,9 +174,13 @@ def in_context(
         check_batch(support, "support")
         check_size(objective, params, support.y)
         z, state = embed_support(network, params["network"], state, support, key=key, train=train)
-        memory = reads.absorb(params["reader"], z, coded(support.y), support.mask)
+        codes = coded(support.y)
+        memory = reads.absorb(params["reader"], z, codes, support.mask)
         kept = support if queries_need_support(network.normalisation) else None
-        return InContextAdapted(memory, state, kept)
+        mean = None
+        if latent:
+            mean = latent_distribution(params["latent"], z, codes, support.mask).mean
+        return InContextAdapted(memory, state, kept, mean)
 
     def predict(
         params: PyTree,
@@ -183,12 +201,12 @@ def in_context(
             train=train,
             mask=mask,
         )
-        return answer(params, adapted.memory, z), state
+        return answer(params, adapted.memory, z, adapted.latent), state
 
     loss = _training_loss(network, reads, objective, coded, answer, nca_weight)
     if reader == "snail":
         loss = in_any_order(loss)
-    init = functools.partial(_init, network, reads, objective)
+    init = functools.partial(_init, network, reads, objective, latent, width)
     return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
 
 
@@ -230,15 +248,25 @@ def _answer(
     params: PyTree,
     memory: Any,
     z: Array,
+    latent: Array | None,
 ) -> Array | Gaussian:
-    raw = linear(params["output"], reads.answer(params["reader"], memory, z))
+    features = reads.answer(params["reader"], memory, z)
+    if latent is not None:
+        features = join_latent(params["latent"], features, latent)
+    raw = linear(params["output"], features)
     return gaussian(raw, least_scale) if objective.outputs == "gaussian" else raw
 
 
 def _init(
-    network: Network, reads: SetNetwork, objective: Objective, key: Array, episode: Episode
+    network: Network,
+    reads: SetNetwork,
+    objective: Objective,
+    latent: int,
+    width: int,
+    key: Array,
+    episode: Episode,
 ) -> tuple[PyTree, PyTree]:
-    network_key, embed_key, reader_key, output_key = jax.random.split(key, 4)
+    network_key, embed_key, reader_key, output_key, latent_key = jax.random.split(key, 5)
     support = episode.support
     check_batch(support, "support")
     check_targets(support.y)
@@ -252,8 +280,12 @@ def _init(
 
     size = jax.eval_shape(features, reader, z, support.y).shape[1]
     outputs = number_of_outputs(objective, support.y.shape[1])
-    output = init_linear(output_key, size, outputs)
-    return {"network": params, "reader": reader, "output": output}, state
+    parts = {"network": params, "reader": reader}
+    if latent:
+        inputs, codes = z.shape[1], support.y.shape[1]
+        parts["latent"] = init_latent(latent_key, inputs, codes, size, size=latent, width=width)
+    output = init_linear(output_key, width if latent else size, outputs)
+    return parts | {"output": output}, state
 
 
 def _training_loss(
@@ -261,7 +293,7 @@ def _training_loss(
     reads: SetNetwork,
     objective: Objective,
     coded: Callable[[Array], Array],
-    answer: Callable[[PyTree, Any, Array], Array | Gaussian],
+    answer: Callable[[PyTree, Any, Array, Array | None], Array | Gaussian],
     nca_weight: float,
 ) -> Loss:
     embed = embed_together if may_embed_together(network.normalisation) else embed_apart
@@ -271,15 +303,44 @@ def _training_loss(
         check_batch(support, "support")
         check_batch(query, "query")
         check_size(objective, params, support.y)
-        z_support, z, state = embed(network, params["network"], state, support, query, key=key)
+        embed_key, latent_key = jax.random.split(key)
+        z_support, z, state = embed(
+            network, params["network"], state, support, query, key=embed_key
+        )
         memory = reads.absorb(params["reader"], z_support, coded(support.y), support.mask)
-        value, metrics = objective.loss(answer(params, memory, z), query.y, query.mask)
+        latent, divergence = None, None
+        if "latent" in params:
+            embedded = z_support, z
+            latent, divergence = _draw_latent(
+                params["latent"], coded, embedded, episode, latent_key
+            )
+        value, metrics = objective.loss(answer(params, memory, z, latent), query.y, query.mask)
+        if divergence is not None:
+            share = divergence / jnp.maximum(row_mask(query).sum(), 1).astype(value.dtype)
+            value, metrics = value + share, {**metrics, "kl": share}
         if nca_weight and objective.kind == "classification":
             near = _loss_of_encoder(z_support, z, episode)
             value, metrics = value + nca_weight * near, {**metrics, "nca_loss": near}
         return value, LossAux(state, metrics)
 
     return loss
+
+
+def _draw_latent(
+    params: PyTree,
+    coded: Callable[[Array], Array],
+    embedded: tuple[Array, Array],
+    episode: Episode,
+    key: Array,
+) -> tuple[Array, Array]:
+    """A latent vector drawn from q, and KL(q || p)."""
+    codes = [coded(batch.y) for batch in episode]
+    masks = [row_mask(batch) for batch in episode]
+    prior = latent_distribution(params, embedded[0], codes[0], masks[0])
+    joined = map(jnp.concatenate, (embedded, codes, masks))
+    posterior = latent_distribution(params, *joined)
+    noise = jax.random.normal(key, posterior.mean.shape, posterior.mean.dtype)
+    return posterior.mean + posterior.scale * noise, kl_divergence(posterior, prior)
 
 
 def _loss_of_encoder(z_support: Array, z: Array, episode: Episode) -> Array:

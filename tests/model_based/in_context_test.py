@@ -13,6 +13,7 @@ from meta_jax.data.gaussian_process import gp
 from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
 from meta_jax.model_based.in_context import in_any_order, in_context, label_codes
+from meta_jax.model_based.latent import kl_divergence, latent_distribution
 from meta_jax.networks.flatten import flatten
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.sets import equiangular_codes
@@ -167,3 +168,54 @@ def test_mistakes_are_refused():
     learner, params, state = built("mean")
     with pytest.raises(UsageError, match=r"1 dimensions of targets.*y has 2"):
         learner.adapt(params, state, Batch(jnp.ones((3, 1)), jnp.ones((3, 2))), KEY, train=False)
+
+
+# ---- The latent vector.
+
+
+def test_the_divergence_is_the_integral_of_the_log_ratio():
+    first = Gaussian(jnp.array([0.3, -1.0]), jnp.array([0.5, 2.0]))
+    second = Gaussian(jnp.array([-0.2, 0.5]), jnp.array([1.5, 0.7]))
+    x = np.linspace(-25, 25, 200_001)
+
+    def log_density(gaussian, i):
+        mean, scale = float(gaussian.mean[i]), float(gaussian.scale[i])
+        return -(((x - mean) / scale) ** 2) / 2 - np.log(scale * np.sqrt(2 * np.pi))
+
+    integral = 0.0
+    for i in range(2):
+        p, q = log_density(first, i), log_density(second, i)
+        integral += np.trapezoid(np.exp(p) * (p - q), x)
+    np.testing.assert_allclose(kl_divergence(first, second), integral, rtol=1e-5)
+    assert kl_divergence(first, first) == 0
+
+
+@pytest.mark.parametrize("reader", ["mean", "cross_attention"])
+def test_a_latent_vector_is_drawn_in_training_and_costs_its_divergence(reader):
+    learner, params, state = built(reader, latent=5)
+    loss = jax.jit(learner.loss)
+    (first, aux), (second, _) = (loss(params, state, curves(), jax.random.key(i)) for i in (1, 2))
+    assert first != second
+    np.testing.assert_allclose(first, aux.metrics["kl"] - aux.metrics["log_likelihood"], rtol=1e-5)
+    # The same set twice tells of the latent vector what it tells once: nothing is to pay.
+    support = curves().support
+    _, aux = loss(params, state, Episode(support, support), KEY)
+    np.testing.assert_allclose(aux.metrics["kl"], 0, atol=1e-6)
+    assert loss(params, state, curves(), KEY)[1].metrics["kl"] > 1e-6
+
+
+def test_a_test_takes_the_mean_of_what_the_support_set_tells():
+    learner, params, state = built("mean", latent=5)
+    support, query = curves()
+    adapted = learner.adapt(params, state, support, KEY, train=False)
+    told = latent_distribution(params["latent"], support.x, support.y)
+    np.testing.assert_allclose(adapted.latent, told.mean, rtol=1e-6)
+    assert ((told.scale > 0.1) & (told.scale < 1)).all()
+    # It matters to every answer.
+    answers = [
+        learner.predict(params, a, query.x, KEY, train=False)[0].mean
+        for a in (adapted, adapted._replace(latent=adapted.latent + 1))
+    ]
+    assert (abs(answers[0] - answers[1]) > 1e-4).all()
+    with pytest.raises(UsageError, match="latent=-1"):
+        in_context(flatten(), latent=-1)
