@@ -56,7 +56,7 @@ def latent_distribution(
 
 def join_latent(params: PyTree, features: Array, latent: Array) -> Array:
     """Features [m, width] of queries from features [m, features] and the latent vector [size]."""
-    latent = jnp.broadcast_to(latent, (len(features), latent.size)).astype(features.dtype)
+    latent = jnp.broadcast_to(latent, (features.shape[0], latent.size)).astype(features.dtype)
     return feedforward(params["decoder"], jnp.concatenate([jax.nn.relu(features), latent], 1))
 
 
