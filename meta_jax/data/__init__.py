@@ -17,6 +17,7 @@ from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_ep
 from meta_jax.data.features import load_features
 from meta_jax.data.gaussian_process import gp, gp_posterior
 from meta_jax.data.glyphs import load_glyphs
+from meta_jax.data.image_completion import image_completion
 from meta_jax.data.image_folder import load_image_folder
 from meta_jax.data.linear_regression import linear_regression
 from meta_jax.data.omniglot import load_omniglot
@@ -46,6 +47,7 @@ __all__ = [
     "embedded",
     "gp",
     "gp_posterior",
+    "image_completion",
     "lazy_splits",
     "linear_regression",
     "load_features",

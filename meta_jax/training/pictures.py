@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"train": "#9aa5b1", "val": "#1f77b4", "test": "#d95f02"}
 _RIGHT, _WRONG, _NEUTRAL = "#2a9d3f", "#d62728", "#c5ccd3"
+_UNKNOWN = np.array([0.15, 0.25, 0.45], np.float32)  # pixels that are not there
 _MOST_QUERIES = 12  # of one class: more do not fit a page
 
 
@@ -109,7 +110,9 @@ def episode_picture(
     Images (support.x [n, H, W, C], C 1 or 3): one row for each class, its support set on the
     left and its queries on the right, each query framed green and titled with a tick if it was
     predicted right, or framed red and titled with the class it was taken for. Numbers (support.x
-    [n, 1], support.y [n, 1]): the support points, the queried curve and the predicted one.
+    [n, 1], support.y [n, 1]): the support points, the queried curve and the predicted one. Pixels
+    (support.x [n, 2] rows and columns, support.y [n, 1 or 3]): the image, the pixels that are
+    known, those that are predicted, and how sure the prediction is of each.
 
     Args:
       episode: The task; rows of padding are left out.
@@ -119,12 +122,15 @@ def episode_picture(
       path: The PNG to write, in place of an older one.
 
     Raises:
-      ValueError: the inputs are neither images nor single numbers.
+      ValueError: the inputs are neither images nor single numbers nor pixels.
     """
     shape = getattr(episode.support.x, "shape", ())
     if _is_function(episode):
         function = DrawnFunction(episode, predictions)
         functions_picture([function], path)
+        return
+    if _is_completion(episode):
+        write_figure(_draw_completion(episode, predictions), path)
         return
     if len(shape) != 4 or shape[-1] not in (1, 3):
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
@@ -136,6 +142,47 @@ def episode_picture(
 def _is_function(episode: Episode) -> bool:
     shape = getattr(episode.support.x, "shape", ())
     return len(shape) == 2 and shape[-1] == 1 and episode.support.y.shape[-1] == 1
+
+
+def _is_completion(episode: Episode) -> bool:
+    shape = getattr(episode.support.x, "shape", ())
+    return len(shape) == 2 and shape[-1] == 2 and episode.support.y.shape[-1] in (1, 3)
+
+
+def _draw_completion(episode: Episode, predictions: Array | Gaussian | None) -> "Figure":
+    support, query = map(_examples, episode)
+    grids = [np.unique(query.x[query.mask, axis]) for axis in range(2)]
+    panels = {
+        "image": _as_image(query.x[query.mask], query.y[query.mask], grids),
+        f"known ({support.mask.sum()} pixels)": _as_image(
+            support.x[support.mask], support.y[support.mask], grids
+        ),
+    }
+    if isinstance(predictions, Gaussian):
+        mean, scale = (np.asarray(leaf, np.float32)[query.mask] for leaf in predictions)
+        panels["prediction"] = _as_image(query.x[query.mask], mean.clip(0, 1), grids)
+        # Bright where it is not sure.
+        panels["scale"] = _as_image(query.x[query.mask], scale / max(scale.max(), 1e-6), grids)
+    elif predictions is not None:
+        mean = np.asarray(predictions, np.float32)[query.mask]
+        panels["prediction"] = _as_image(query.x[query.mask], mean.clip(0, 1), grids)
+    figure = new_figure(2.6 * len(panels), 2.9)
+    for axes, (title, image) in zip(
+        np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        axes.imshow(image, vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    return figure
+
+
+def _as_image(x: np.ndarray, colours: np.ndarray, grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Colours [n, 1 or 3] at places x [n, 2] of a grid, as an image; blue where there is none."""
+    image = np.tile(_UNKNOWN, (len(grids[0]), len(grids[1]), 1))
+    # The nearest place of the grid: the places of the support set are rounded alike, or nearly.
+    rows, columns = (abs(x[:, i, None] - grids[i]).argmin(1) for i in range(2))
+    image[rows, columns] = colours  # one number stands for all three
+    return image
 
 
 class DrawnFunction(NamedTuple):
