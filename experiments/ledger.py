@@ -37,16 +37,21 @@ def record(row: dict, path: Path = LEDGER) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of classification as a Markdown table."""
+    """Rows of classification as a Markdown table, setting by setting."""
     lines = [
         "| row | metric | ours | paper | rerun | normalisation | training | weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=_setting):
         mode = row["normalisation"] + (", transductive" if row["transductive"] else "")
         rerun = "none" if row["rerun"] is None else row["rerun"]
         lines.append(f"| {_score(row)} | {rerun} | {mode} | {_training(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _setting(row: dict) -> tuple[bool, int, int]:
+    """Few-shot settings from the smallest on, then other metrics."""
+    return row["metric"] != "accuracy", row["ways"], row["shots"]
 
 
 def table_of_returns(rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, records, returns, run_flags, runs, testing
+from experiments import ledger, ledger_picture, records, returns, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.plan import make_plan, run_until
 from experiments.rows import ROWS, Row
@@ -99,7 +99,9 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
         settings=row.settings(),
         data_dir=FLAGS.data_dir,
     )
-    ledger.write_tables(ledger.record(_ledger_row(name, row, found, minutes, commit)))
+    rows = ledger.record(_ledger_row(name, row, found, minutes, commit))
+    ledger.write_tables(rows)
+    ledger_picture.draw(rows)
     returns.write_table()  # learned policies stand beside strategies
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
