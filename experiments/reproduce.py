@@ -23,7 +23,9 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
 flags.DEFINE_string("data_dir", None, "Folder where Omniglot lies.")
 flags.DEFINE_bool("shipped", False, "Whether to test the weights that are shipped, untrained anew.")
-_ASKED = testing.Asked(episodes=1000)
+flags.DEFINE_string(
+    "trials", None, "all_runs.zip of Omniglot's official trials, or its folder, for rows of them."
+)
 _WEIGHTS = Path("results/weights")
 
 
@@ -34,6 +36,8 @@ def main(names: list[str]) -> None:
     for name in names:
         if name not in ROWS:
             raise UsageError(f"unknown row '{name}': choose from {', '.join(ROWS)}")
+        if ROWS[name].official and not FLAGS.trials:
+            raise UsageError(f"{name} is made on the official trials: add --trials=all_runs.zip")
     commit = _commit()
     for name in names:
         _reproduce(name, ROWS[name], commit)
@@ -48,13 +52,17 @@ def _reproduce(name: str, row: Row, commit: str) -> None:
         workdir = Path(FLAGS.runs) / row.model
         minutes = round(_trained(row.model, workdir)["seconds"] / 60, 1)
         _ship_weights(workdir, weights)
-    found = testing.evaluate(
-        weights,
-        _ASKED,
-        size=row.size(),
-        settings=row.settings(),
-        data_dir=FLAGS.data_dir,
-    )
+    if row.official:
+        found = testing.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
+    else:
+        found = testing.evaluate(
+            weights,
+            testing.Asked(episodes=row.number),
+            size=row.size(),
+            settings=row.settings(),
+            data_dir=FLAGS.data_dir,
+            protocol=row.episodes,
+        )
     ledger.write_tables(ledger.record(_ledger_row(name, row, found, minutes, commit)))
     returns.write_table()  # learned policies stand beside strategies
     score, objective = found.tested.metrics[row.metric], found.tested.objective
