@@ -6,6 +6,7 @@ Settings that are not given are those of the run; --tasks=OTHER tests on tasks o
     python -m experiments.evaluate --workdir=runs/glyphs --shots=5
     python -m experiments.evaluate --workdir=runs/glyphs --help
     python -m experiments.evaluate --weights=results/weights/prototypical_omniglot --data_dir=PATH
+    python -m experiments.evaluate --workdir=runs/lake --protocol=lake --data_dir=PATH
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import run_flags, testing
+from experiments import protocols, run_flags, testing
 from experiments.command_line import Chosen, given_settings, run_main
 from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
@@ -23,6 +24,7 @@ from meta_jax.training.record import read_config
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
+_SELECTIONS = ("workdir", "weights", "tasks", "protocol")
 define_weights_flags(FLAGS)
 flags.DEFINE_string("split", "test", "Split to test on.")
 flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
@@ -30,6 +32,15 @@ flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
 run_flags.define_test_flags(FLAGS)
 flags.DEFINE_string(
     "tasks", None, f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}."
+)
+flags.DEFINE_enum(
+    "protocol", None, [*protocols.PROTOCOLS], f"A known test on Omniglot: {protocols.described()}."
+)
+flags.DEFINE_string(
+    "runs",
+    None,
+    "With --protocol=lake: all_runs.zip of the official 400 trials, or the folder of its run01 to "
+    "run20, to test on these too.",
 )
 for _name, _what in (
     ("ways", "Classes of an episode"),
@@ -55,11 +66,14 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     found = [_recorded("learner", learner, ("objective", "network"))]
     if learner.get("network"):
         found.append(_recorded("network", learner["network"]))
-    name = selected["tasks"] or tasks["name"]
+    protocol = protocols.find(selected["protocol"])
+    name = selected["tasks"] or (protocol.tasks if protocol else tasks["name"])
     chosen = run_flags.tasks_chosen(name)
     reserved = (*chosen.reserved, "objective")  # it is the learner's
-    defaults = testing.recorded_settings(tasks, name)
-    return [*found, chosen._replace(reserved=reserved, defaults=defaults)]
+    defaults, usual = testing.recorded_settings(tasks, name), chosen.run
+    if protocol:
+        defaults, usual = {**defaults, **protocol.settings}, protocol.run
+    return [*found, chosen._replace(reserved=reserved, defaults=defaults, run=usual)]
 
 
 def _recorded(kind: registry.Kind, record: Mapping[str, Any], reserved: tuple = ()) -> Chosen:
@@ -82,23 +96,40 @@ def main(arguments: list[str]) -> None:
         raise UsageError(f"--output={FLAGS.output}: its folder does not exist, make it first")
     if output and output.is_dir():
         raise UsageError(f"--output={FLAGS.output} is a folder: name a file")
+    if FLAGS.runs and FLAGS.protocol != "lake":
+        raise UsageError("--runs are the trials of another protocol: add --protocol=lake")
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
-    chosen = choose({name: FLAGS[name].value for name in ("workdir", "weights", "tasks")})
+    chosen = choose({name: FLAGS[name].value for name in _SELECTIONS})
+    settings: testing.Settings = {
+        each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen
+    }
     found = testing.evaluate(
         weights_folder(named),
         testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk),
         checkpoint=FLAGS.checkpoint,
         size={name: value for name, value in sizes.items() if value is not None},
         tasks=FLAGS.tasks,
-        settings={each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen},
+        settings=settings,
         data_dir=FLAGS.data_dir,
+        protocol=FLAGS.protocol,
     )
+    record, results = found.record, [found]
+    if FLAGS.runs:
+        results.append(
+            testing.evaluate_trials(
+                weights_folder(named), FLAGS.runs, checkpoint=FLAGS.checkpoint, settings=settings
+            )
+        )
+        record = record | {"official_trials": results[-1].record}
     if output:
-        write_text(output, json.dumps(found.record, indent=1) + "\n")
-    print(testing.line(found) + testing.beside_text(found.beside))
+        write_text(output, json.dumps(record, indent=1) + "\n")
+    for each in results:
+        print(testing.line(each) + testing.beside_text(each.beside))
+    for note in found.notes:
+        print(f"note: {note}")
     if found.tested.instances:
         print(testing.instance_table({found.tested.objective.metric: found.tested.instances}))
 
 
 if __name__ == "__main__":
-    run_main(main, selections=("workdir", "weights", "tasks"), choose=choose)
+    run_main(main, selections=_SELECTIONS, choose=choose)

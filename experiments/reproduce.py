@@ -31,7 +31,9 @@ flags.DEFINE_float(
     "hours", None, "Time for --all; a training that is not through goes on next time."
 )
 flags.DEFINE_bool("dry_run", False, "Whether --all only prints what it would do, and for how long.")
-_ASKED = testing.Asked(episodes=1000)
+flags.DEFINE_string(
+    "trials", None, "all_runs.zip of Omniglot's official trials, or its folder, for rows of them."
+)
 _WEIGHTS = Path("results/weights")
 
 
@@ -46,6 +48,8 @@ def main(names: list[str]) -> None:
     for name in names:
         if name not in ROWS:
             raise UsageError(f"unknown row '{name}': choose from {', '.join(ROWS)}")
+        if ROWS[name].official and not FLAGS.trials:
+            raise UsageError(f"{name} is made on the official trials: add --trials=all_runs.zip")
     if FLAGS.hours is not None or FLAGS.dry_run:
         raise UsageError("--hours and --dry_run belong to --all: leave them out")
     commit = _commit()
@@ -62,7 +66,9 @@ def _check_alone(names: list[str]) -> None:
 
 def _reproduce_all() -> None:
     """Makes the rows that the ledger lacks, cheapest first, until the time is over."""
-    plan = make_plan(ROWS, ledger.read(), Path(FLAGS.runs))
+    # The official trials are not everywhere.
+    rows = {name: row for name, row in ROWS.items() if FLAGS.trials or not row.official}
+    plan = make_plan(rows, ledger.read(), Path(FLAGS.runs))
     print("\n".join(plan.lines()), flush=True)
     if FLAGS.dry_run:
         return
@@ -92,13 +98,17 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
             return False
         minutes = round(result["seconds"] / 60, 1)
         _ship_weights(workdir, weights)
-    found = testing.evaluate(
-        weights,
-        _ASKED,
-        size=row.size(),
-        settings=row.settings(),
-        data_dir=FLAGS.data_dir,
-    )
+    if row.official:
+        found = testing.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
+    else:
+        found = testing.evaluate(
+            weights,
+            testing.Asked(episodes=row.number),
+            size=row.size(),
+            settings=row.settings(),
+            data_dir=FLAGS.data_dir,
+            protocol=row.episodes,
+        )
     rows = ledger.record(_ledger_row(name, row, found, minutes, commit))
     ledger.write_tables(rows)
     ledger_picture.draw(rows)

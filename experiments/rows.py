@@ -1,6 +1,8 @@
 """The rows that `reproduce` can make: which training, which test, and what the paper reports."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from experiments import protocols
 
 _DUAN = "Duan et al. 2016, table 1"
 _DUAN_MDP = "Duan et al. 2016, table 2"
@@ -19,6 +21,10 @@ _SNELL = "Snell et al. 2017, table 1"
 _FINN = "Finn et al. 2017, table 1"
 _NICHOL = "Nichol et al. 2018, table 2"
 _SANTORO = "Santoro et al. 2016, table 1"
+_LAKE = "on the official trials alone, which are easier"
+_OFFICIAL = "Lake et al. 2019, table 1, error 13.7 %"
+_KOCH = "Koch et al. 2015, table 2, on the official trials alone, 92.0 %"
+_RAMALHO = "Ramalho and Garnelo 2019 report another method, 73.5 and 88.0 %"
 _SUNG = "Sung et al. 2018, table 1, with the queries' own batch statistics"
 
 
@@ -35,6 +41,14 @@ class Row(NamedTuple):
     protocol: str | None = None  # of the test, if not the training's
     rerun: float | None = None  # what somebody else's careful rerun of the method found
     rerun_by: str = _BRONSKILL
+    episodes: str | None = None  # which the test has, by the name of a protocol in `protocols`
+    official: bool = False  # whether it is made on the official trials of 'lake'
+
+    @property
+    def number(self) -> int:
+        """Number of the test's episodes."""
+        found = protocols.find(self.episodes)
+        return found.run["eval_episodes"] if found else 1000
 
     @property
     def rerun_source(self) -> str | None:
@@ -43,10 +57,12 @@ class Row(NamedTuple):
 
     def size(self) -> dict[str, int]:
         """How large the test's episodes are, where they are not as in training."""
-        size = {"ways": self.ways, "shots": self.shots}
+        found = protocols.find(self.episodes)
+        queries = found.run["queries"] if found else None
+        size = {"ways": self.ways, "shots": self.shots, "queries": queries}
         return {name: number for name, number in size.items() if number is not None}
 
-    def settings(self) -> dict[str, dict[str, str]]:
+    def settings(self) -> dict[str, dict[str, Any]]:
         """The settings that the test changes, by component."""
         changed = {
             "learner": {"protocol": self.protocol},
@@ -83,6 +99,21 @@ def _linear(shots: int) -> Row:
 def _sinusoids(model: str, shots: int, paper: float | None = None) -> Row:
     """A row of sinusoids of several frequencies, by a model trained with 5 shots."""
     return Row(f"{model}_sinusoid_frequency", None, shots, paper, _LI, "mse")
+
+
+def _lake(model: str, source: str = _LAKE) -> Row:
+    """A row of random episodes of the protocol 'lake'."""
+    return Row(model, 20, 1, None, source, episodes="lake")
+
+
+def _official(model: str, paper: float | None, source: str) -> Row:
+    """A row of the official trials of the protocol 'lake'."""
+    return Row(model, 20, 1, paper, source, episodes="lake", official=True)
+
+
+def _all_characters(model: str, shots: int) -> Row:
+    """A row of all test characters at once."""
+    return Row(model, 423, shots, None, _RAMALHO, episodes="all_characters")
 
 
 ROWS: dict[str, Row] = {
@@ -178,6 +209,20 @@ ROWS: dict[str, Row] = {
     "lstm/omniglot_sequence_2nd": Row("lstm_omniglot", 5, 1, 49.5, _SANTORO, "instance_2"),
     "lstm/omniglot_sequence_5th": Row("lstm_omniglot", 5, 1, 63.6, _SANTORO, "instance_5"),
     "lstm/omniglot_sequence_10th": Row("lstm_omniglot", 5, 1, 62.5, _SANTORO, "instance_10"),
+    "prototypical/omniglot_lake": _lake("prototypical_omniglot_lake"),
+    "prototypical/omniglot_lake_official": _official("prototypical_omniglot_lake", 86.3, _OFFICIAL),
+    "prototypical/omniglot_lake_small1": _lake("prototypical_omniglot_lake_small1"),
+    "prototypical/omniglot_lake_small1_official": _official(
+        "prototypical_omniglot_lake_small1", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+    ),
+    "prototypical/omniglot_lake_small2": _lake("prototypical_omniglot_lake_small2"),
+    "prototypical/omniglot_lake_small2_official": _official(
+        "prototypical_omniglot_lake_small2", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+    ),
+    "siamese_koch/omniglot_lake": _lake("siamese_koch_omniglot", _KOCH),
+    "siamese_koch/omniglot_lake_official": _official("siamese_koch_omniglot", 92.0, _KOCH),
+    "prototypical/omniglot_423w1s": _all_characters("prototypical_omniglot", 1),
+    "prototypical/omniglot_423w5s": _all_characters("prototypical_omniglot", 5),
     "rl2/bandit_10_5": _trials("rl2_bandit_10_5", 6.7, _DUAN),
     "rl2/bandit_10_10": _trials("rl2_bandit_10_10", 6.7, _DUAN),
     "rl2/bandit_100_5": _trials("rl2_bandit_100_5", 78.7, _DUAN),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runs
+from experiments import protocols, runs
 from experiments.command_line import RunError
 from meta_jax import registry
 from meta_jax.core import (
@@ -24,12 +24,19 @@ from meta_jax.core import (
     supervised_loss,
 )
 from meta_jax.data.dataset import DataError
+from meta_jax.data.omniglot import seen_characters
+from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.normalisation import is_transductive, support_moments
 from meta_jax.shapes import shape_difference
 from meta_jax.training import trained
-from meta_jax.training.evaluation import MeanCI, confidence_interval, make_evaluate
+from meta_jax.training.evaluation import (
+    MeanCI,
+    confidence_interval,
+    evaluate_each,
+    make_evaluate,
+)
 from meta_jax.training.outer_step import task_mesh
 from meta_jax.training.record import read_config
 
@@ -75,6 +82,7 @@ class Result(NamedTuple):
     tested: Tested
     record: dict[str, Any]
     beside: Mapping[str, Tested] = {}  # exact answers to the same episodes, by name
+    notes: tuple[str, ...] = ()  # what a reader should know of it
 
 
 def make_test(
@@ -99,16 +107,18 @@ def make_test(
     key = jax.random.fold_in(jax.random.key(asked.seed), _split_number(asked.split))
 
     def test(params: PyTree, state: PyTree) -> Tested:
-        metrics = evaluate(params, state, tasks.data, key)
-        return Tested(
-            tasks.objective,
-            {
-                name: confidence_interval(_factor(name, tasks.objective) * values)
-                for name, values in metrics.items()
-            },
-        )
+        return _tested(tasks.objective, evaluate(params, state, tasks.data, key))
 
     return test
+
+
+def _tested(objective: Objective, metrics: Mapping[str, np.ndarray]) -> Tested:
+    """What a test found, from the metrics of each episode."""
+    scores = {
+        name: confidence_interval(_factor(name, objective) * values)
+        for name, values in metrics.items()
+    }
+    return Tested(objective, scores)
 
 
 def _split_number(split: str) -> int:
@@ -200,6 +210,7 @@ def result(
     size: EpisodeSize | None = None,
     tasks: str | None = None,
     seconds: float,
+    protocol: str | None = None,
 ) -> Result:
     """Builds the result of a test; accuracy and ci95 are in per cent.
 
@@ -210,6 +221,7 @@ def result(
       size: Size of the episodes, where it is not the run's.
       tasks: Name of the tasks, if not the run's.
       seconds: Duration of the training.
+      protocol: Name of the test's protocol, where there is one.
 
     Raises:
       RunError: what was found is not finite.
@@ -236,6 +248,7 @@ def result(
         "seed": run["seed"],
         "seconds": round(seconds, 1),
         "metrics": {name: [*map(_rounded, score)] for name, score in tested.metrics.items()},
+        **({} if protocol is None else {"protocol": protocol}),
     }
     return Result(tested, record)
 
@@ -271,7 +284,7 @@ def score_text(score: MeanCI, objective: Objective) -> str:
 
 def line(found: Result) -> str:
     """The one human-readable line of a result."""
-    tested, record, _ = found
+    tested, record = found.tested, found.record
     on = _measured_on(record, tested.objective, instances=len(tested.instances))
     return f"{record['split']} {tested.objective.metric} {tested.text()} ({on})"
 
@@ -292,7 +305,8 @@ def _measured_on(
         size = f"{record['ways']}-way {size}"
     if instances:
         size = f"sequences of {record['ways']} classes x {instances} instances"
-    return f"{size}, {record['episodes']} episodes{each}, normalisation {record['normalisation']}"
+    on = f"{size}, {record['episodes']} episodes{each}, normalisation {record['normalisation']}"
+    return f"{on}, protocol {record['protocol']}" if "protocol" in record else on
 
 
 def over_seeds(found: Mapping[int, Mapping[str, Any]], objective: Objective) -> dict[str, Any]:
@@ -380,6 +394,7 @@ def evaluate(
     tasks: str | None = None,
     settings: Settings | None = None,
     data_dir: str | None = None,
+    protocol: str | None = None,
 ) -> Result:
     """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
 
@@ -391,29 +406,19 @@ def evaluate(
       tasks: Name of other tasks than the run's.
       settings: Settings of learner, network and tasks that replace the run's.
       data_dir: Where the data lie.
+      protocol: Name of a protocol, which chooses the tasks and their settings; the size and number
+        of episodes are still the caller's.
 
     Raises:
       UsageError, CheckpointError: what is asked for cannot be had.
       RunError: the result is not finite.
     """
-    settings, run = settings or {}, read_config(folder)["run"]
-    if "seeds" in run:
-        one = folder / f"seed_{run['seed']}"
-        raise UsageError(
-            f"{folder} holds trainings of {run['seeds']} seeds: name one of them, such as {one}"
-        )
-    if checkpoint == "best" and not run["eval_every"]:
-        raise UsageError(
-            "the run had no validation, so no best checkpoint: use --checkpoint=latest"
-        )
+    settings, run = settings or {}, _tested_run(folder, checkpoint)
+    if protocol is not None:
+        tasks, settings = protocols.tasks_of(protocol, tasks, settings)
     wanted = runs.test_size(run)._replace(**(size or {}))
     try:
-        loaded = trained.load(
-            folder,
-            checkpoint=checkpoint,
-            learner_settings=settings.get("learner"),
-            network_settings=settings.get("network"),
-        )
+        loaded = _load(folder, checkpoint, settings)
         source = load_other_source(
             loaded.config["tasks"], tasks, settings.get("tasks", {}), data_dir
         )
@@ -423,16 +428,110 @@ def evaluate(
         raise UsageError(str(error)) from error
     drawn = drawn._replace(objective=loaded.objective)
     test = make_test(loaded.learner, drawn, asked)
-    _, _, metadata = trained.load_parameters(folder, checkpoint, learner=loaded.learner)
     found = result(
         loaded.config,
         test(loaded.params, loaded.state),
         asked,
         size=wanted,
         tasks=tasks,
-        seconds=metadata["seconds"],
+        seconds=_seconds(folder, checkpoint, loaded),
+        protocol=protocol,
     )
-    return found._replace(beside=test_exact_answers(drawn, asked))
+    return found._replace(
+        beside=test_exact_answers(drawn, asked),
+        notes=_notes(loaded.config["tasks"], source.config or {}, asked.split),
+    )
+
+
+def evaluate_trials(
+    folder: Path,
+    path: str,
+    *,
+    checkpoint: Literal["best", "latest"] = "best",
+    settings: Settings | None = None,
+) -> Result:
+    """Tests the learner of a workdir on the 400 official one-shot trials of Omniglot.
+
+    Args:
+      folder: Holds config.json and checkpoints/.
+      path: all_runs.zip, or the folder of its runs.
+      checkpoint: 'best' or 'latest'.
+      settings: Settings of learner and network that replace the run's.
+
+    Returns:
+      The result, whose interval is that over the 20 runs.
+
+    Raises:
+      UsageError, CheckpointError: what is asked for cannot be had.
+      RunError: the result is not finite.
+    """
+    _tested_run(folder, checkpoint)
+    try:
+        loaded = _load(folder, checkpoint, settings or {})
+        form = recorded_settings(loaded.config["tasks"], "omniglot")
+        form = {name: form[name] for name in ("image_size", "polarity") if name in form}
+        trials = load_trials(path, **form)
+        first = jax.tree.map(lambda leaf: leaf[0], trials)
+        check_fit(loaded, Tasks(lambda key, data: data, first, loaded.objective))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    metrics = evaluate_each(loaded.learner, loaded.params, loaded.state, trials, jax.random.key(0))
+    found = result(
+        loaded.config,
+        _tested(loaded.objective, metrics),
+        Asked(episodes=trials.query.y.shape[0]),
+        size=EpisodeSize(trials.query.y.shape[2], 1, 1),
+        tasks="omniglot",
+        seconds=_seconds(folder, checkpoint, loaded),
+        protocol="lake, official trials",
+    )
+    return found._replace(notes=_notes(loaded.config["tasks"], {"split_rule": "lake"}, "test"))
+
+
+def _tested_run(folder: Path, checkpoint: str) -> Mapping[str, Any]:
+    """The record of a run of one seed that has the checkpoint."""
+    run = read_config(folder)["run"]
+    if "seeds" in run:
+        one = folder / f"seed_{run['seed']}"
+        raise UsageError(
+            f"{folder} holds trainings of {run['seeds']} seeds: name one of them, such as {one}"
+        )
+    if checkpoint == "best" and not run["eval_every"]:
+        raise UsageError(
+            "the run had no validation, so no best checkpoint: use --checkpoint=latest"
+        )
+    return run
+
+
+def _load(
+    folder: Path, checkpoint: Literal["best", "latest"], settings: Settings
+) -> trained.Trained:
+    return trained.load(
+        folder,
+        checkpoint=checkpoint,
+        learner_settings=settings.get("learner"),
+        network_settings=settings.get("network"),
+    )
+
+
+def _seconds(folder: Path, checkpoint: Literal["best", "latest"], loaded: trained.Trained) -> float:
+    """Duration of the training."""
+    _, _, metadata = trained.load_parameters(folder, checkpoint, learner=loaded.learner)
+    return metadata["seconds"]
+
+
+def _notes(recorded: Mapping[str, Any], tested: Mapping[str, Any], split: str) -> tuple[str, ...]:
+    """That classes of the test were trained on, where another rule of the split is tested."""
+    trained_by, tested_by = recorded.get("split_rule"), tested.get("split_rule")
+    if split != "test" or trained_by is None or tested_by is None:
+        return ()
+    seen = seen_characters(trained_by, tested_by)
+    if not seen:
+        return ()
+    return (
+        f"these weights were trained by split_rule={trained_by}, with {seen} of the characters "
+        f"that split_rule={tested_by} tests: no result of characters never seen",
+    )
 
 
 def load_other_source(

@@ -21,6 +21,7 @@ from meta_jax.data.image_completion import image_completion
 from meta_jax.data.image_folder import load_image_folder
 from meta_jax.data.linear_regression import linear_regression
 from meta_jax.data.omniglot import load_omniglot
+from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.data.source import (
     EpisodeSize,
@@ -56,6 +57,7 @@ __all__ = [
     "load_omniglot",
     "load_source",
     "load_tfds_images",
+    "load_trials",
     "random_affine",
     "random_class_split",
     "rotate_90",

@@ -48,7 +48,13 @@ _IMAGE_PATH = re.compile(r"images_\w+/([^/]+)/character(\d+)/\d+_(\d+)\.png")
 
 _VINYALS_TRAINVAL_FROM_EVALUATION = 236
 _VAL_ALPHABETS = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-SplitRule = Literal["vinyals", "lake"]
+# The two minimal background sets, and of each the smallest alphabet of at least 20 characters.
+_SMALL_SETS = {
+    "lake_small1": ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin"),
+    "lake_small2": ("Greek", "Japanese_(katakana)", "Latin", "Sanskrit", "Tagalog"),
+}
+_SMALL_VAL_ALPHABETS = {"lake_small1": ("Early_Aramaic",), "lake_small2": ("Greek",)}
+SplitRule = Literal["vinyals", "lake", "lake_small1", "lake_small2"]
 SPLIT_RULES: tuple[str, ...] = get_args(SplitRule)
 _SPLITS = ("train", "val", "trainval", "test")
 # (alphabet, number from 1) -> images, uint8 [20, image_size, image_size, 1]
@@ -86,11 +92,14 @@ def omniglot(
         Omniglot is prepared there, else a download to ~/.cache/meta_jax/omniglot.
       image_size: Side in pixels to which the drawings are resized.
       split_rule: Rule of the class split: 'vinyals' (Vinyals et al. 2016: 1028 characters to
-        train, 172 to validate, 423 to test), or 'lake' (Lake et al. 2015: 792, 172, 659).
+        train, 172 to validate, 423 to test), 'lake' (Lake et al. 2015: 792, 172, 659), or their
+        minimal background sets of five alphabets, 'lake_small1' (114, 22, 659) and 'lake_small2'
+        (132, 24, 659).
       rotations: Quarter turns: 'none'; 'classes', a turned character is a class of its own;
         'per_class', one random turn for each class of an episode; 'per_episode', one for all.
       within_group: Whether all classes of an episode are of one alphabet; in tests all of them
-        then show the same drawers.
+        then show the same drawers, so that with one shot and one query an episode is one drawer
+        against another, as Lake et al. test.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
       polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
@@ -126,7 +135,11 @@ def load_omniglot(
         2016, as released with Prototypical Networks, Snell et al. 2017). trainval = the 964
         background characters and the first 236 evaluation characters.
       * 'lake': train 792, val 172, trainval 964 (background), test 659 (evaluation).
-    In both, val = the characters of Armenian, Bengali, Early_Aramaic, Hebrew and Georgian.
+      * 'lake_small1': train 114, val 22 (Early_Aramaic), trainval 136 (Balinese, Early_Aramaic,
+        Greek, Korean, Latin; the official images_background_small1), test 659.
+      * 'lake_small2': train 132, val 24 (Greek), trainval 156 (Greek, Japanese_(katakana), Latin,
+        Sanskrit, Tagalog; images_background_small2), test 659.
+    In the first two, val = the characters of Armenian, Bengali, Early_Aramaic, Hebrew and Georgian.
 
     Published preprocessing differs by author. The drawings are made greyscale before they are
     resized, with 'lanczos' as in Relation Networks (Sung et al. 2018): Pillow resizes 1-bit images
@@ -137,7 +150,7 @@ def load_omniglot(
         (or its `omniglot` folder). If empty: TFDS's own folder ($TFDS_DATA_DIR or
         ~/tensorflow_datasets) if Omniglot is prepared there, else the official zips, downloaded
         once to ~/.cache/meta_jax/omniglot.
-      split_rule: Rule of the class split, 'vinyals' or 'lake'.
+      split_rule: Rule of the class split: 'vinyals', 'lake', 'lake_small1' or 'lake_small2'.
       image_size: Side in pixels; 105 keeps the original.
       invert: True for ink 255 on 0, False for the files' ink 0 on 255.
       resample: Filter of Pillow: 'nearest', 'box', 'bilinear', 'hamming', 'bicubic' or 'lanczos'.
@@ -175,14 +188,30 @@ def _split_characters(
     extra = _VINYALS_TRAINVAL_FROM_EVALUATION if rule == "vinyals" else 0
     if split == "test":
         return dict(list(read("images_evaluation").items())[extra:])
-    members = dict(read("images_background"))
+    alphabets, val_alphabets = _SMALL_SETS.get(rule), _SMALL_VAL_ALPHABETS.get(rule, _VAL_ALPHABETS)
+    members = {
+        c: drawn
+        for c, drawn in read("images_background").items()
+        if alphabets is None or c[0] in alphabets
+    }
     if split == "val":
-        return {c: drawn for c, drawn in members.items() if c[0] in _VAL_ALPHABETS}
+        return {c: drawn for c, drawn in members.items() if c[0] in val_alphabets}
     if extra:
         members |= dict(list(read("images_evaluation").items())[:extra])
     return {
-        c: members[c] for c in sorted(members) if split == "trainval" or c[0] not in _VAL_ALPHABETS
+        c: members[c] for c in sorted(members) if split == "trainval" or c[0] not in val_alphabets
     }
+
+
+def seen_characters(trained_by: SplitRule, tested_by: SplitRule) -> int:
+    """The number of characters of one rule's test split that another rule's training split has.
+
+    Examples:
+      >>> seen_characters("vinyals", "lake"), seen_characters("lake", "vinyals")
+      (236, 0)
+    """
+    mixed = trained_by == "vinyals" and tested_by != "vinyals"
+    return _VINYALS_TRAINVAL_FROM_EVALUATION if mixed else 0
 
 
 def _read_set(folder: Path, image_size: int, resample: str, set_name: str) -> _Characters:
@@ -196,15 +225,28 @@ def _read_set(folder: Path, image_size: int, resample: str, set_name: str) -> _C
     code = PIL.__version__, file_hash(images.__file__)
     pixels = cached(
         cache_key("omniglot", *code, image_size, resample, content),
-        lambda: np.stack([_pixels(drawing, image_size, resample) for drawing in drawings]),
+        lambda: np.stack([character_pixels(d.png, d.name, image_size, resample) for d in drawings]),
     )
     characters = [(drawing.alphabet, drawing.character) for drawing in drawings[::_DRAWERS]]
     return dict(zip(characters, np.split(pixels, len(characters)), strict=True))
 
 
-def _pixels(drawing: _Drawing, image_size: int, resample: str) -> np.ndarray:
+def character_pixels(
+    png: bytes, name: str, image_size: int, resample: str = "lanczos"
+) -> np.ndarray:
+    """Decodes and resizes a drawing, uint8 [image_size, image_size, 1], ink as the file has it.
+
+    Args:
+      png: Content of the file.
+      name: Name of the file in an error.
+      image_size: Side in pixels.
+      resample: Filter of Pillow.
+
+    Raises:
+      DataError: the image does not decode.
+    """
     # Greyscale first: Pillow would resize a 1-bit image by nearest neighbour whatever the filter.
-    grey = images.open_image(drawing.png, drawing.name).convert("L")
+    grey = images.open_image(png, name).convert("L")
     return images.resize_image(grey, image_size, resample)
 
 

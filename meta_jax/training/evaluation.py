@@ -128,6 +128,29 @@ def _in_chunks(
     return evaluate
 
 
+def evaluate_each(
+    learner: MetaLearner, params: PyTree, state: PyTree, tasks: PyTree, key: Array
+) -> dict[str, np.ndarray]:
+    """Tests a learner on given tasks, one after another.
+
+    Args:
+      learner: The method.
+      params, state: Its parameters and state, which stay as they are.
+      tasks: The tasks, stacked: leaves [n, ...].
+      key: Random key.
+
+    Returns:
+      Metrics, each [n].
+    """
+    count = jax.tree.leaves(tasks)[0].shape[0]
+
+    @jax.jit
+    def run(params: PyTree, state: PyTree, tasks: PyTree, keys: Array) -> Metrics:
+        return jax.lax.map(lambda each: learner.evaluate(params, state, *each), (tasks, keys))
+
+    return jax.tree.map(np.asarray, run(params, state, tasks, jax.random.split(key, count)))
+
+
 def fitting_chunk(
     build: Callable[[int], Any], arguments: tuple, most: int, memory: int = _MEMORY
 ) -> int:

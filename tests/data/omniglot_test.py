@@ -80,6 +80,23 @@ def test_splits_are_disjoint_sorted_and_trainval_is_their_union(rule, request):
         assert list(split) == sorted(split)
 
 
+@pytest.mark.parametrize(("number", "train"), [(1, 114), (2, 132)])
+def test_minimal_background_sets_are_the_official_ones(omniglot_zips, number, train):
+    path = omniglot_zips / f"images_background_small{number}.zip"
+    if not path.is_file():
+        pytest.skip(f"the official {path.name} is not there")
+    splits = load_omniglot(omniglot_zips, split_rule=f"lake_small{number}", image_size=5)
+    names = splits.class_names
+    with zipfile.ZipFile(path) as archive:
+        folders = {n.rsplit("/", 1)[0] for n in archive.namelist() if n.endswith(".png")}
+    assert list(names["trainval"]) == sorted(f.split("/", 1)[1] for f in folders)
+    assert len(names["train"]) == train
+    assert sorted((*names["train"], *names["val"])) == list(names["trainval"])
+    # A validation may be 20-way within an alphabet.
+    data = splits.datasets["val"]
+    assert np.unique(np.asarray(data.groups), return_counts=True)[1].max() >= 20
+
+
 def test_groups_are_alphabets(vinyals):
     assert len({*vinyals.group_names["trainval"], *vinyals.group_names["test"]}) == 50
     for split, dataset in vinyals.datasets.items():
@@ -252,7 +269,11 @@ def test_missing_character_is_counted(damaged):
 
 
 def test_unknown_settings_are_refused(made_up):
-    _refused("split rule 'random' is none of vinyals, lake", made_up, split_rule="random")
+    _refused(
+        "split rule 'random' is none of vinyals, lake, lake_small1, lake_small2",
+        made_up,
+        split_rule="random",
+    )
     _refused("resample 'cubic' is none of nearest", made_up, resample="cubic")
     _refused("image_size must be at least 1", made_up, image_size=0)
 
