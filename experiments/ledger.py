@@ -68,8 +68,8 @@ def table_of_functions(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        exact = ", ".join(f"{value:.3f}" for value in row["exact"].values()) or "none"
-        lines.append(f"| {_score(row, digits=3)} | {exact} | {_training(row)} |")
+        exact = ", ".join(f"{value:.4f}" for value in row["exact"].values()) or "none"
+        lines.append(f"| {_score(row, digits=4)} | {exact} | {_training(row)} |")
     return "\n".join(lines) + "\n"
 
 

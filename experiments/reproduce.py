@@ -174,7 +174,7 @@ def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, comm
         **{"ways": row.ways, "shots": row.shots, "episodes": record["episodes"]},
         "metric": row.metric,
         **row.score(record),
-        "exact": {name: round(t.metrics[row.metric].mean, 4) for name, t in found.beside.items()},
+        "exact": {name: round(t.metrics[row.metric].mean, 6) for name, t in found.beside.items()},
         **{key: record[key] for key in ("normalisation", "transductive")},
         "paper": row.paper,
         "paper_source": row.paper_source,

@@ -78,7 +78,7 @@ class Row(NamedTuple):
     def score(self, found: dict) -> dict[str, float]:
         """The row's value and ci95 from the contents of a result.json; accuracies in per cent."""
         value, ci95 = found["metrics"][self.metric]
-        return {"value": round(value, 4), "ci95": round(ci95, 4)}
+        return {"value": round(value, 6), "ci95": round(ci95, 6)}
 
 
 def _trials(model: str, paper: float | None, source: str, metric: str = "return") -> Row:
