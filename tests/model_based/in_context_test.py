@@ -62,11 +62,10 @@ def test_contexts_of_every_size_pass_through_one_program(reader):
     assert len(traces) == 1
     assert len(set(losses.values())) == 6
     if reader != "snail":  # there the order is drawn anew for each number of rows
-        for real in (1, 4):
-            whole = curves()
-            few = Episode(Batch(whole.support.x[:real], whole.support.y[:real]), whole.query)
-            loss, _ = learner.loss(params, state, few, KEY)
-            np.testing.assert_allclose(losses[real], loss, rtol=1e-4)
+        whole = curves()
+        few = Episode(Batch(whole.support.x[:4], whole.support.y[:4]), whole.query)
+        loss, _ = jax.jit(learner.loss)(params, state, few, KEY)
+        np.testing.assert_allclose(losses[4], loss, rtol=1e-4)
 
 
 @every_reader
