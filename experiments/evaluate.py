@@ -63,7 +63,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
             f"{folder} was trained from Python and does not say how to test it: use mj.load and "
             "the learner's evaluate"
         )
-    found = [_recorded("learner", learner, ("objective", "network"))]
+    found = [_recorded("learner", learner, (*run_flags.GIVEN_TO_LEARNERS, "network"))]
     if learner.get("network"):
         found.append(_recorded("network", learner["network"]))
     protocol = protocols.find(selected["protocol"])

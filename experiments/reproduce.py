@@ -17,7 +17,10 @@ from absl import flags
 from experiments import ledger, records, returns, run_flags, runs, testing
 from experiments.command_line import run_main
 from experiments.rows import ROWS, Row
+from experiments.weights import without_classifier
 from meta_jax.lookup import UsageError
+from meta_jax.training.record import read_config
+from meta_jax.training.trained import load, save_trained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
@@ -136,6 +139,9 @@ def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, comm
 def _ship_weights(workdir: Path, folder: Path) -> None:
     """Copies what a test needs of a workdir, a workdir in small."""
     shutil.rmtree(folder, ignore_errors=True)
+    if "train_classes" in read_config(workdir)["learner"]:
+        save_trained(folder, without_classifier(load(workdir)))
+        return
     shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
     shutil.copy(workdir / "config.json", folder / "config.json")
 
