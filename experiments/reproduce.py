@@ -3,6 +3,8 @@
     python -m experiments.reproduce prototypical/omniglot_5w1s --data_dir=PATH
     python -m experiments.reproduce prototypical/omniglot_20w5s --data_dir=PATH --shipped
 
+    python -m experiments.reproduce prototypical/omniglot_lake_official --trials=all_runs.zip
+
 A model that several rows share is trained once; a training that was stopped is resumed.
 """
 

@@ -211,11 +211,11 @@ ROWS: dict[str, Row] = {
     "prototypical/omniglot_lake_official": _official("prototypical_omniglot_lake", 86.3, _OFFICIAL),
     "prototypical/omniglot_lake_small1": _lake("prototypical_omniglot_lake_small1"),
     "prototypical/omniglot_lake_small1_official": _official(
-        "prototypical_omniglot_lake_small1", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+        "prototypical_omniglot_lake_small1", 69.9, "Lake et al. 2019, table 1, minimal background"
     ),
     "prototypical/omniglot_lake_small2": _lake("prototypical_omniglot_lake_small2"),
     "prototypical/omniglot_lake_small2_official": _official(
-        "prototypical_omniglot_lake_small2", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+        "prototypical_omniglot_lake_small2", 69.9, "Lake et al. 2019, table 1, minimal background"
     ),
     "siamese_koch/omniglot_lake": _lake("siamese_koch_omniglot", _KOCH),
     "siamese_koch/omniglot_lake_official": _official("siamese_koch_omniglot", 92.0, _KOCH),
