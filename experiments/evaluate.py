@@ -42,6 +42,13 @@ flags.DEFINE_string(
     "With --protocol=lake: all_runs.zip of the official 400 trials, or the folder of its run01 to "
     "run20, to test on these too.",
 )
+flags.DEFINE_integer(
+    "query_chunk",
+    None,
+    "Queries of an episode that are answered at a time, which changes memory and time alone; by "
+    "default all. For many ways.",
+    1,
+)
 for _name, _what in (
     ("ways", "Classes of an episode"),
     ("shots", "Support examples of each class"),
@@ -63,7 +70,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
             f"{folder} was trained from Python and does not say how to test it: use mj.load and "
             "the learner's evaluate"
         )
-    found = [_recorded("learner", learner, ("objective", "network"))]
+    found = [_recorded("learner", learner, (*run_flags.GIVEN_TO_LEARNERS, "network"))]
     if learner.get("network"):
         found.append(_recorded("network", learner["network"]))
     protocol = protocols.find(selected["protocol"])
@@ -105,7 +112,9 @@ def main(arguments: list[str]) -> None:
     }
     found = testing.evaluate(
         weights_folder(named),
-        testing.Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk),
+        testing.Asked(
+            FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk, FLAGS.query_chunk
+        ),
         checkpoint=FLAGS.checkpoint,
         size={name: value for name, value in sizes.items() if value is not None},
         tasks=FLAGS.tasks,

@@ -4,6 +4,8 @@
     python -m experiments.reproduce prototypical/omniglot_20w5s --data_dir=PATH --shipped
     python -m experiments.reproduce --all --hours=8 --data_dir=PATH
 
+    python -m experiments.reproduce prototypical/omniglot_lake_official --trials=all_runs.zip
+
 A model that several rows share is trained once; a training that was stopped is resumed.
 """
 
@@ -20,7 +22,10 @@ from experiments import ledger, ledger_picture, records, returns, run_flags, run
 from experiments.command_line import run_main
 from experiments.plan import make_plan, run_until
 from experiments.rows import ROWS, Row
+from experiments.weights import without_classifier
 from meta_jax.lookup import UsageError
+from meta_jax.training.record import read_config
+from meta_jax.training.trained import load, save_trained
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
@@ -192,6 +197,9 @@ def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, comm
 def _ship_weights(workdir: Path, folder: Path) -> None:
     """Copies what a test needs of a workdir, a workdir in small."""
     shutil.rmtree(folder, ignore_errors=True)
+    if "train_classes" in read_config(workdir)["learner"]:
+        save_trained(folder, without_classifier(load(workdir)))
+        return
     shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
     shutil.copy(workdir / "config.json", folder / "config.json")
 

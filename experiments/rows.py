@@ -116,6 +116,15 @@ def _all_characters(model: str, shots: int) -> Row:
     return Row(model, 423, shots, None, _RAMALHO, episodes="all_characters")
 
 
+_SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
+_BASELINES = {
+    "baseline": "Chen et al. 2019 have no few-shot test on Omniglot alone",
+    "baseline_plus_plus": "Chen et al. 2019 have no few-shot test on Omniglot alone",
+    "simple_shot": "Wang et al. 2019 have no Omniglot",
+    "nearest_neighbour": "on pixels, nothing is learned",
+    "untrained": "nothing is learned",
+}
+
 ROWS: dict[str, Row] = {
     "prototypical/omniglot_5w1s": Row("prototypical_omniglot", 5, 1, 98.8, _SNELL, rerun=98.5),
     "prototypical/omniglot_5w5s": Row("prototypical_omniglot", 5, 5, 99.7, _SNELL, rerun=99.6),
@@ -209,15 +218,20 @@ ROWS: dict[str, Row] = {
     "lstm/omniglot_sequence_2nd": Row("lstm_omniglot", 5, 1, 49.5, _SANTORO, "instance_2"),
     "lstm/omniglot_sequence_5th": Row("lstm_omniglot", 5, 1, 63.6, _SANTORO, "instance_5"),
     "lstm/omniglot_sequence_10th": Row("lstm_omniglot", 5, 1, 62.5, _SANTORO, "instance_10"),
+    **{
+        f"{name}/omniglot_{ways}w{shots}s": Row(f"{name}_omniglot", ways, shots, None, source)
+        for name, source in _BASELINES.items()
+        for ways, shots in _SETTINGS
+    },
     "prototypical/omniglot_lake": _lake("prototypical_omniglot_lake"),
     "prototypical/omniglot_lake_official": _official("prototypical_omniglot_lake", 86.3, _OFFICIAL),
     "prototypical/omniglot_lake_small1": _lake("prototypical_omniglot_lake_small1"),
     "prototypical/omniglot_lake_small1_official": _official(
-        "prototypical_omniglot_lake_small1", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+        "prototypical_omniglot_lake_small1", 69.9, "Lake et al. 2019, table 1, minimal background"
     ),
     "prototypical/omniglot_lake_small2": _lake("prototypical_omniglot_lake_small2"),
     "prototypical/omniglot_lake_small2_official": _official(
-        "prototypical_omniglot_lake_small2", 69.9, "Lake et al. 2019, the mean of both minimal sets"
+        "prototypical_omniglot_lake_small2", 69.9, "Lake et al. 2019, table 1, minimal background"
     ),
     "siamese_koch/omniglot_lake": _lake("siamese_koch_omniglot", _KOCH),
     "siamese_koch/omniglot_lake_official": _official("siamese_koch_omniglot", 92.0, _KOCH),

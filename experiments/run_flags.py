@@ -11,6 +11,8 @@ from meta_jax.lookup import UsageError
 from meta_jax.registry import Component, Kind
 
 SELECTIONS = ("learner", "network", "tasks", "optimizer")
+# Parameters of a learner that its tasks give: no flags.
+GIVEN_TO_LEARNERS = ("objective", "train_classes")
 _NETWORK_OF_VECTORS = "mlp"
 _LARGEST = 2**31 - 1  # steps and seeds are counted in 32 bits
 
@@ -101,7 +103,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     learner = registry.find("learner", selected["learner"] or "")
     tasks = tasks_chosen(selected["tasks"] or learner.tasks)
     return [
-        Chosen("learner", learner, reserved=("objective",), run=learner.run),
+        Chosen("learner", learner, reserved=GIVEN_TO_LEARNERS, run=learner.run),
         *network_candidates(learner, selected["network"]),
         tasks._replace(run=tasks.component.run),
         optimizer_chosen(selected["optimizer"] or learner.optimizer or "adam"),

@@ -12,7 +12,7 @@ from experiments import run_flags
 from experiments.command_line import Chosen, given_settings, resolved_settings
 from meta_jax import registry
 from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
-from meta_jax.data.source import EpisodeSize, TaskSource, load_source
+from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_source
 from meta_jax.lookup import UsageError
 from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
@@ -79,6 +79,8 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
     try:
         loop.check()
         training, validation, testing = _tasks_by_use(source, run)
+        if _trains_on_all_classes(values) and training.objective.kind == "classification":
+            training = all_classes(training)
         network = fitting_network(values, training)
         body = build_network(values, network) if network else None
         learner = build_learner(values, body, training)
@@ -111,6 +113,12 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
         loop,
         config,
     )
+
+
+def _trains_on_all_classes(values: flags.FlagValues) -> bool:
+    """Whether the learner trains one classifier of all classes, and asks for their number."""
+    factory = registry.find("learner", values.learner).factory
+    return "train_classes" in registry.parameters(factory)
 
 
 def _run_record(values: flags.FlagValues) -> dict[str, Any]:
@@ -238,8 +246,12 @@ def build_learner(values: flags.FlagValues, network: Network | None, tasks: Task
       network: Embedding network; None for a learner that has networks of its own.
       tasks: Tasks that it learns.
     """
-    chosen = Chosen("learner", registry.find("learner", values.learner), reserved=("objective",))
+    component = registry.find("learner", values.learner)
+    chosen = Chosen("learner", component, reserved=run_flags.GIVEN_TO_LEARNERS)
     given = given_settings(values, chosen)
+    if _trains_on_all_classes(values):
+        task = example_task(tasks)
+        given["train_classes"] = task.query.y.shape[-1] if isinstance(task, Episode) else 1
     if "objective" in registry.parameters(chosen.component.factory):
         given["objective"] = tasks.objective
     return chosen.component.factory(*([] if network is None else [network]), **given)

@@ -35,6 +35,7 @@ from meta_jax.training.evaluation import (
     MeanCI,
     confidence_interval,
     evaluate_each,
+    in_query_chunks,
     make_evaluate,
 )
 from meta_jax.training.outer_step import task_mesh
@@ -52,6 +53,7 @@ class Asked(NamedTuple):
     episodes: int = 1000
     seed: int = 0
     chunk: int | None = None  # episodes that a device evaluates at a time; the result is the same
+    query_chunk: int | None = None  # queries answered at a time, likewise; all if None
 
 
 class Tested(NamedTuple):
@@ -427,7 +429,7 @@ def evaluate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     drawn = drawn._replace(objective=loaded.objective)
-    test = make_test(loaded.learner, drawn, asked)
+    test = make_test(_in_query_chunks(loaded, drawn, asked.query_chunk), drawn, asked)
     found = result(
         loaded.config,
         test(loaded.params, loaded.state),
@@ -441,6 +443,27 @@ def evaluate(
         beside=test_exact_answers(drawn, asked),
         notes=_notes(loaded.config["tasks"], source.config or {}, asked.split),
     )
+
+
+def _in_query_chunks(loaded: trained.Trained, tasks: Tasks, chunk: int | None) -> MetaLearner:
+    """The learner, whose tests answer some queries at a time.
+
+    Raises:
+      UsageError: its answers depend on the other queries.
+    """
+    if chunk is None:
+        return loaded.learner
+    learner = in_query_chunks(loaded.learner, loaded.objective, chunk)
+    arguments = (loaded.params, loaded.state, runs.example_task(tasks), jax.random.key(0))
+    whole, chunked = (jax.eval_shape(one.evaluate, *arguments) for one in (loaded.learner, learner))
+    if is_transductive(trained.normalisation_of(loaded.config["learner"])) or set(whole) != set(
+        chunked
+    ):
+        name = loaded.config["learner"]["name"]
+        raise UsageError(
+            f"answers of {name} depend on the other queries of an episode: leave query_chunk out"
+        )
+    return learner
 
 
 def evaluate_trials(

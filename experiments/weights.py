@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
 from meta_jax.lookup import UsageError, local_path
@@ -89,3 +91,15 @@ def describe_weights(name: str) -> str:
     if name in pretrained_names():
         return f"weights {name}, which come with meta_jax"
     return f"weights of {name}"
+
+
+def without_classifier(trained: Trained) -> Trained:
+    """The same with zeros for the classifier of the training classes.
+
+    No test looks at it, it is larger than the network, and zeros take no space in a checkpoint.
+
+    Args:
+      trained: A learner with the parameter `train_classes`.
+    """
+    head = jax.tree.map(jnp.zeros_like, trained.params["head"])
+    return trained._replace(params={**trained.params, "head": head})

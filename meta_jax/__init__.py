@@ -44,6 +44,7 @@ from meta_jax.core import (
 )
 from meta_jax.data import dataset_from_arrays
 from meta_jax.lookup import UsageError
+from meta_jax.metric_based.baseline import baseline, baseline_plus_plus, simple_shot
 from meta_jax.metric_based.kernel import kernel_learner
 from meta_jax.metric_based.matching import matching, matching_fce
 from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
@@ -101,6 +102,8 @@ __all__ = [
     "TrainState",
     "UsageError",
     "anil",
+    "baseline",
+    "baseline_plus_plus",
     "boil",
     "conv4",
     "cross_entropy",
@@ -147,6 +150,7 @@ __all__ = [
     "resnet12",
     "serving",
     "siamese",
+    "simple_shot",
     "squared_error",
     "strided_conv4",
     "supervised_evaluate",

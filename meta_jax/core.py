@@ -147,12 +147,15 @@ class Tasks(NamedTuple):
       objective: What is asked of the answers.
       exact_answers: By name, functions (key, data) -> (task, outputs) that draw the task that
         `sample` draws, and know its best answers: what a result is compared with.
+      batch: Function (key, data) -> an ordinary batch, an `Episode` of as many examples, labelled
+        among all classes of the data; None where tasks have no classes in common.
     """
 
     sample: Sample
     data: PyTree
     objective: Objective
     exact_answers: Mapping[str, Sample] = {}
+    batch: Sample | None = None
 
 
 class LossAux(NamedTuple):

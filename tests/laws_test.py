@@ -22,6 +22,7 @@ from meta_jax.core import (
 from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
 from meta_jax.data.sinusoid import sample_sinusoid
+from meta_jax.metric_based.baseline import baseline, baseline_plus_plus, simple_shot
 from meta_jax.metric_based.kernel import kernel_learner
 from meta_jax.metric_based.matching import matching, matching_fce
 from meta_jax.metric_based.prototypical import prototypical
@@ -167,6 +168,15 @@ LEARNERS = {
         lambda network: prototypical(network, objective=squared_error)
     ),
     "prototypical": Row(lambda mode: prototypical(network(mode))),
+    "baseline": Row(
+        lambda mode: baseline(network(mode), train_classes=3, head_steps=5, head_lr=0.5),
+        own_logits=False,
+    ),
+    "baseline_plus_plus": Row(
+        lambda mode: baseline_plus_plus(network(mode), train_classes=3, head_steps=5),
+        own_logits=False,
+    ),
+    "simple_shot": Row(lambda mode: simple_shot(network(mode), train_classes=3)),
     "prototypical_cosine": Row(lambda mode: prototypical(network(mode), distance="cosine")),
     "maml": by_gradient(maml, inner_lr=0.4),
     "fomaml": by_gradient(first_order_maml, inner_lr=0.4),

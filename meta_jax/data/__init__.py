@@ -13,7 +13,13 @@ from meta_jax.data.dataset import (
     random_class_split,
     split_from_classes,
 )
-from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
+from meta_jax.data.episodes import (
+    EpisodeSpec,
+    check_spec,
+    rotate_90,
+    sample_batch,
+    sample_episode,
+)
 from meta_jax.data.features import load_features
 from meta_jax.data.gaussian_process import gp, gp_posterior
 from meta_jax.data.glyphs import load_glyphs
@@ -26,6 +32,7 @@ from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.data.source import (
     EpisodeSize,
     TaskSource,
+    all_classes,
     load_source,
     source_from_sampler,
     source_from_splits,
@@ -40,6 +47,7 @@ __all__ = [
     "Split",
     "Splits",
     "TaskSource",
+    "all_classes",
     "augmented",
     "check_spec",
     "class_examples",
@@ -61,6 +69,7 @@ __all__ = [
     "random_affine",
     "random_class_split",
     "rotate_90",
+    "sample_batch",
     "sample_episode",
     "sample_sinusoid",
     "source_from_sampler",

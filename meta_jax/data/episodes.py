@@ -130,6 +130,36 @@ def sample_episode(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Episo
     )
 
 
+def sample_batch(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Episode:
+    """Draws an ordinary batch: examples uniformly at random, labelled among all classes.
+
+    Args:
+      key: Random key.
+      dataset: Where examples come from, on the device.
+      spec: Gives their number, that of its episode, and the turns; with the rotations 'classes' a
+        turned example is of a class of its own, with others it is turned by itself.
+
+    Returns:
+      The examples as support [ways * shots, ...] and query [ways * queries, ...], y one-hot among
+      all classes, four times as many with the rotations 'classes'.
+    """
+    n, classes = spec.ways * (spec.shots + spec.queries), dataset.starts.size
+    row_key, turn_key = jax.random.split(key)
+    examples = jax.tree.leaves(dataset.examples)[0].shape[0]
+    rows = jax.random.randint(row_key, (n,), 0, examples)
+    label = jnp.searchsorted(dataset.starts, rows, side="right") - 1
+    turn = None if spec.rotations == "none" else jax.random.randint(turn_key, (n,), 0, 4)
+    if turn is not None and spec.rotations == "classes":
+        label, classes = label + classes * turn, 4 * classes
+    x = jax.tree.map(lambda leaf: leaf[rows], dataset.examples)
+    batch = _labelled(x, label, classes, turn)
+    first = spec.ways * spec.shots
+    return Episode(
+        jax.tree.map(lambda leaf: leaf[:first], batch),
+        jax.tree.map(lambda leaf: leaf[first:], batch),
+    )
+
+
 def _draw_classes(
     class_key: jax.Array, turn_key: jax.Array, dataset: Dataset, spec: EpisodeSpec
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -170,10 +200,15 @@ def _shuffled_batch(
     order = jax.random.permutation(key, label.size)
     label, rows = label[order], rows.reshape(-1)[order]
     x = jax.tree.map(lambda leaf: leaf[rows], examples)
+    return _labelled(x, label, ways, None if turn is None else turn[label])
+
+
+def _labelled(x: PyTree, label: jax.Array, classes: int, turn: jax.Array | None) -> Batch:
+    """Examples [n, ...] turned and scaled, with one-hot labels [n, classes]."""
     if turn is not None:
-        x = jax.tree.map(lambda leaf: rotate_90(leaf, turn[label]), x)
+        x = jax.tree.map(lambda leaf: rotate_90(leaf, turn), x)
     return Batch(
-        jax.tree.map(_unit_scaled, x), jax.nn.one_hot(label, ways, dtype=jnp.result_type(float))
+        jax.tree.map(_unit_scaled, x), jax.nn.one_hot(label, classes, dtype=jnp.result_type(float))
     )
 
 

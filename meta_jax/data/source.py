@@ -22,6 +22,7 @@ from meta_jax.data.episodes import (
     check_rotations,
     check_sizes,
     check_spec,
+    sample_batch,
     sample_episode,
 )
 from meta_jax.data.notes import Notes, some
@@ -194,10 +195,11 @@ def source_from_splits(
         names = splits.class_names[split] if isinstance(splits, Splits) else ()
         _note_small_classes(notes, split, dataset, names, size.shots + size.queries)
         sample: Sample = functools.partial(_sample_of_spec, spec)
+        batch: Sample = functools.partial(_batch_of_spec, spec)
         if train and augment == "affine":
             _check_images(dataset, split)
-            sample = augmented(sample, random_affine)
-        return Tasks(sample, dataset, objective)
+            sample, batch = augmented(sample, random_affine), augmented(batch, random_affine)
+        return Tasks(sample, dataset, objective, batch=batch)
 
     return TaskSource(tasks, tuple(datasets), baselines, preprocessing=preprocessing, notes=notes)
 
@@ -218,6 +220,36 @@ def _note_small_classes(
 
 def _sample_of_spec(spec: EpisodeSpec, key: Array, data: Dataset, /) -> Any:
     return sample_episode(key, data, spec)
+
+
+def _batch_of_spec(spec: EpisodeSpec, key: Array, data: Dataset, /) -> Any:
+    return sample_batch(key, data, spec)
+
+
+def all_classes(tasks: Tasks) -> Tasks:
+    """The tasks whose every draw is an ordinary batch, labelled among all classes of the split.
+
+    For learners that train one classifier of all classes, such as `baseline`.
+
+    Args:
+      tasks: Tasks of a source of labelled examples.
+
+    Raises:
+      UsageError: the tasks have no classes in common.
+
+    Examples:
+      >>> import jax
+      >>> tasks = load_source("glyphs").tasks("val", EpisodeSize(5, 1, 15), train=True)
+      >>> batch = all_classes(tasks).sample(jax.random.key(0), tasks.data)
+      >>> batch.query.y.shape[0], batch.query.y.shape[1] == tasks.data.counts.size
+      (75, True)
+    """
+    if tasks.batch is None:
+        raise UsageError(
+            "these tasks have no classes in common, of which one classifier could be trained: "
+            "choose a source of labelled examples"
+        )
+    return tasks._replace(sample=tasks.batch)
 
 
 def _check_split(split: str, splits: Mapping[str, Any]) -> None:

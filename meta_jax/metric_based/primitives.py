@@ -164,10 +164,11 @@ def cosine_similarity(a: Array, b: Array) -> Array:
       [[1.0, 0.0]]
     """
     a, b = _real_pair(a, b)
-    return _unit_rows(a) @ _unit_rows(b).T
+    return unit_rows(a) @ unit_rows(b).T
 
 
-def _unit_rows(x: Array) -> Array:
+def unit_rows(x: Array) -> Array:
+    """The rows of x [n, D] at length 1; zero for a zero row."""
     # The square root's gradient is infinite at zero, so the bound lies inside it.
     least = max(1e-24, float(jnp.finfo(x.dtype).tiny))
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), least))

@@ -5,10 +5,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks
+from meta_jax.core import (
+    Array,
+    MetaLearner,
+    Metrics,
+    Objective,
+    PyTree,
+    Sample,
+    Tasks,
+    supervised_evaluate,
+)
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainState
 
@@ -126,6 +136,52 @@ def _in_chunks(
         return share(params, state, data, jax.random.split(key, episodes))
 
     return evaluate
+
+
+def in_query_chunks(learner: MetaLearner, objective: Objective, chunk: int) -> MetaLearner:
+    """A learner whose tests answer some queries at a time: less memory, the same answers.
+
+    It is for learners whose answers do not depend on the other queries, and whose test is the
+    objective of the answers.
+
+    Args:
+      learner: The method.
+      objective: Objective of the tests.
+      chunk: Queries that are answered at a time; the last ones are filled up with zeros.
+
+    Returns:
+      The learner; its `predict` gives no state.
+
+    Raises:
+      ValueError: a chunk has no query.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 query")
+
+    def predict(
+        params: PyTree,
+        adapted: Any,
+        x: PyTree,
+        key: Array,
+        *,
+        train: bool,
+        mask: Array | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        count = jax.tree.leaves(x)[0].shape[0]
+
+        def chunked(leaf: Array) -> Array:
+            padding = [(0, -count % chunk), *[(0, 0)] * (leaf.ndim - 1)]
+            return jnp.pad(leaf, padding).reshape(-1, chunk, *leaf.shape[1:])
+
+        def answer(some: tuple[PyTree, Array | None]) -> PyTree:
+            return learner.predict(params, adapted, some[0], key, train=train, mask=some[1])[0]
+
+        outputs = jax.lax.map(answer, jax.tree.map(chunked, (x, mask)))
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], outputs)
+        return flat, {}
+
+    evaluate = supervised_evaluate(learner.adapt, predict, objective)
+    return learner._replace(predict=predict, evaluate=evaluate)
 
 
 def evaluate_each(

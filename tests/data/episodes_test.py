@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meta_jax.data.dataset import DataError, dataset_from_classes
-from meta_jax.data.episodes import EpisodeSpec, check_spec, rotate_90, sample_episode
+from meta_jax.data.episodes import (
+    EpisodeSpec,
+    check_spec,
+    rotate_90,
+    sample_batch,
+    sample_episode,
+)
 from meta_jax.data.sinusoid import sample_sinusoid
 from tests.checkers import key_and_leak_checks
 
@@ -371,3 +377,27 @@ def test_sinusoid_ranges():
         assert high - 0.01 * (high - low) < values.max() <= high + slack
         assert_uniform(np.clip((values - low) / (high - low) * 10, 0, 9.99).astype(int), range(10))
     assert abs(np.corrcoef(a, p)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "per_class"])
+def test_a_batch_is_drawn_uniformly_and_labelled_among_all_classes(rotations):
+    spec, classes = EpisodeSpec(5, 1, 3, rotations), len(COUNTS)
+    draw = jax.jit(jax.vmap(lambda k, d: sample_batch(k, d, spec), (0, None)))
+    support, query = draw(jax.random.split(jax.random.key(3), 600), labelled_dataset())
+    turns = 4 if rotations == "classes" else 1
+    assert support.y.shape == (600, 5, classes * turns)
+    assert query.y.shape == (600, 15, classes * turns)
+    read_off = [
+        np.concatenate(parts, 1)
+        for parts in zip(
+            *((*read(x), np.asarray(y).argmax(-1)) for x, y, _ in (support, query)), strict=True
+        )
+    ]
+    drawn, example, turn, label = (part.ravel() for part in read_off)
+    np.testing.assert_array_equal(label, drawn + classes * turn * (turns == 4))
+    assert set(turn) == ({0} if rotations == "none" else {0, 1, 2, 3})
+    # Every example is as probable as any other, whatever the size of its class.
+    _, found = np.unique(drawn * max(COUNTS) + example, return_counts=True)
+    assert len(found) == sum(COUNTS)
+    expected = len(drawn) / sum(COUNTS)
+    assert (abs(found - expected) < 5 * expected**0.5).all()

@@ -86,7 +86,14 @@ def source(*shape, objective="cross_entropy"):
 
         return sample
 
-    return source_from_sampler(sample_of_size, objective)
+    splits = ("train", "val", "trainval", "test")
+    drawn = source_from_sampler(sample_of_size, objective, splits=splits)
+
+    def tasks(split, size, *, train):
+        found = drawn.tasks(split, size, train=train)
+        return found._replace(batch=found.sample)
+
+    return drawn._replace(tasks=tasks)
 
 
 IMAGES = source(28, 28, 1)
@@ -246,7 +253,8 @@ class TestRecord:
         component = registry.find("learner", name)
         usual = IMAGES if component.tasks == "glyphs" else load_once(component.tasks)
         config = build(f"--learner={name}", source=usual).config
-        for setting in registry.settings(component, reserved=("objective",)).values():
+        given = run_flags.GIVEN_TO_LEARNERS
+        for setting in registry.settings(component, reserved=given).values():
             if setting.default is not None:  # None is resolved by the registry
                 assert config["learner"][setting.name] == setting.default, setting.name
         if component.network is None:
@@ -303,6 +311,22 @@ class TestRecord:
             if values[name].present and name != "flagfile":
                 recorded = records.as_flags(config)[name]
                 assert recorded == values[name].value, name
+
+
+def test_a_classifier_of_all_classes_gets_their_number_from_the_tasks():
+    values = run_flags.run_values(["--learner=simple_shot", "--shots=1", "--train_shots=2"])
+    run = runs.build_run(values, load_once("glyphs"))
+    classes = run.training.data.counts.size
+    assert classes > 100
+    assert run.config["learner"]["train_classes"] == classes
+    batch = runs.example_task(run.training)
+    assert batch.support.y.shape == (5 * 2, classes)
+    assert runs.example_task(run.testing).support.y.shape == (5, 5)
+    assert runs.example_task(run.validation).support.y.shape == (5, 5)
+    with pytest.raises(UsageError, match="no setting 'train_classes'"):
+        run_flags.run_values(["--learner=simple_shot", "--learner.train_classes=7"])
+    with pytest.raises(UsageError, match=r"no classes in common.*choose a source of labelled"):
+        build("--learner=baseline", "--network=mlp", "--eval_every=0", source=own_tasks())
 
 
 def test_somebodys_own_components_need_nothing_of_ours():

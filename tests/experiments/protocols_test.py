@@ -115,3 +115,13 @@ def test_the_flags_of_a_protocol(omniglot_zips, tmp_path):
         refused = command("evaluate", *weights, "--eval_episodes=2", *arguments)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
         assert culprit in refused.stderr
+
+
+def test_queries_in_chunks_are_for_learners_that_answer_each_alone():
+    asked, given = testing.Asked(episodes=2, query_chunk=7), {"tasks": "glyphs"}
+    for name in ("fomaml_omniglot", "mann_omniglot"):
+        with pytest.raises(UsageError, match=r"depend on the other queries.*leave query_chunk out"):
+            testing.evaluate(ledger.ROOT / "results/weights" / name, asked, **given)
+    given |= {"size": {"ways": 10, "queries": 2}}
+    found = testing.evaluate(WEIGHTS, asked, **given).record
+    assert found == testing.evaluate(WEIGHTS, asked._replace(query_chunk=None), **given).record

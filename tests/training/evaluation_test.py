@@ -15,7 +15,9 @@ from meta_jax.objectives import cross_entropy, cross_entropy_loss
 from meta_jax.training.evaluation import (
     MeanCI,
     confidence_interval,
+    evaluate_each,
     fitting_chunk,
+    in_query_chunks,
     make_evaluate,
     make_validate,
 )
@@ -273,3 +275,46 @@ def test_where_the_chunk_is_found_one_compilation_serves(learned, evaluate, monk
     assert len(compiled) == 1, caplog.messages
     for value in values:
         np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_queries_in_chunks_get_the_same_answers(learned):
+    task, key = sample(jax.random.key(5), dataset()), jax.random.key(6)
+    expected = LEARNER.evaluate(*learned, task, key)
+    mask = jnp.array([True, True, False, True, True, True])
+    masked = task._replace(query=task.query._replace(mask=mask))
+    of_masked = LEARNER.evaluate(*learned, masked, key)
+    assert expected["loss"] != of_masked["loss"]
+    for chunk in (1, 4, 6, 100):  # 6 queries
+        learner = in_query_chunks(LEARNER, cross_entropy, chunk)
+        for asked, answer in ((task, expected), (masked, of_masked)):
+            found = jax.jit(learner.evaluate)(*learned, asked, key)
+            for name, value in answer.items():
+                np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    with pytest.raises(ValueError, match="at least 1 query"):
+        in_query_chunks(LEARNER, cross_entropy, 0)
+
+
+def test_queries_in_chunks_take_less_memory():
+    learner = prototypical(mlp((512,)))
+    task = sample(jax.random.key(5), dataset())
+    learned = jax.eval_shape(learner.init, jax.random.key(0), task)
+    query = jax.tree.map(lambda leaf: jnp.tile(leaf, (1000, *[1] * (leaf.ndim - 1))), task.query)
+    arguments = (*learned, task._replace(query=query), jax.random.key(0))
+
+    def temporaries(one):
+        return (
+            jax.jit(one.evaluate).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    chunked = in_query_chunks(learner, cross_entropy, 100)
+    assert temporaries(chunked) < 0.5 * temporaries(learner)
+
+
+def test_each_given_task_is_tested_once(learned):
+    tasks = [sample(jax.random.key(seed), dataset()) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    found = evaluate_each(LEARNER, *learned, stacked, jax.random.key(0))
+    for name, values in found.items():
+        alone = [LEARNER.evaluate(*learned, task, jax.random.key(0))[name] for task in tasks]
+        np.testing.assert_allclose(values, alone, rtol=1e-5)
+    assert len(set(found["loss"].tolist())) == 3
