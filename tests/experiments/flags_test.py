@@ -235,7 +235,11 @@ def test_a_mistake_in_the_flags_is_named(arguments, culprit):
         (["--learner=imaml", "--learner.proximity=0"], IMAGES, "proximity"),
         (["--learner=mann", "--learner.num_slots=3"], IMAGES, "slots"),
         (["--train_split=test"], IMAGES, "--train_split=test"),
-        (["--train_split=val2"], IMAGES, "no split 'val2': choose one of train, val, trainval, test"),
+        (
+            ["--train_split=val2"],
+            IMAGES,
+            "no split 'val2': choose one of train, val, trainval, test",
+        ),
         (["--log_every=3"], IMAGES, "multiple of log_every"),
         (["--optimizer.halve_every=5"], IMAGES, "needs schedule=step"),
         (["--network.widths=4"], IMAGES, "conv4 has no setting 'widths'"),
