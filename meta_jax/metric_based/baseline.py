@@ -168,12 +168,68 @@ def _real(y: Array, mask: Array | None) -> Array:
     return jnp.ones(y.shape[0], bool) if mask is None else mask
 
 
-def _check_descent(steps: int, learning_rate: float, weight_decay: float) -> None:
+def _descending_head(
+    logits: Logits,
+    with_bias: bool,
+    start: Callable[[Examples], PyTree],
+    train_classes: int,
+    objective: Objective,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+) -> Head:
+    """A head that trains a classifier of all classes, and another one by descent in tests.
+
+    Args:
+      logits: Both classifiers.
+      with_bias: Whether that of all classes has a bias.
+      start: (examples) -> parameters of a test's classifier at the start.
+      train_classes: Number of classes.
+      objective: Loss of both.
+      steps, learning_rate, weight_decay: Those of a test's descent.
+
+    Raises:
+      UsageError: a setting is negative, or the learning rate zero.
+    """
     if steps:
         check_positive("head_steps", steps)
     check_positive("head_lr", learning_rate)
     if weight_decay:
         check_positive("head_decay", weight_decay)
+
+    def fit(examples: Examples, mean: Array) -> PyTree:
+        del mean
+        return descend(
+            logits,
+            start(examples),
+            examples,
+            objective=objective,
+            steps=steps,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+        )
+
+    def predict(fitted: PyTree, mean: Array, z: Array) -> Array:
+        del mean
+        return logits(fitted, z)
+
+    return _classifier_head(logits, with_bias, train_classes, objective, fit, predict)
+
+
+def _zeros(examples: Examples) -> PyTree:
+    """A linear classifier of zeros for the classes of a support set."""
+    shape = (examples.z.shape[1], examples.y.shape[1])
+    return {
+        "kernel": jnp.zeros(shape, examples.z.dtype),
+        "bias": jnp.zeros(shape[1], examples.z.dtype),
+    }
+
+
+def _class_means(examples: Examples) -> PyTree:
+    """A cosine classifier whose vectors are the class means of a support set."""
+    means = unit_rows(prototypes(unit_rows(examples.z), examples.y, examples.mask))
+    return {"kernel": means.T}
 
 
 @registry.learner("baseline", network="conv4", normalisation="running")
@@ -223,30 +279,16 @@ def baseline(
       ((8, 100), [0, 1])
     """
     check_kind(objective, "classification", "baseline")
-    _check_descent(head_steps, head_lr, head_decay)
-
-    def fit(examples: Examples, mean: Array) -> PyTree:
-        del mean
-        shape = (examples.z.shape[1], examples.y.shape[1])
-        start = {
-            "kernel": jnp.zeros(shape, examples.z.dtype),
-            "bias": jnp.zeros(shape[1], examples.z.dtype),
-        }
-        return descend(
-            linear_logits,
-            start,
-            examples,
-            objective=objective,
-            steps=head_steps,
-            learning_rate=head_lr,
-            weight_decay=head_decay,
-        )
-
-    def predict(fitted: PyTree, mean: Array, z: Array) -> Array:
-        del mean
-        return linear_logits(fitted, z)
-
-    head = _classifier_head(linear_logits, True, train_classes, objective, fit, predict)
+    head = _descending_head(
+        linear_logits,
+        True,
+        _zeros,
+        train_classes,
+        objective,
+        steps=head_steps,
+        learning_rate=head_lr,
+        weight_decay=head_decay,
+    )
     return metric_learner(network, head, objective, joint_encoding=joint_encoding)
 
 
@@ -282,26 +324,16 @@ def baseline_plus_plus(
       UsageError: the objective does not classify, or a setting is negative.
     """
     check_kind(objective, "classification", "baseline_plus_plus")
-    _check_descent(head_steps, head_lr, head_decay)
-
-    def fit(examples: Examples, mean: Array) -> PyTree:
-        del mean
-        means = unit_rows(prototypes(unit_rows(examples.z), examples.y, examples.mask))
-        return descend(
-            cosine_logits,
-            {"kernel": means.T},
-            examples,
-            objective=objective,
-            steps=head_steps,
-            learning_rate=head_lr,
-            weight_decay=head_decay,
-        )
-
-    def predict(fitted: PyTree, mean: Array, z: Array) -> Array:
-        del mean
-        return cosine_logits(fitted, z)
-
-    head = _classifier_head(cosine_logits, False, train_classes, objective, fit, predict)
+    head = _descending_head(
+        cosine_logits,
+        False,
+        _class_means,
+        train_classes,
+        objective,
+        steps=head_steps,
+        learning_rate=head_lr,
+        weight_decay=head_decay,
+    )
     return metric_learner(network, head, objective, joint_encoding=joint_encoding)
 
 

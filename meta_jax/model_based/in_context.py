@@ -158,12 +158,7 @@ def in_context(
       >>> y.mean.shape, bool((y.scale > 0.01).all())
       ((2, 1), True)
     """
-    target_kind(objective)
-    if latent < 0:
-        raise UsageError(f"the latent vector cannot have a size below 0: latent={latent}")
-    if label_code not in get_args(LabelCode):
-        codes = ", ".join(get_args(LabelCode))
-        raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")
+    _check_settings(objective, label_code, latent)
     reads = build_reader(reader, objective, width, layers, heads)
     coded = functools.partial(label_codes, objective, label_code)
     answer = functools.partial(_answer, reads, objective, least_scale)
@@ -208,6 +203,15 @@ def in_context(
         loss = in_any_order(loss)
     init = functools.partial(_init, network, reads, objective, latent, width)
     return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
+
+
+def _check_settings(objective: Objective, label_code: LabelCode, latent: int) -> None:
+    target_kind(objective)
+    if latent < 0:
+        raise UsageError(f"the latent vector cannot have a size below 0: latent={latent}")
+    if label_code not in get_args(LabelCode):
+        codes = ", ".join(get_args(LabelCode))
+        raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")
 
 
 def label_codes(objective: Objective, label_code: LabelCode, y: Array) -> Array:
