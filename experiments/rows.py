@@ -161,9 +161,9 @@ ROWS: dict[str, Row] = {
     "matching/omniglot_20w5s": Row(
         "matching_omniglot", 20, 5, 98.5, "Vinyals et al. 2016, table 1"
     ),
-    "relation/omniglot_5w5s": Row("relation_omniglot", 5, 5, 99.8, _SUNG),
+    "relation/omniglot_5w5s": Row("relation_omniglot_5shot", 5, 5, 99.8, _SUNG),
     "relation/omniglot_20w1s": Row("relation_omniglot", 20, 1, 97.6, _SUNG),
-    "relation/omniglot_20w5s": Row("relation_omniglot", 20, 5, 99.1, _SUNG),
+    "relation/omniglot_20w5s": Row("relation_omniglot_5shot", 20, 5, 99.1, _SUNG),
     "r2d2/omniglot_5w5s": Row(
         "r2d2_omniglot", 5, 5, None, "Bertinetto et al. 2019 train a larger network"
     ),
