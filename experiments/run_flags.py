@@ -60,8 +60,8 @@ def define_run_flags(values: flags.FlagValues) -> None:
     string(
         "init_from",
         None,
-        "Folder of weights, or another workdir, whose parameters training starts from; random ones "
-        "by default.",
+        "Folder of weights, or another workdir, whose parameters training starts from; of another "
+        "learner's the network's alone, if the networks are the same. Random ones by default.",
     )
 
 

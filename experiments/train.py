@@ -194,7 +194,8 @@ def _placed(run: runs.Run, train_state: TrainState, mesh: Mesh | None) -> TrainS
 def start_from_weights(run: runs.Run, program: Program, folders: Sequence[Path]) -> Program:
     """Puts the weights that --init_from names where training starts.
 
-    They are not read any more where every folder has a checkpoint to go on from.
+    Where they are of another learner with the same network, the network's alone are taken, and a
+    line says so. They are not read any more where every folder has a checkpoint to go on from.
 
     Args:
       run: The run.
@@ -207,8 +208,7 @@ def start_from_weights(run: runs.Run, program: Program, folders: Sequence[Path])
     folder = run.config["run"]["init_from"]
     if folder is None or all(latest_step(each / "checkpoints") is not None for each in folders):
         return program
-    weights = load_weights(folder)
-    check_weights(run, weights, folder)
+    weights = fitting_weights(run, program, load_weights(folder), folder)
     return program._replace(start=with_weights(run, program, weights))
 
 
@@ -223,23 +223,54 @@ def load_weights(folder: str) -> Trained:
     return load(folder, checkpoint="best" if recorded.get("eval_every", 1) else "latest")
 
 
-def check_weights(run: runs.Run, weights: Trained, folder: str) -> None:
-    """Refuses weights whose structure or shapes are not those of a run.
+def fitting_weights(run: runs.Run, program: Program, weights: Trained, folder: str) -> Trained:
+    """The weights as a run can start from them: all of them, or those of the same network alone.
 
     Raises:
-      UsageError: they differ.
+      UsageError: neither fits.
     """
+    difference = _difference(run, weights)
+    if not difference:
+        return weights
+    names = [_names(config) for config in (weights.config, run.config)]
+    if _has_same_network(run, weights):
+        taken = _with_network(program.untrained, weights)
+        if not _difference(run, taken):
+            print(f"{folder}: the network of {names[0]} is taken; the rest of {names[1]} is new")
+            return taken
+    raise UsageError(
+        f"--init_from={folder} holds weights of {names[0]}, which do not fit {names[1]} "
+        f"({difference}): give the learner, the network and the input size of the weights"
+    )
+
+
+def _difference(run: runs.Run, weights: Trained) -> str:
+    """Where the structure or the shapes of weights are not those of a run; empty if nowhere."""
     params, state = runs.initial_shapes(run.learner, run.training)
     ours, theirs = {"params": params}, {"params": weights.params}
     if _takes_state(run, weights):
         ours["state"], theirs["state"] = state, weights.state
-    difference = shape_difference(theirs, ours)
-    if difference:
-        names = [_names(config) for config in (weights.config, run.config)]
-        raise UsageError(
-            f"--init_from={folder} holds weights of {names[0]}, which do not fit {names[1]} "
-            f"({difference}): give the learner, the network and the input size of the weights"
-        )
+    return shape_difference(theirs, ours)
+
+
+def _has_same_network(run: runs.Run, weights: Trained) -> bool:
+    """Whether both records name the same network with the same settings."""
+    theirs, ours = (
+        (config["learner"] or {}).get("network") for config in (weights.config, run.config)
+    )
+    return theirs is not None and theirs == ours
+
+
+def _with_network(untrained: TrainState, weights: Trained) -> Trained:
+    """Weights with the parameters and the state of their network in what is untrained."""
+
+    def put(mine: PyTree, theirs: PyTree) -> PyTree:
+        both = isinstance(mine, dict) and isinstance(theirs, dict) and "network" in theirs
+        return mine | {"network": theirs["network"]} if both else mine
+
+    return weights._replace(
+        params=put(untrained.params, weights.params), state=put(untrained.state, weights.state)
+    )
 
 
 def _takes_state(run: runs.Run, weights: Trained) -> bool:

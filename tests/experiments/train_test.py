@@ -115,6 +115,21 @@ class TestInitFrom:
         started = train.start_from_weights(run, program, [tmp_path])
         assert_equal(started.start.params, params_of(weights, "best"))
 
+    def test_another_learner_takes_the_same_network_alone(self, weights, tmp_path, capsys):
+        run, program, _ = build("--learner=in_context", f"--init_from={weights}")
+        found = train.start_from_weights(run, program, [tmp_path]).start.params
+        assert_equal(found["network"], params_of(weights, "best")["network"])
+        assert_differ(found["network"], program.untrained.params["network"])
+        assert_equal(found["reader"], program.untrained.params["reader"])
+        said = capsys.readouterr().out
+        assert f"{weights}: the network of prototypical with mlp is taken" in said
+
+    def test_a_network_of_the_same_shapes_but_other_settings_is_not_taken(self, weights, tmp_path):
+        flags = ("--learner=in_context", "--network.activation=tanh")
+        run, program, _ = build(f"--init_from={weights}", *flags)
+        with pytest.raises(UsageError, match="do not fit in_context with mlp"):
+            train.start_from_weights(run, program, [tmp_path])
+
     def test_a_run_without_validation_gives_its_latest(self, tmp_path):
         folder = tmp_path / "weights"
         run_in(folder, "--steps=2", "--eval_every=0")
@@ -125,7 +140,7 @@ class TestInitFrom:
         [
             (["--network.widths=6"], r"float32\[5\] and float32\[6\] at params/.*bias"),
             (["--learner=maml"], r"do not fit maml with mlp \(float32.* and nothing at params/"),
-            (["--learner=mann", "--learner.num_slots=4"], "do not fit mann with mlp"),
+            (["--learner=mann", "--network.widths=6"], "do not fit mann with mlp"),
         ],
     )
     def test_weights_that_do_not_fit_are_refused(self, weights, tmp_path, flags, culprit):
