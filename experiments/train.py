@@ -234,7 +234,7 @@ def fitting_weights(run: runs.Run, program: Program, weights: Trained, folder: s
         return weights
     names = [_names(config) for config in (weights.config, run.config)]
     if _has_same_network(run, weights):
-        taken = _with_network(program.untrained, weights)
+        taken = with_network(program.untrained, weights)
         if not _difference(run, taken):
             print(f"{folder}: the network of {names[0]} is taken; the rest of {names[1]} is new")
             return taken
@@ -258,19 +258,18 @@ def _has_same_network(run: runs.Run, weights: Trained) -> bool:
     theirs, ours = (
         (config["learner"] or {}).get("network") for config in (weights.config, run.config)
     )
-    return theirs is not None and theirs == ours
+    return theirs is not None and theirs == ours and "network" in weights.params
 
 
-def _with_network(untrained: TrainState, weights: Trained) -> Trained:
+def with_network(untrained: TrainState, weights: Trained) -> Trained:
     """Weights with the parameters and the state of their network in what is untrained."""
 
-    def put(mine: PyTree, theirs: PyTree) -> PyTree:
-        both = isinstance(mine, dict) and isinstance(theirs, dict) and "network" in theirs
-        return mine | {"network": theirs["network"]} if both else mine
-
-    return weights._replace(
-        params=put(untrained.params, weights.params), state=put(untrained.state, weights.state)
-    )
+    state = weights.state.get("network", weights.state)
+    # A learner's state is its network's, or has it as a part.
+    if isinstance(untrained.state, dict) and "network" in untrained.state:
+        state = {**untrained.state, "network": state}
+    params = {**untrained.params, "network": weights.params["network"]}
+    return weights._replace(params=params, state=state)
 
 
 def _takes_state(run: runs.Run, weights: Trained) -> bool:

@@ -124,6 +124,15 @@ class TestInitFrom:
         said = capsys.readouterr().out
         assert f"{weights}: the network of prototypical with mlp is taken" in said
 
+    @pytest.mark.parametrize("theirs", [{"network": {"mean": 1}}, {"mean": 1}])
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_the_moments_of_a_network_come_with_it(self, weights, theirs, nested):
+        _, program, _ = build("--learner=in_context", f"--init_from={weights}")
+        mine = {"network": {"mean": 0}, "other": 2} if nested else {"mean": 0}
+        trained = load(weights)._replace(state=theirs)
+        found = train.with_network(program.untrained._replace(state=mine), trained).state
+        assert found == ({"network": {"mean": 1}, "other": 2} if nested else {"mean": 1})
+
     def test_a_network_of_the_same_shapes_but_other_settings_is_not_taken(self, weights, tmp_path):
         flags = ("--learner=in_context", "--network.activation=tanh")
         run, program, _ = build(f"--init_from={weights}", *flags)
