@@ -258,18 +258,22 @@ def _has_same_network(run: runs.Run, weights: Trained) -> bool:
     theirs, ours = (
         (config["learner"] or {}).get("network") for config in (weights.config, run.config)
     )
-    return theirs is not None and theirs == ours and "network" in weights.params
+    return theirs is not None and theirs == ours and "network" in _parts(weights.params)
 
 
 def with_network(untrained: TrainState, weights: Trained) -> Trained:
     """Weights with the parameters and the state of their network in what is untrained."""
 
-    state = weights.state.get("network", weights.state)
     # A learner's state is its network's, or has it as a part.
-    if isinstance(untrained.state, dict) and "network" in untrained.state:
+    state = _parts(weights.state).get("network", weights.state)
+    if "network" in _parts(untrained.state):
         state = {**untrained.state, "network": state}
-    params = {**untrained.params, "network": weights.params["network"]}
+    params = {**_parts(untrained.params), "network": weights.params["network"]}
     return weights._replace(params=params, state=state)
+
+
+def _parts(tree: PyTree) -> dict[str, PyTree]:
+    return tree if isinstance(tree, dict) else {}
 
 
 def _takes_state(run: runs.Run, weights: Trained) -> bool:
