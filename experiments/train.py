@@ -229,7 +229,7 @@ def fitting_weights(run: runs.Run, program: Program, weights: Trained, folder: s
     Raises:
       UsageError: neither fits.
     """
-    difference = _difference(run, weights)
+    difference = _difference(run, weights) or _other_network(run, weights)
     if not difference:
         return weights
     names = [_names(config) for config in (weights.config, run.config)]
@@ -253,12 +253,27 @@ def _difference(run: runs.Run, weights: Trained) -> str:
     return shape_difference(theirs, ours)
 
 
+def _other_network(run: runs.Run, weights: Trained) -> str:
+    """How networks of equal shapes differ, but for their normalisation; empty if nowhere."""
+    theirs, ours = _network_records(run, weights)
+    if not theirs or not ours:  # one that was built in Python
+        return ""
+    names = sorted((theirs.keys() & ours.keys()) - {"normalisation"})
+    return ", ".join(
+        f"{name}={theirs[name]} and {name}={ours[name]} of the network"
+        for name in names
+        if theirs[name] != ours[name]
+    )
+
+
 def _has_same_network(run: runs.Run, weights: Trained) -> bool:
     """Whether both records name the same network with the same settings."""
-    theirs, ours = (
-        (config["learner"] or {}).get("network") for config in (weights.config, run.config)
-    )
+    theirs, ours = _network_records(run, weights)
     return theirs is not None and theirs == ours and "network" in _parts(weights.params)
+
+
+def _network_records(run: runs.Run, weights: Trained) -> list[Any]:
+    return [(config["learner"] or {}).get("network") for config in (weights.config, run.config)]
 
 
 def with_network(untrained: TrainState, weights: Trained) -> Trained:

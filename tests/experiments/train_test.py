@@ -150,6 +150,7 @@ class TestInitFrom:
             (["--network.widths=6"], r"float32\[5\] and float32\[6\] at params/.*bias"),
             (["--learner=maml"], r"do not fit maml with mlp \(float32.* and nothing at params/"),
             (["--learner=mann", "--network.widths=6"], "do not fit mann with mlp"),
+            (["--network.activation=tanh"], r"\(activation=relu and activation=tanh of the net"),
         ],
     )
     def test_weights_that_do_not_fit_are_refused(self, weights, tmp_path, flags, culprit):
