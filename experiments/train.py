@@ -343,11 +343,9 @@ def train_seeds(
         if record is None:
             print(f"seed {seed}, in {folder}")
             untrained = untrained_state(run, seed, program.mesh)
-            # Weights that training starts from are the same under every seed, its tasks are not.
-            start = untrained
-            if program.start is not program.untrained:
-                start = program.start._replace(key=untrained.key)
-            seeded = program._replace(untrained=untrained, start=start)
+            seeded = program._replace(untrained=untrained, start=untrained)
+            # The weights are the same under every seed; the tasks, and what is new, are not.
+            seeded = start_from_weights(one, seeded, [folder])
             result = train_and_test(one, seeded, folder, asked, given)
             if result is None:
                 return False
