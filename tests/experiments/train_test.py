@@ -215,6 +215,14 @@ class TestSeeds:
         )
         assert first != second  # their tasks differ
 
+    def test_what_is_new_beside_given_weights_is_another_under_every_seed(self, weights, tmp_path):
+        flags = ("--learner=in_context", "--learner.width=8", "--learner.layers=1")
+        flags += (f"--init_from={weights}", "--optimizer.learning_rate=1e-30")
+        self.train(tmp_path, 2, *flags)
+        first, second = (params_of(tmp_path / f"seed_{seed}") for seed in (5, 6))
+        assert_equal(first["network"], second["network"])
+        assert_differ(first["reader"], second["reader"])
+
 
 def test_a_workdir_is_chosen_and_said_where_none_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
