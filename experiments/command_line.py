@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import app, flags, logging
 
+from experiments import several_processes
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.registry import Component, Kind, Setting
@@ -423,6 +424,7 @@ def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     """Runs a binary; a user's mistake ends it in one line, as a bad path and divergence do."""
     logging.set_verbosity(logging.WARNING)
     try:
+        several_processes.join(flags.FLAGS)
         return main(arguments)
     except (UsageError, CheckpointError) as error:
         _end(error, 2)
@@ -434,6 +436,16 @@ def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         _end(f"{error.filename}: {error.strerror}: name another path", 2)
     except (TrainingDivergedError, RunError) as error:
         _end(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} has lost the others, or failed itself "
+            f"({str(error).splitlines()[0]}): see what the others say, and start all of them again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the interpreter's own end would wait for those that are gone
 
 
 def _print_help(arguments: Sequence[str], chosen: Sequence[Chosen]) -> None:

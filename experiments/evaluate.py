@@ -15,11 +15,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import protocols, run_flags, testing
+from experiments import protocols, run_flags, several_processes, testing
 from experiments.command_line import Chosen, given_settings, run_main
 from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.training import processes
 from meta_jax.training.record import read_config
 from meta_jax.training.writers import write_text
 
@@ -30,6 +31,7 @@ flags.DEFINE_string("split", "test", "Split to test on.")
 flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
 flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
 run_flags.define_test_flags(FLAGS)
+several_processes.define_flags(FLAGS)
 flags.DEFINE_string(
     "tasks", None, f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}."
 )
@@ -130,7 +132,7 @@ def main(arguments: list[str]) -> None:
             )
         )
         record = record | {"official_trials": results[-1].record}
-    if output:
+    if output and processes.is_writer():
         write_text(output, json.dumps(record, indent=1) + "\n")
     for each in results:
         print(testing.line(each) + testing.beside_text(each.beside))

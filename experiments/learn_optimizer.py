@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import records, run_flags, runs
+from experiments import records, run_flags, runs, several_processes
 from experiments.command_line import (
     Chosen,
     RunError,
@@ -46,7 +46,7 @@ from meta_jax.optimization_based.learned_optimizers.learned_optimizer import (
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_learning_rate
 from meta_jax.optimization_based.update_rules import UpdateRule
 from meta_jax.registry import Component, Kind
-from meta_jax.training import checkpoints, pictures
+from meta_jax.training import checkpoints, pictures, processes
 from meta_jax.training.evaluation import MeanCI, confidence_interval
 from meta_jax.training.learned_rules import meta_like
 from meta_jax.training.loop import FitResult, LoopConfig, fit
@@ -60,6 +60,7 @@ from meta_jax.training.outer_step import (
     task_mesh,
 )
 from meta_jax.training.record import make_config, read_config
+from meta_jax.training.workdir import only_writer
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
@@ -119,6 +120,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("test_tasks", 1024, "Training runs of the comparison, and of the tuning.", 2)
     integer("test_steps", None, "Inner steps of the comparison, by default the horizon.")
     integer("test_seed", 0, "Seed of the comparison's problems.", None)
+    several_processes.define_flags(values)
 
 
 def _text(what: str, kind: Kind) -> str:
@@ -296,7 +298,10 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    records.claim_workdir(workdir, experiment.config, given, params=initial.params)
+    shapes = jax.eval_shape(lambda: initial.params)
+    processes.from_writer(
+        lambda: records.claim_workdir(workdir, experiment.config, given, params=shapes)
+    )
     data = tasks.data
     if mesh is not None:
         initial, data = place(initial, data, mesh, per_task=True)
@@ -312,9 +317,9 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         learner_config=learner.config,
         keep_state=False,
     )
-    pictures.learning_curve(
-        read_metrics(workdir), workdir / "learning_curve.png", objective=selection
-    )
+    if processes.is_writer():
+        curve = workdir / "learning_curve.png"
+        pictures.learning_curve(read_metrics(workdir), curve, objective=selection)
     return result
 
 
@@ -334,7 +339,9 @@ def make_validate(experiment: Experiment) -> Callable[[TrainState], dict[str, fl
 
     def validate(train_state: TrainState) -> dict[str, float]:
         # fold_in(0) is theirs alone.
-        losses = curves(train_state.params, jax.random.fold_in(jax.random.key(0), 0))
+        losses = curves(
+            processes.local(train_state.params), jax.random.fold_in(jax.random.key(0), 0)
+        )
         return {"loss": float(losses.mean()), "last_loss": float(losses[:, -1].mean())}
 
     return validate
@@ -428,16 +435,31 @@ def main(arguments: list[str]) -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("give either --workdir, to train in, or --weights, to compare alone")
     folder = local_path(FLAGS.workdir or FLAGS.weights)
-    experiment, meta = build_experiment(FLAGS), None
+    experiment = build_experiment(FLAGS)
     if FLAGS.workdir:
-        trained = train(experiment, folder, records.given_flags(FLAGS))
-        if not trained.finished:
-            return
-        meta = averaged_params(trained.train_state)
-    elif not read_record(folder)["run"]["eval_every"]:
+        with only_writer(folder):
+            trained = train(experiment, folder, records.given_flags(FLAGS))
+            if trained.finished:
+                report(experiment, folder, averaged_params(trained.train_state))
+        return
+    if not read_record(folder)["run"]["eval_every"]:
         raise UsageError(f"the run of {folder} had no validation, so it left no best checkpoint")
-    if FLAGS.weights or experiment.loop.eval_every:
-        meta = _best(experiment, folder)
+    report(experiment, folder, None)
+
+
+def report(experiment: Experiment, folder: Path, latest: PyTree | None) -> None:
+    """Compares the rule with tuned ones; writes and prints what is found.
+
+    Args:
+      experiment: Parts of the run, from `build_experiment`.
+      folder: The workdir, or the folder of weights.
+      latest: The meta-parameters after the last step, which are compared where a run has no
+        validation; None for weights.
+    """
+    if latest is None or experiment.loop.eval_every:
+        meta = processes.from_writer(lambda: _best(experiment, folder))
+    else:
+        meta = processes.local(latest)
     steps = FLAGS.test_steps or experiment.estimator.horizon
     sizes = {"steps": steps, "num_tasks": FLAGS.test_tasks}
     compared = compare(experiment, meta, **sizes, seed=FLAGS.test_seed)
@@ -445,7 +467,7 @@ def main(arguments: list[str]) -> None:
     path = folder / "result.json" if FLAGS.workdir else None
     if FLAGS.output:
         path = local_path(FLAGS.output)
-    if path is not None:
+    if path is not None and processes.is_writer():
         curves = {name: each.scores for name, each in compared.items()}
         pictures.loss_curves(curves, path.with_suffix(".png"))
         write_text(path, json.dumps(found, indent=1) + "\n")

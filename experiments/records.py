@@ -19,6 +19,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.shapes import shape_difference
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.record import read_config, write_config
+from meta_jax.training.workdir import is_unused
 
 _GROWS = ("steps", "seeds")
 
@@ -46,7 +47,7 @@ def claim_workdir(
       UsageError: the workdir holds something else, or was trained with other settings.
     """
     if not (workdir / "config.json").exists():
-        if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        if not is_unused(workdir):
             raise UsageError(f"{workdir} is not empty and no workdir of ours: name another one")
         write_config(workdir, config)
         return
@@ -97,7 +98,7 @@ def default_workdir(
     """
     first = path = parent / run_name(config)
     number = 1
-    while path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    while not is_unused(path):
         if _same_run(path, config, given):
             return path, "goes on, since its settings are the same"
         number += 1

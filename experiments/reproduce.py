@@ -26,6 +26,7 @@ from experiments.weights import without_classifier
 from meta_jax.lookup import UsageError
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import load, save_trained
+from meta_jax.training.workdir import only_writer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
@@ -143,7 +144,8 @@ def _trained(model: str, workdir: Path, ends: float | None) -> dict | None:
     if path.exists():
         values = run_flags.run_values(train)
         config = runs.build_run(values, runs.load_tasks(values)).config
-        records.claim_workdir(workdir, config, records.given_flags(values))
+        with only_writer(workdir):
+            records.claim_workdir(workdir, config, records.given_flags(values))
     else:
         # A process of its own: flags are global, and the training's memory is given back.
         command = [sys.executable, "-m", "experiments.train", *train, f"--workdir={workdir}"]

@@ -10,6 +10,7 @@ A run that was stopped (exit status 130) goes on with the same command.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -19,14 +20,14 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import records, run_flags, runs, testing
+from experiments import records, run_flags, runs, several_processes, testing
 from experiments.command_line import run_main
 from experiments.testing import Asked, Result, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.shapes import shape_difference
-from meta_jax.training import pictures
+from meta_jax.training import pictures, processes
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.evaluation import make_validate
 from meta_jax.training.loop import FitResult, Validate, fit
@@ -41,6 +42,7 @@ from meta_jax.training.outer_step import (
 )
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import Trained, load, load_parameters
+from meta_jax.training.workdir import only_writer
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
@@ -52,6 +54,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of this binary, but for the settings of its components."""
     run_flags.define_run_flags(values)
     run_flags.define_test_flags(values)
+    several_processes.define_flags(values)
     flags.DEFINE_string(
         "workdir",
         None,
@@ -104,8 +107,9 @@ def main(arguments: list[str]) -> int:
         return _STOPPED if result is None else 0
     folders = {seed: workdir / f"seed_{seed}" for seed in records.seeds_of(config)}
     program = start_from_weights(run, program, list(folders.values()))
-    records.claim_workdir(workdir, config, given)
-    finished = train_seeds(run, program, folders, asked, given)
+    with only_writer(workdir):
+        processes.from_writer(lambda: records.claim_workdir(workdir, config, given))
+        finished = train_seeds(run, program, folders, asked, given)
     return 0 if finished else _STOPPED
 
 
@@ -113,7 +117,7 @@ def choose_workdir(name: str | None, config: dict[str, Any], given: Collection[s
     """The folder that a flag names, or one by the learner and the tasks, which is printed."""
     if name:
         return local_path(name)
-    workdir, why = records.default_workdir(config, given)
+    workdir, why = processes.from_writer(lambda: records.default_workdir(config, given))
     print(f"workdir {workdir} ({why})")
     return workdir
 
@@ -138,6 +142,7 @@ def build_program(run: runs.Run, asked: Asked) -> Program:
         mesh=mesh,
     )
     mesh = mesh or run.image_mesh
+    _check_sharing(task_batch, mesh)
     untrained, data = untrained_state(run, settings["seed"], mesh), run.training.data
     check_functions(run, untrained)
     if mesh is not None:
@@ -148,15 +153,26 @@ def build_program(run: runs.Run, asked: Asked) -> Program:
     return Program(loop, validate, test, data, mesh, untrained, untrained)
 
 
+def _check_sharing(task_batch: int, mesh: Mesh | None) -> None:
+    """Refuses a step that several processes cannot share: each would do all of it."""
+    count = jax.process_count()
+    owners = {d.process_index for d in mesh.devices.flat} if mesh is not None else {0}
+    if len(owners) < count:
+        raise UsageError(
+            f"{count} processes cannot share --task_batch={task_batch} evenly: give a multiple of "
+            f"{count}, or start fewer processes"
+        )
+
+
 def check_functions(run: runs.Run, initial: TrainState) -> None:
     """Refuses, before anything is written, a learner whose functions do not fit the tasks.
 
     Raises:
       ValueError: shapes that do not fit, or no metric of the objective's name.
     """
-    params, state = initial.params, initial.state
+    params, state = jax.eval_shape(lambda: (initial.params, initial.state))
     if run.learner.state_scope == "task":
-        state = jax.tree.map(lambda leaf: leaf[0], state)
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
     task, key = runs.example_task(run.training), jax.random.key(0)
     jax.eval_shape(run.learner.loss, params, state, task, key)
     metrics = jax.eval_shape(run.learner.evaluate, params, state, task, key)
@@ -206,10 +222,15 @@ def start_from_weights(run: runs.Run, program: Program, folders: Sequence[Path])
       UsageError: there are no such weights, or their parameters have another structure.
     """
     folder = run.config["run"]["init_from"]
-    if folder is None or all(latest_step(each / "checkpoints") is not None for each in folders):
+    if folder is None or processes.from_writer(lambda: _all_go_on(folders)):
         return program
     weights = fitting_weights(run, program, load_weights(folder), folder)
     return program._replace(start=with_weights(run, program, weights))
+
+
+def _all_go_on(folders: Sequence[Path]) -> bool:
+    """Whether every folder has a checkpoint."""
+    return all(latest_step(each / "checkpoints") is not None for each in folders)
 
 
 def load_weights(folder: str) -> Trained:
@@ -319,9 +340,13 @@ def train_and_test(
     run: runs.Run, program: Program, workdir: Path, asked: Asked, given: Collection[str]
 ) -> Result | None:
     """Trains one seed and tests it; None where it was stopped."""
-    records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
-    fitted = train(run, program, workdir)
-    return report(run, program, fitted, workdir, asked) if fitted.finished else None
+    with only_writer(workdir):
+        params = runs.initial_shapes(run.learner, run.training)[0]
+        processes.from_writer(
+            lambda: records.claim_workdir(workdir, run.config, given, params=params)
+        )
+        fitted = train(run, program, workdir)
+        return report(run, program, fitted, workdir, asked) if fitted.finished else None
 
 
 def train_seeds(
@@ -339,7 +364,11 @@ def train_seeds(
     found = {}
     for seed, folder in folders.items():
         one = run._replace(config=records.with_seed(run.config, seed))
-        record = records.finished_result(folder, one.config, given, episodes=asked.episodes)
+        record = processes.from_writer(
+            functools.partial(
+                records.finished_result, folder, one.config, given, episodes=asked.episodes
+            )
+        )
         if record is None:
             print(f"seed {seed}, in {folder}")
             untrained = untrained_state(run, seed, program.mesh)
@@ -352,8 +381,9 @@ def train_seeds(
             record = result.record
         found[seed] = record
     whole = testing.over_seeds(found, run.training.objective)
-    workdir = folders[min(folders)].parent
-    write_text(workdir / "result.json", json.dumps(whole, indent=1) + "\n")
+    if processes.is_writer():
+        workdir = folders[min(folders)].parent
+        write_text(workdir / "result.json", json.dumps(whole, indent=1) + "\n")
     print(testing.seeds_line(whole, run.training.objective))
     return True
 
@@ -371,8 +401,9 @@ def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
         objective=run.training.objective,
         learner_config=run.learner.config,
     )
-    curve = workdir / "learning_curve.png"
-    pictures.learning_curve(read_metrics(workdir), curve, objective=run.training.objective)
+    if processes.is_writer():
+        curve = workdir / "learning_curve.png"
+        pictures.learning_curve(read_metrics(workdir), curve, objective=run.training.objective)
     return fitted
 
 
@@ -380,26 +411,37 @@ def report(
     run: runs.Run, program: Program, fitted: FitResult, workdir: Path, asked: Asked
 ) -> Result:
     """Tests the checkpoint that validation chose, beside what is untrained; writes and prints."""
-    params, state, _ = load_parameters(
-        workdir,
-        "latest" if run.validation is None else "best",
-        learner=run.learner,
-        example=runs.example_task(run.training),
+    params, state, _ = processes.from_writer(
+        lambda: load_parameters(
+            workdir,
+            "latest" if run.validation is None else "best",
+            learner=run.learner,
+            example=runs.example_task(run.training),
+        )
     )
     test = program.test
     found = testing.result(run.config, test(params, state), asked, seconds=fitted.seconds)
     beside = {"untrained": test(program.untrained.params, program.untrained.state)}
+    if not found.tested.instances:
+        beside |= testing.test_baselines(run.source, run.testing, asked)
+    if processes.is_writer():
+        _write_report(run, (params, state), found, beside, workdir)
+    return found
+
+
+def _write_report(
+    run: runs.Run, learned: tuple, found: Result, beside: dict[str, Tested], workdir: Path
+) -> None:
+    """Draws what can be drawn, writes the results and prints them."""
     text = f"{testing.line(found)}; untrained network {beside['untrained'].text()}"
     if found.tested.instances:
         text += "\n" + _report_instances(found.tested, beside["untrained"], workdir)
     else:
-        baselines = testing.test_baselines(run.source, run.testing, asked)
-        beside |= baselines
-        text += testing.beside_text(baselines)
+        text += testing.beside_text({n: t for n, t in beside.items() if n != "untrained"})
     if run.testing.objective.kind == "control":
-        draw_trials(run.learner, (params, state), run.testing, workdir)
+        draw_trials(run.learner, learned, run.testing, workdir)
     else:
-        _draw_episode(run, (params, state), workdir / "episode.png")
+        _draw_episode(run, learned, workdir / "episode.png")
     scores = {
         name: tested.score._asdict()
         | {"metrics": {metric: list(score) for metric, score in tested.metrics.items()}}
@@ -408,7 +450,6 @@ def report(
     write_text(workdir / "baselines.json", json.dumps(scores, indent=1) + "\n")
     write_text(workdir / "result.json", json.dumps(found.record, indent=1) + "\n")
     print("\n".join([text, *(f"note: {note}" for note in run.source.notes)]))
-    return found
 
 
 def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:

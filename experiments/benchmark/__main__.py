@@ -124,18 +124,20 @@ def _program(work: Work) -> tuple[Callable, tuple]:
     devices = mesh or (task_mesh(jax.device_count()) if task_batch == 1 else None)
     if devices is not None:
         start, data = place(start, data, devices)
-    return make_train_loop(step), (start, data, np.int32(0))
+    loop = make_train_loop(step)
+    return loop, loop.arguments(start, data, np.int32(0))
 
 
 def _ours(work: Work, cache: str | None = None) -> Ours:
     """Compiled from nothing; the program is left in a cache, where one is given."""
-    run, (start, data, count) = _program(work)
+    run, arguments = _program(work)
+    start, data, _, so_far = arguments
     with measure.compilation_cache(cache):
-        compiled = measure.compile_timed(run, start, data, count)
+        compiled = measure.compile_timed(run, *arguments)
     carry = [start]
 
     def steps() -> None:
-        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(_STEPS))
+        carry[0], metrics, _ = compiled.call(carry[0], data, np.int32(_STEPS), so_far)
         jax.block_until_ready(metrics)
 
     @jax.jit

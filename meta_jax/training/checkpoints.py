@@ -10,11 +10,13 @@ way, `name.saved` a complete one about to take its place, `name.replaced` what s
     write name.saving; rename it to name.saved; rename name to name.replaced, name.saved to name
 
 Renames are atomic, so at every moment `name` or `name.saved` is there and complete. Readers never
-write; the next save tidies what a killed one left behind.
+write; `tidy`, and the next save, remove what a killed one left behind. Of several processes one
+writes, and what it finds is the outcome of all.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +33,7 @@ import numpy as np
 
 from meta_jax.core import Config, PyTree
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.training import processes
 
 T = TypeVar("T")
 _UNSET = "not set"
@@ -66,7 +69,8 @@ def save(
     """Writes the checkpoint `directory/name`, in place of an older one of that name.
 
     When it returns, the checkpoint is complete on disk. A kill at any point leaves the older or
-    the newer checkpoint readable. One process at a time may save under a name.
+    the newer checkpoint readable. One run at a time may save under a name; all its processes call
+    this, and the first of them writes.
 
     Args:
       directory: Where checkpoints live; made if it is not there.
@@ -88,21 +92,27 @@ def save(
     leaves = {leaf_path: leaf for leaf_path, leaf in _flatten(tree).items() if np.size(leaf)}
     arrays = {leaf_path: _to_host(leaf_path, leaf) for leaf_path, leaf in leaves.items()}
     json.dumps([metadata, config])  # refused before anything is written
-    saving = _beside(path, _SAVING)
+    contents = {
+        "metadata": metadata,
+        "config": config,
+        "leaves": _describe(tree),
+        "key_impls": {p: jax.random.key_impl(x) for p, x in leaves.items() if _is_key(x)},
+    }
+    processes.from_writer(functools.partial(_write, path, arrays, contents))
+    return path
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], contents: dict[str, Any]) -> None:
+    """Writes the checkpoint `path`, in place of an older one."""
+    saving, size = _beside(path, _SAVING), sum(array.nbytes for array in arrays.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path)
         saving.mkdir()
-        _check_space(saving, sum(array.nbytes for array in arrays.values()))
+        _check_space(saving, size)
         if arrays:  # orbax refuses a tree of nothing; a learner may have no parameters
             _write_arrays(saving / "tree", arrays)
-        contents = {
-            "metadata": metadata,
-            "config": config,
-            "leaves": _describe(tree),
-            "key_impls": {p: jax.random.key_impl(x) for p, x in leaves.items() if _is_key(x)},
-            "files": _digest_files(saving),
-        }
+        contents = {**contents, "files": _digest_files(saving)}
         header = {**contents, "sha256": _digest_json(contents)}
         (saving / "header.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
         _swap_in(path)
@@ -117,7 +127,6 @@ def save(
         ) from error
     finally:
         shutil.rmtree(saving, ignore_errors=True)
-    return path
 
 
 def restore(
@@ -277,13 +286,30 @@ def save_step(
         raise ValueError(f"keep must be at least 1, not {keep}")
     directory = Path(directory)
     path = save(directory, _step_name(step), tree, metadata, config=config)
-    # A kill may also have cut short the save of another step.
-    for leftover in directory.glob("step_*.*"):
-        _tidy(leftover.with_suffix(""))
-    done = [s for s in _steps(directory) if s <= step]
-    for stale in done[:-keep]:
-        shutil.rmtree(directory / _step_name(stale))
+    processes.from_writer(functools.partial(_remove_stale, directory, step, keep))
     return path
+
+
+def _remove_stale(directory: Path, step: int, keep: int) -> None:
+    """Removes what killed saves left, and all but the newest `keep` steps up to one."""
+    tidy(directory)
+    for stale in [s for s in _steps(directory) if s <= step][:-keep]:
+        path = directory / _step_name(stale)
+        # Renamed first: what a kill leaves half removed is no checkpoint, and is tidied.
+        os.rename(path, _beside(path, _REPLACED))
+        shutil.rmtree(_beside(path, _REPLACED))
+
+
+def tidy(directory: Path | str) -> None:
+    """Ends or undoes the saves in a folder that a kill cut short, and the removals.
+
+    Args:
+      directory: Where checkpoints live; it need not be there.
+    """
+    directory = Path(directory)
+    left = [p for s in (_SAVING, _SAVED, _REPLACED) for p in directory.glob(f"*{s}")]
+    for path in {path.with_suffix("") for path in left}:
+        _tidy(path)
 
 
 def restore_latest(
@@ -425,7 +451,8 @@ def _to_host(path: str, leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise TypeError(f"leaf {path} is a {type(leaf).__name__}, not an array")
     # numpy arrays also give the smallest checkpoints: no sharding files, fewer data files.
-    host = np.asarray(jax.random.key_data(jnp.asarray(leaf)) if _is_key(leaf) else leaf)
+    data = jax.random.key_data(jnp.asarray(leaf)) if _is_key(leaf) else leaf
+    host = processes.gathered(data)
     if jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype:
         raise TypeError(f"leaf {path} is {host.dtype}, which JAX would restore in 32 bits")
     return host
@@ -461,8 +488,7 @@ def _check_space(folder: Path, size: int) -> None:
 def _write_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp  # takes a second to import
 
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
-    with _quiet_log(), ocp.Checkpointer(handler) as checkpointer:
+    with _quiet_log(), _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))
     # It only repeats, with this machine's path in it, what our own rename says.
     with contextlib.suppress(FileNotFoundError):
@@ -519,10 +545,20 @@ def dtype_of(description: str) -> Any:
 
 
 def _read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute())
+
+
+def _checkpointer() -> Any:
+    """Orbax's, which waits for no process but this one."""
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        return checkpointer.restore(folder.absolute())
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process{this}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _open(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -19,6 +19,7 @@ from meta_jax.core import (
     Tasks,
     supervised_evaluate,
 )
+from meta_jax.training import processes
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainState
 
@@ -100,11 +101,13 @@ def make_evaluate(
 
     def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array) -> dict[str, np.ndarray]:
         arguments = (params, state, data, key)
-        if mesh is not None:
-            arguments = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec()))
+        if mesh is None:
+            arguments = processes.local(arguments)
+        else:
+            arguments = processes.put(arguments, NamedSharding(mesh, PartitionSpec()))
         if not chosen:
             chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
-        return jax.tree.map(np.asarray, build(chosen[0])(*arguments))
+        return jax.tree.map(processes.gathered, build(chosen[0])(*arguments))
 
     return evaluate
 

@@ -1,6 +1,7 @@
 """The training loop: runs, logs, validates, saves, and resumes exactly where it stopped."""
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -13,16 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from meta_jax.core import Config, Metrics, Objective, PyTree
+from meta_jax.core import Config, Objective, PyTree
 from meta_jax.lookup import UsageError, local_path
-from meta_jax.training import checkpoints
+from meta_jax.training import checkpoints, processes
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.optimizers import averaged_params
-from meta_jax.training.outer_step import TrainLoop, TrainState
+from meta_jax.training.outer_step import SoFar, TrainLoop, TrainState
+from meta_jax.training.workdir import only_writer
 from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
 
 # train state -> metrics; the parameters are the averaged ones, where the optimizer averages them
 Validate = Callable[[TrainState], Mapping[str, float]]
+_CALL_SECONDS = 2.0  # about what a compiled call takes, where a step takes less
 
 
 class TrainingDivergedError(RuntimeError):
@@ -34,7 +37,7 @@ class LoopConfig(NamedTuple):
 
     Attributes:
       steps: Number of outer steps in all, those of earlier sessions among them.
-      log_every: Steps in one compiled call, and between lines of metrics.
+      log_every: Steps between lines of metrics, and at most in one compiled call.
       eval_every: Steps between validations; 0 for none.
       checkpoint_every: Steps between checkpoints.
     """
@@ -57,8 +60,12 @@ class LoopConfig(NamedTuple):
                 )
 
     def steps_from(self, step: int) -> int:
-        """Steps of the next compiled call: up to a multiple of `log_every`, or to the end."""
+        """Steps to the next line of metrics: up to a multiple of `log_every`, or to the end."""
         return min(self.log_every - step % self.log_every, self.steps - step)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether there is a line of metrics after this step."""
+        return step % self.log_every == 0 or step == self.steps
 
     def validates_at(self, step: int) -> bool:
         """Whether there is a validation after this step."""
@@ -118,7 +125,9 @@ def fit(
     optimizer state and metrics as one that was not. The workdir gets `metrics.jsonl`,
     `tensorboard/` and `checkpoints/` with the latest two steps and, where there is validation,
     `best`; `config.json`, which `meta_jax.load` needs, is written by `write_config`. SIGTERM and
-    Ctrl-C end the run after the compiled call under way, with a checkpoint.
+    Ctrl-C, in any of several processes, end the run after the compiled call under way, with a
+    checkpoint; a call takes about two seconds, or one step where that takes longer. Of several
+    processes the first one writes, and all of them call this.
 
     Args:
       train_state: The state before the first step; the caller may go on using it.
@@ -138,8 +147,8 @@ def fit(
       The last state, the time it took, whether the run came to its end, and all its metrics.
 
     Raises:
-      UsageError: the numbers of `config` do not fit, or `validate` does not give the objective's
-        metric.
+      UsageError: the numbers of `config` do not fit, `validate` does not give the objective's
+        metric, or another run writes the workdir.
       TrainingDivergedError: a loss or a gradient is not finite, and the last good checkpoint stays;
         or no validation was finite.
       CheckpointError: nothing intact to resume from, checkpoints of another learner, or the disk is
@@ -150,91 +159,193 @@ def fit(
         raise UsageError(
             "validate is given without an objective: say which metric selects the best"
         )
-    workdir = local_path(workdir)
+    workdir, say = local_path(workdir), say if processes.is_writer() else _say_nothing
     folder = workdir / "checkpoints"
     run = _Run(config, folder, validate, objective, learner_config, keep_state, say)
-    train_state, seconds = _start(run, train_state)
-    step, started = int(train_state.step), time.monotonic()
-    shown = ("loss",) if objective is None else ("loss", objective.metric)
-    with (
-        _stop_signals() as stopped,
-        MetricsWriter(workdir, step) as writer,
-        Progress(config.steps, step, tasks_per_step, shown) as progress,
-    ):
-        best = _best_so_far(run, step, read_metrics(workdir))
-        while step < config.steps and not stopped:
-            train_state, metrics = _advance(run, train_state, train_loop, data, writer)
-            progress.update(int(train_state.step) - step, metrics)
-            step = int(train_state.step)
-            metadata = {"step": step, "seconds": seconds + time.monotonic() - started}
-            if validate is not None and config.validates_at(step):
-                best = _select(run, train_state, best, metadata, writer)
-            if config.saves_at(step) or stopped:
-                checkpoints.save_step(folder, step, train_state, metadata, config=learner_config)
+    with _stop_signals() as stopped, only_writer(workdir, say):
+        reached = _start(run, workdir, train_state)
+        with _output(run, workdir, int(reached.train_state.step), tasks_per_step) as output:
+            reached = _go_on(run, reached, train_loop, data, output, stopped)
+        history = processes.from_writer(lambda: as_history(read_metrics(workdir)))
+    step = int(reached.train_state.step)
     finished = step == config.steps
     if not finished:
         say(
             f"stopped at step {step} of {config.steps} and saved in {workdir}: the same command "
             "goes on from there"
         )
-    elif validate is not None and config.eval_every and best is None:
+    elif validate is not None and config.eval_every and reached.best is None:
         raise TrainingDivergedError(
             f"no validation gave a finite {objective.metric if objective else 'metric'}, so there "
             "is no best checkpoint: lower the learning rates and start in a new workdir"
         )
-    history = as_history(read_metrics(workdir))
-    return FitResult(train_state, seconds + time.monotonic() - started, finished, history)
+    return FitResult(reached.train_state, reached.seconds, finished, history)
 
 
-def _start(run: _Run, train_state: TrainState) -> tuple[TrainState, float]:
-    """The state to start from, which is ours to donate, and the seconds of earlier sessions."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-    restored = checkpoints.restore_latest(run.folder, train_state, config=run.learner_config)
-    seconds = 0.0
+class _Reached(NamedTuple):
+    """How far a run has come."""
+
+    train_state: TrainState
+    so_far: SoFar  # what the next line of metrics takes in
+    best: float | None  # on validation
+    seconds: float  # duration of the training, over all its sessions
+
+
+def _start(run: _Run, workdir: Path, train_state: TrainState) -> _Reached:
+    """Where a run begins. The state is ours to donate."""
+    restored, best = processes.from_writer(
+        functools.partial(_read_workdir, run, workdir, train_state)
+    )
+    state, so_far, seconds = train_state, SoFar(0, {}), 0.0
     if restored is not None:
-        train_state, metadata, warnings = restored
-        seconds = metadata["seconds"]
+        state, metadata, warnings = restored
+        so_far, seconds = SoFar(*metadata.get("so_far", so_far)), metadata["seconds"]
         for line in warnings:
             run.say(line)
         run.say(f"resuming at step {metadata['step']} of {run.config.steps}")
     # A copy, for the loop donates it. Fresh and restored states are placed alike, so that one
     # compilation serves both.
-    return jax.device_put(train_state, shardings, may_alias=False), seconds
+    state = jax.tree.map(
+        lambda leaf, like: processes.put(leaf, like.sharding, may_alias=False), state, train_state
+    )
+    return _Reached(state, so_far, best, seconds)
+
+
+def _read_workdir(
+    run: _Run, workdir: Path, like: TrainState
+) -> tuple[tuple[TrainState, dict[str, Any], list[str]] | None, float | None]:
+    """The newest checkpoint, and the best validation so far; left-overs of a kill are removed."""
+    checkpoints.tidy(run.folder)
+    restored = checkpoints.restore_latest(run.folder, like, config=run.learner_config)
+    step = int(like.step) if restored is None else int(restored[0].step)
+    return restored, _best_so_far(run, step, read_metrics(workdir))
+
+
+def _go_on(
+    run: _Run,
+    reached: _Reached,
+    train_loop: TrainLoop,
+    data: PyTree,
+    output: "_Output",
+    stopped: list[int],
+) -> _Reached:
+    """Trains to the end, or until any process was told to stop."""
+    config, pace = run.config, _Pace()
+    step, started = int(reached.train_state.step), time.monotonic() - reached.seconds
+    (stop,) = processes.largest(bool(stopped))
+    while step < config.steps and not stop:
+        steps, called = pace.fitting(config.steps_from(step)), time.monotonic()
+        reached = _advance(run, reached, train_loop, data, steps)
+        seconds = time.monotonic() - called
+        step += steps
+        reached = reached._replace(seconds=time.monotonic() - started)
+        output.advance(steps, seconds, reached.so_far.metrics)
+        if config.logs_at(step):
+            output.line(step, "train", reached.so_far.metrics)
+            reached = reached._replace(so_far=SoFar(0, {}))
+        if run.validate is not None and config.validates_at(step):
+            reached = reached._replace(best=_select(run, reached, output))
+        stop, slowest = processes.largest(bool(stopped), seconds)
+        pace.measured(steps, slowest)
+        if config.saves_at(step) or stop:
+            metadata = _metadata(reached)
+            checkpoints.save_step(
+                run.folder, step, reached.train_state, metadata, config=run.learner_config
+            )
+    return reached
+
+
+def _metadata(reached: _Reached) -> dict[str, Any]:
+    """What is saved beside a state; between two lines of metrics also their means so far."""
+    metadata: dict[str, Any] = {"step": int(reached.train_state.step), "seconds": reached.seconds}
+    count, means = reached.so_far
+    if count:
+        metadata["so_far"] = [count, {name: float(mean) for name, mean in means.items()}]
+    return metadata
+
+
+class _Pace:
+    """How many steps a compiled call may take, so that a signal is answered within seconds."""
+
+    def __init__(self) -> None:
+        self._most, self._compiled = 1, False
+
+    def fitting(self, wanted: int) -> int:
+        """The steps of the next call, of those that are wanted."""
+        return min(wanted, self._most)
+
+    def measured(self, steps: int, seconds: float) -> None:
+        """Learns from the call that has ended; the first one's time is that of compilation."""
+        if self._compiled:
+            self._most = max(1, int(_CALL_SECONDS * steps / max(seconds, 1e-6)))
+        self._compiled = True
 
 
 def _advance(
-    run: _Run, train_state: TrainState, train_loop: TrainLoop, data: PyTree, writer: MetricsWriter
-) -> tuple[TrainState, Metrics]:
-    """Makes one compiled call, and writes what it measured."""
-    step, started = int(train_state.step), time.monotonic()
-    train_state, metrics, finite = train_loop(train_state, data, run.config.steps_from(step))
-    reached = int(train_state.step)
+    run: _Run, reached: _Reached, train_loop: TrainLoop, data: PyTree, steps: int
+) -> _Reached:
+    """Makes one compiled call."""
+    count, _ = reached.so_far
+    train_state, metrics, finite = train_loop(reached.train_state, data, steps, reached.so_far)
     if not finite:
-        last = checkpoints.latest_path(run.folder, reached)
+        step = int(train_state.step)
+        last = processes.from_writer(functools.partial(checkpoints.latest_path, run.folder, step))
         saved = "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"
         raise TrainingDivergedError(
-            f"the loss or its gradient is not finite at step {reached}; lower the learning rate "
+            f"the loss or its gradient is not finite at step {step}; lower the learning rate "
             f"and go on, or start in a new workdir ({saved})"
         )
-    writer.write(reached, "train", metrics)
-    seconds = time.monotonic() - started
-    writer.write_timing(reached, {"steps_per_second": (reached - step) / seconds})
-    return train_state, metrics
+    return reached._replace(train_state=train_state, so_far=SoFar(count + steps, metrics))
 
 
-def _select(
-    run: _Run,
-    train_state: TrainState,
-    best: float | None,
-    metadata: dict[str, Any],
-    writer: MetricsWriter,
-) -> float | None:
+class _Output:
+    """The lines of metrics and the progress that a run shows; only the writing process has them."""
+
+    def __init__(self, writer: MetricsWriter | None, progress: Progress | None) -> None:
+        self._writer, self._progress = writer, progress
+        self._steps, self._seconds = 0, 0.0  # since the last line
+
+    def advance(self, steps: int, seconds: float, metrics: Mapping[str, Any]) -> None:
+        """Shows how far training has come."""
+        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+        if self._progress is not None:
+            self._progress.update(steps, metrics)
+
+    def line(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Writes a line of metrics, for a line of training with its speed."""
+        if self._writer is None:
+            return
+        self._writer.write(step, split, metrics)
+        if split == "train":
+            self._writer.write_timing(step, {"steps_per_second": self._steps / self._seconds})
+            self._steps, self._seconds = 0, 0.0
+
+
+@contextlib.contextmanager
+def _output(run: _Run, workdir: Path, step: int, tasks_per_step: int) -> Iterator[_Output]:
+    if not processes.is_writer():
+        yield _Output(None, None)
+        return
+    shown = ("loss",) if run.objective is None else ("loss", run.objective.metric)
+    with (
+        MetricsWriter(workdir, step) as writer,
+        Progress(run.config.steps, step, tasks_per_step, shown) as progress,
+    ):
+        yield _Output(writer, progress)
+
+
+def _say_nothing(line: str) -> None:
+    del line
+
+
+def _select(run: _Run, reached: _Reached, output: _Output) -> float | None:
     """Validates, and saves what is better than the best before; gives the best from now on."""
     assert run.validate is not None and run.objective is not None
+    train_state, best, metadata = reached.train_state, reached.best, _metadata(reached)
     params = averaged_params(train_state)
     scores = run.validate(train_state._replace(params=params))
     score = _score(scores, run.objective)
-    writer.write(metadata["step"], "val", scores)
+    output.line(metadata["step"], "val", scores)
     if not math.isfinite(score):
         step = metadata["step"]
         run.say(f"validation at step {step} gave {run.objective.metric} = {score}: not selected")

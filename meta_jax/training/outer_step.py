@@ -7,8 +7,8 @@ with the task batch and, on a CPU, activations stay in the cache.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, Update, with_loss
 from meta_jax.lookup import UsageError
+from meta_jax.training import processes
 
 
 class TrainState(NamedTuple):
@@ -40,8 +41,8 @@ class TrainState(NamedTuple):
 
 # (train state, data) -> (train state, metrics)
 OuterStep = Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]
-# (train state, data, steps) -> (train state, mean metrics, whether all was finite)
-TrainLoop = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics, Array]]
+# (train state, data, steps, so far) -> (train state, mean metrics, whether all was finite)
+TrainLoop = Callable[..., tuple[TrainState, Metrics, Array]]
 
 
 def init_train_state(
@@ -373,43 +374,83 @@ def gradient_norm(gradient: PyTree) -> Array:
     return jnp.sqrt(sum(((g * g).sum() for g in wide), jnp.zeros((), jnp.float32)))
 
 
-def make_train_loop(outer_step: OuterStep) -> TrainLoop:
+class SoFar(NamedTuple):
+    """Metrics of the steps that a mean has taken in already.
+
+    Attributes:
+      steps: How many they are.
+      metrics: Their means by name; none before the first step.
+    """
+
+    steps: int
+    metrics: Mapping[str, Any]
+
+
+class CompiledLoop:
+    """A compiled call of many outer steps; see `make_train_loop`."""
+
+    def __init__(self, outer_step: OuterStep) -> None:
+        """Compiles nothing yet."""
+        # Traced once for the shapes and the loop alike.
+        self._step = jax.jit(outer_step, inline=True)
+        self._run = jax.jit(self._many_steps, donate_argnums=0)
+
+    def __call__(
+        self, train_state: TrainState, data: PyTree, steps: int, so_far: SoFar | None = None
+    ) -> tuple[TrainState, Metrics, Array]:
+        """Runs `steps` more steps."""
+        return self._run(*self.arguments(train_state, data, steps, so_far))
+
+    def arguments(
+        self, train_state: TrainState, data: PyTree, steps: Any, so_far: SoFar | None = None
+    ) -> tuple[TrainState, PyTree, Any, SoFar]:
+        """The arguments of the compiled program, among them the means that it starts from."""
+        shapes = jax.eval_shape(self._step, train_state, data)[1]
+        count, means = so_far or SoFar(0, {})
+        started = {name: np.asarray(means.get(name, 0), s.dtype) for name, s in shapes.items()}
+        return train_state, data, steps, SoFar(count, started)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The program for arguments that `arguments` gave, lowered."""
+        return self._run.lower(*arguments)
+
+    def programs(self) -> int:
+        """How many programs were compiled, one for each combination of shapes."""
+        return self._run._cache_size()  # pyrefly: ignore[missing-attribute]
+
+    def _many_steps(
+        self, train_state: TrainState, data: PyTree, steps: Array, so_far: SoFar
+    ) -> tuple[TrainState, Metrics, Array]:
+        end = train_state.step + steps
+
+        def body(carry: tuple) -> tuple:
+            train_state, (count, mean), _ = carry
+            train_state, metrics = self._step(train_state, data)
+            # A mean step by step, which is the same however the steps are shared among calls.
+            mean = jax.tree.map(lambda m, new: m + (new - m) / (count + 1), mean, metrics)
+            return train_state, SoFar(count + 1, mean), is_finite(metrics)
+
+        train_state, (_, mean), finite = jax.lax.while_loop(
+            lambda carry: (carry[0].step < end) & carry[2],
+            body,
+            (train_state, so_far, jnp.bool_(True)),
+        )
+        return train_state, mean, finite
+
+
+def make_train_loop(outer_step: OuterStep) -> CompiledLoop:
     """Builds a compiled call of many outer steps, however many are asked for.
 
     Args:
       outer_step: One step, from `make_outer_step`.
 
     Returns:
-      A jitted function (train state, data, steps) -> (train state, mean metrics, finite). It runs
-      `steps` more steps and donates the train state it is given. Where a loss or a gradient is not
-      finite, it stops behind that step and `finite` is False.
+      A function (train state, data, steps, so_far=None) -> (train state, mean metrics, finite). It
+      runs `steps` more steps and donates the train state it is given. The means take in the steps
+      of `so_far`, a `SoFar`: several calls give bitwise the state and the means of one. Where a
+      loss or a gradient is not finite, it stops behind that step and `finite` is False.
     """
-
-    def train_loop(
-        train_state: TrainState, data: PyTree, steps: Array
-    ) -> tuple[TrainState, Metrics, Array]:
-        first = train_state.step
-        end = first + steps
-        # Traced once for the shapes and the loop alike.
-        traced_step = jax.jit(outer_step, inline=True)
-
-        def body(carry: tuple) -> tuple:
-            train_state, total, _ = carry
-            train_state, metrics = traced_step(train_state, data)
-            total = jax.tree.map(jnp.add, total, metrics)
-            return train_state, total, is_finite(metrics)
-
-        metrics = jax.eval_shape(traced_step, train_state, data)[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
-        train_state, total, finite = jax.lax.while_loop(
-            lambda carry: (carry[0].step < end) & carry[2],
-            body,
-            (train_state, zeros, jnp.bool_(True)),
-        )
-        done = jnp.maximum(train_state.step - first, 1)
-        return train_state, jax.tree.map(lambda t: t / done, total), finite
-
-    return jax.jit(train_loop, donate_argnums=0)
+    return CompiledLoop(outer_step)
 
 
 def is_finite(metrics: Metrics) -> Array:
@@ -436,21 +477,30 @@ def place(
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     state = NamedSharding(mesh, PartitionSpec("task")) if per_task else everywhere
-    placed = jax.device_put(train_state._replace(state=()), everywhere)
-    placed = placed._replace(state=jax.device_put(train_state.state, state))
-    return placed, jax.device_put(data, everywhere)
+    placed = processes.put(train_state._replace(state=()), everywhere)
+    placed = placed._replace(state=processes.put(train_state.state, state))
+    return placed, processes.put(data, everywhere)
 
 
 def task_mesh(tasks: int, devices: list[jax.Device] | None = None) -> Mesh | None:
     """Builds a mesh with the one axis 'task', over as many devices as share the tasks evenly.
 
+    Of several processes each has equally many devices in it. Where the processes cannot share the
+    tasks evenly, the mesh has this process's devices alone, and each does all of them.
+
     Args:
       tasks: How many there are to share: a task batch, or the episodes of a test.
-      devices: Candidates; by default all.
+      devices: Candidates; by default all, of all processes.
 
     Returns:
       The mesh; None where one device does all.
     """
     devices = jax.devices() if devices is None else devices
-    most = max(n for n in range(1, len(devices) + 1) if tasks % n == 0)
-    return Mesh(np.array(devices[:most]), ("task",)) if most > 1 else None
+    owners = sorted({device.process_index for device in devices})
+    if tasks % len(owners):
+        return task_mesh(tasks, [d for d in devices if d.process_index == jax.process_index()])
+    of_each = [[d for d in devices if d.process_index == owner] for owner in owners]
+    share = tasks // len(owners)
+    most = max(n for n in range(1, min(map(len, of_each)) + 1) if share % n == 0)
+    chosen = [device for owned in of_each for device in owned[:most]]
+    return Mesh(np.array(chosen), ("task",)) if len(chosen) > 1 else None

@@ -147,11 +147,11 @@ def test_resume_is_bitwise_wherever_it_was_killed(tmp_path, uninterrupted, monke
 def killing(number, at, times=1):
     """A train loop during which a signal comes."""
 
-    def train_loop(train_state, data, steps):
+    def train_loop(train_state, *arguments):
         if int(train_state.step) == at:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return TRAIN(train_state, data, steps)
+        return TRAIN(train_state, *arguments)
 
     return train_loop
 
@@ -262,8 +262,8 @@ def test_a_workdir_of_another_learner_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    def train_loop(train_state, data, steps):
-        return TRAIN(train_state, data * jnp.nan if train_state.step == 8 else data, steps)
+    def train_loop(train_state, data, *arguments):
+        return TRAIN(train_state, data * jnp.nan if train_state.step == 8 else data, *arguments)
 
     good = tmp_path / "checkpoints" / "step_00000008"
     with pytest.raises(TrainingDivergedError, match=rf"step 9;.*last good checkpoint is {good}\)"):
@@ -451,4 +451,4 @@ def test_one_compilation_serves_the_whole_run_and_its_resumption(tmp_path):
     train_loop = make_train_loop(make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=2))
     train(tmp_path, train_loop, config=CONFIG._replace(steps=5))
     train(tmp_path, train_loop)
-    assert train_loop._cache_size() == 1
+    assert train_loop.programs() == 1
