@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -45,7 +46,7 @@ def join(values: flags.FlagValues) -> None:
     """
     if "distributed" not in values:
         return
-    where = {name: values[name].value for name in _WHERE}
+    where: dict[str, Any] = {name: values[name].value for name in _WHERE}
     if not values["distributed"].value:
         given = [name for name, value in where.items() if value is not None]
         if given:
@@ -53,7 +54,7 @@ def join(values: flags.FlagValues) -> None:
         return
     _check(where["coordinator_address"], where["num_processes"], where["process_id"])
     try:
-        jax.distributed.initialize(**where)
+        jax.distributed.initialize(*where.values())
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
