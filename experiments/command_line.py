@@ -20,6 +20,7 @@ from absl import app, flags, logging
 
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.ranges import out_of_range
 from meta_jax.registry import Component, Kind, Setting
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import TrainingDivergedError
@@ -80,7 +81,7 @@ def read_setting(setting: Setting, text: Any) -> Any:
     """A setting's value from a flag's text.
 
     Raises:
-      ValueError: the text has another type, or is none of the choices.
+      ValueError: the text has another type, is none of the choices, or out of the range.
 
     Examples:
       >>> read_setting(Setting("widths", tuple, (40, 40), (), False, ""), "64,32")
@@ -100,12 +101,14 @@ def read_setting(setting: Setting, text: Any) -> Any:
         return flags.BooleanParser().parse(text)
     try:
         if setting.type is tuple:
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        value = setting.type(text)
+            value = tuple(int(part) for part in text.split(",") if part.strip())
+        else:
+            value = setting.type(text)
     except ValueError:
         raise ValueError(f"it takes {_TYPES[setting.type][1]}") from None
-    if value != value:
-        raise ValueError("it takes a number, and nan is none")
+    problem = out_of_range(value, setting.range)
+    if problem:
+        raise ValueError(problem)
     return value
 
 

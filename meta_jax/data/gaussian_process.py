@@ -13,6 +13,7 @@ from meta_jax.data.varying_shots import check_least_shots, with_random_shots
 from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
+from meta_jax.ranges import NotNegative, Positive, PositiveInt
 
 KernelName = Literal["rbf", "matern52", "periodic"]
 
@@ -38,10 +39,10 @@ class Hyperparameters(NamedTuple):
 def gp(
     *,
     kernel: KernelName = "rbf",
-    noise: float = 0.02,
-    least_length: float = 0.6,
-    largest_length: float = 1.0,
-    least_shots: int = 3,
+    noise: NotNegative = 0.02,
+    least_length: Positive = 0.6,
+    largest_length: Positive = 1.0,
+    least_shots: PositiveInt = 3,
     objective: Objective | str = "gaussian_likelihood",
 ) -> TaskSource:
     """Builds the source of functions drawn from Gaussian processes.

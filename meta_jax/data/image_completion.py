@@ -12,6 +12,7 @@ from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_sour
 from meta_jax.data.varying_shots import check_least_shots, with_random_shots
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
+from meta_jax.ranges import PositiveInt
 from meta_jax.registry import parameters
 
 
@@ -22,9 +23,9 @@ from meta_jax.registry import parameters
 def image_completion(
     *,
     images: str = "glyphs",
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     data_dir: str | None = None,
-    least_shots: int = 3,
+    least_shots: PositiveInt = 3,
     objective: Objective | str = "gaussian_likelihood",
 ) -> TaskSource:
     """Builds the source of images to be completed: each task is one image, its examples are pixels.

@@ -12,6 +12,7 @@ from meta_jax.data.varying_shots import check_least_shots, with_random_shots
 from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
+from meta_jax.ranges import NotNegative, PositiveInt
 
 
 @registry.tasks(
@@ -19,9 +20,9 @@ from meta_jax.objectives import Gaussian, as_objective, row_mask
 )
 def linear_regression(
     *,
-    dimensions: int = 8,
-    noise: float = 0.0,
-    least_shots: int = 1,
+    dimensions: PositiveInt = 8,
+    noise: NotNegative = 0.0,
+    least_shots: PositiveInt = 1,
     objective: Objective | str = "squared_error",
 ) -> TaskSource:
     """Builds the source of linear functions y = w x of Garg et al. (2022), w and x in N(0, I).

@@ -34,6 +34,7 @@ from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
 from meta_jax.lookup import local_path
+from meta_jax.ranges import PositiveInt
 
 # Name in the zip -> (number of characters, sha256 of the official zip as TFDS registers it).
 _SETS = {
@@ -75,7 +76,7 @@ class _Drawing(NamedTuple):
 def omniglot(
     *,
     data_dir: str | None = None,
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     split_rule: SplitRule = "vinyals",
     rotations: Rotations = "none",
     within_group: bool = False,

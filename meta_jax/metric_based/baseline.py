@@ -30,6 +30,7 @@ from meta_jax.objectives import (
     cross_entropy,
     without_padding,
 )
+from meta_jax.ranges import NotNegative, Positive, PositiveInt
 
 # (parameters of a classifier, embeddings [n, D]) -> logits [n, classes]
 Logits = Callable[[PyTree, Array], Array]
@@ -236,11 +237,11 @@ def _class_means(examples: Examples) -> PyTree:
 def baseline(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: int = 100,
-    head_lr: float = 0.01,
-    head_decay: float = 1e-3,
+    head_steps: PositiveInt = 100,
+    head_lr: Positive = 0.01,
+    head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds the Baseline: a linear classifier of all training classes, a new one for each test.
@@ -296,11 +297,11 @@ def baseline(
 def baseline_plus_plus(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: int = 100,
-    head_lr: float = 0.01,
-    head_decay: float = 1e-3,
+    head_steps: PositiveInt = 100,
+    head_lr: Positive = 0.01,
+    head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds Baseline++: as the Baseline, with classifiers by scaled cosines, `cosine_logits`.
@@ -362,7 +363,7 @@ _TRANSFORMS: dict[str, Callable[[Array, Array], Array]] = {
 def simple_shot(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
     transform: Transform = "centred_l2",
     joint_encoding: bool = True,

@@ -15,6 +15,7 @@ from meta_jax.metric_based.primitives import (
     squared_distance,
 )
 from meta_jax.objectives import cross_entropy, target_kind
+from meta_jax.ranges import Positive
 
 
 def _gaussian(a: Array, b: Array) -> Array:
@@ -38,7 +39,7 @@ def kernel_learner(
     *,
     objective: Objective = cross_entropy,
     kernel: Literal["gaussian", "laplacian", "cosine"] = "gaussian",
-    bandwidth: float = 1.0,
+    bandwidth: Positive = 1.0,
     learn_bandwidth: bool = True,
     joint_encoding: bool = True,
 ) -> MetaLearner:

@@ -22,6 +22,7 @@ from meta_jax.metric_based.primitives import (
 )
 from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.objectives import cross_entropy, target_kind
+from meta_jax.ranges import Positive, PositiveInt
 
 
 def _negative_squared_distance(a: Array, b: Array) -> Array:
@@ -172,7 +173,7 @@ def matching(
     *,
     objective: Objective = cross_entropy,
     similarity: Literal["cosine", "squared_euclidean"] = "cosine",
-    temperature: float = 0.1,
+    temperature: Positive = 0.1,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds a Matching Network: attention over the support examples weighs their labels.
@@ -222,8 +223,8 @@ def matching_fce(
     *,
     objective: Objective = cross_entropy,
     similarity: Literal["cosine", "squared_euclidean"] = "cosine",
-    temperature: float = 0.1,
-    full_context_steps: int = 3,
+    temperature: Positive = 0.1,
+    full_context_steps: PositiveInt = 3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds a Matching Network with full-context embeddings: they see the whole support set.

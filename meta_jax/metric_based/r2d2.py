@@ -6,6 +6,7 @@ from meta_jax.metric_based.heads import ridge_head
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import RidgeForm, check_positive, check_ridge_form
 from meta_jax.objectives import cross_entropy
+from meta_jax.ranges import Positive
 
 
 def default_scale(network: Network | None, objective: Objective) -> float:
@@ -21,8 +22,8 @@ def r2d2(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    penalty: float = 1.0,
-    scale: float | None = None,
+    penalty: Positive = 1.0,
+    scale: Positive | None = None,
     learned: bool = True,
     form: RidgeForm = "auto",
     joint_encoding: bool = True,

@@ -55,6 +55,7 @@ from meta_jax.objectives import (
     target_kind,
     tree_rows,
 )
+from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
 from meta_jax.shapes import take_rows
 
 Reader = Literal["mean", "cross_attention", "target_masked", "snail"]
@@ -99,12 +100,12 @@ def in_context(
     objective: Objective = cross_entropy,
     reader: Reader = "target_masked",
     label_code: LabelCode = "one_hot",
-    width: int = 64,
-    layers: int = 4,
-    heads: int = 4,
-    latent: int = 0,
-    least_scale: float = 0.01,
-    nca_weight: float = 0.0,
+    width: PositiveInt = 64,
+    layers: PositiveInt = 4,
+    heads: PositiveInt = 4,
+    latent: NotNegativeInt = 0,
+    least_scale: Positive = 0.01,
+    nca_weight: NotNegative = 0.0,
 ) -> MetaLearner:
     """Builds a learner that reads the support set in context, with no update of its own.
 

@@ -14,6 +14,7 @@ from meta_jax.model_based.sequence import Cell, EvaluationProtocol, sequence_lea
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.lstm import init_lstm, lstm_gates
 from meta_jax.objectives import check_kind, cross_entropy
+from meta_jax.ranges import NotNegative, Positive, PositiveInt, Share
 
 
 class MannCarry(NamedTuple):
@@ -95,14 +96,14 @@ def mann(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    hidden_size: int = 100,
-    num_slots: int = 32,
-    slot_size: int = 40,
-    num_heads: int = 4,
-    usage_decay: float = 0.95,
-    key_strength: float = 10.0,
+    hidden_size: PositiveInt = 100,
+    num_slots: PositiveInt = 32,
+    slot_size: PositiveInt = 40,
+    num_heads: PositiveInt = 4,
+    usage_decay: Share = 0.95,
+    key_strength: Positive = 10.0,
     write_values: bool = True,
-    nca_weight: float = 1.0,
+    nca_weight: NotNegative = 1.0,
     protocol: EvaluationProtocol = "few_shot",
 ) -> MetaLearner:
     """Builds a Memory-Augmented Neural Network: an LSTM with an external memory.
@@ -199,8 +200,8 @@ def lstm_learner(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    hidden_size: int = 200,
-    nca_weight: float = 1.0,
+    hidden_size: PositiveInt = 200,
+    nca_weight: NotNegative = 1.0,
     protocol: EvaluationProtocol = "few_shot",
 ) -> MetaLearner:
     """Builds the baseline of Santoro et al.: the same sequences, an LSTM and no external memory.

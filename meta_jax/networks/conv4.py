@@ -18,6 +18,7 @@ from meta_jax.networks.layers import (
     is_fused,
 )
 from meta_jax.networks.normalisation import check_mode
+from meta_jax.ranges import PositiveInt
 
 _NAMES = ("block1", "block2", "block3", "block4")
 
@@ -59,7 +60,7 @@ def conv4(
 
 @registry.network("strided_conv4")
 def strided_conv4(
-    features: int = 64,
+    features: PositiveInt = 64,
     *,
     normalisation: Normalisation = "batch",
     mean: bool = True,

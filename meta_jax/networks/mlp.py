@@ -11,6 +11,7 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
+from meta_jax.ranges import PositiveInts
 
 Activation = Callable[[Array], Array]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -25,7 +26,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @registry.network("mlp")
 def mlp(
-    widths: tuple[int, ...] = (40, 40),
+    widths: PositiveInts = (40, 40),
     *,
     activation: Literal["relu", "tanh", "sigmoid", "elu", "gelu", "silu"] | Activation = "relu",
 ) -> Network:

@@ -22,6 +22,7 @@ from meta_jax.networks.layers import (
     linear,
 )
 from meta_jax.networks.normalisation import check_mode, normalise
+from meta_jax.ranges import PositiveInt
 
 _HIDDEN = 8  # units between the relation module's convolutions and its output
 _BLOCKS = {
@@ -33,7 +34,9 @@ _BLOCKS = {
 
 
 @registry.network("relation_encoder")
-def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batch") -> Network:
+def relation_encoder(
+    features: PositiveInt = 64, *, normalisation: Normalisation = "batch"
+) -> Network:
     """Builds the encoder of Relation Networks: 4 x [3x3 convolution, normalisation, ReLU].
 
     The first two blocks are unpadded and max-pooled 2x2.

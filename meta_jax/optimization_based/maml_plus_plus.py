@@ -46,6 +46,7 @@ from meta_jax.optimization_based.learner import (
     with_reduction,
 )
 from meta_jax.optimization_based.update_rules import UpdateRule, per_step_sgd
+from meta_jax.ranges import NotNegativeInt, Positive
 
 _FLOOR = 0.03  # of a step's weight, in shares of 1 / steps
 
@@ -249,11 +250,11 @@ def maml_plus_plus(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
-    steps: int = 5,
-    eval_steps: int | None = None,
-    multi_step_steps: int = 0,
-    first_order_steps: int = 0,
+    inner_lr: Positive | None = None,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt | None = None,
+    multi_step_steps: NotNegativeInt = 0,
+    first_order_steps: NotNegativeInt = 0,
     per_step_normalisation: bool = True,
     adjoint: Adjoint | str = "unrolled",
     mask: Mask | None = all_but_normalisation,

@@ -35,6 +35,7 @@ from meta_jax.optimization_based.learner import (
     support_problem,
 )
 from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 
 def minibatches(key: Array, rows: int, batch_size: int, steps: int) -> Array:
@@ -144,12 +145,12 @@ def reptile(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float = 1e-3,
+    inner_lr: Positive = 1e-3,
     inner_optimizer: optax.GradientTransformation | None = None,
-    steps: int = 5,
-    eval_steps: int = 50,
-    batch_size: int | None = 10,
-    eval_batch_size: int | None = 5,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt = 50,
+    batch_size: PositiveInt | None = 10,
+    eval_batch_size: PositiveInt | None = 5,
     carry: bool = True,
 ) -> MetaLearner:
     """Builds a Reptile learner, which moves towards what training on a task makes of it.

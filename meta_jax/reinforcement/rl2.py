@@ -21,6 +21,7 @@ from meta_jax.networks.sequences import (
     snail,
 )
 from meta_jax.objectives import check_kind, trial_return
+from meta_jax.ranges import NotNegative, Positive, PositiveInt, Share
 from meta_jax.reinforcement.environment import Environment
 from meta_jax.reinforcement.ppo import (
     PolicyGradient,
@@ -59,18 +60,18 @@ def rl2(
     *,
     objective: Objective = trial_return,
     memory: Memory = "gru",
-    hidden_size: int = 64,
-    layers: int = 2,
+    hidden_size: PositiveInt = 64,
+    layers: PositiveInt = 2,
     inputs: Inputs = "steps",
     algorithm: Literal["ppo", "a2c"] = "ppo",
     reward: Reward = "sampled",
-    discount: float = 0.99,
-    gae_lambda: float = 0.9,
-    entropy_weight: float = 0.01,
-    value_weight: float = 0.5,
-    clip: float = 0.2,
-    epochs: int = 3,
-    minibatches: int = 20,
+    discount: Share = 0.99,
+    gae_lambda: Share = 0.9,
+    entropy_weight: NotNegative = 0.01,
+    value_weight: NotNegative = 0.5,
+    clip: Positive = 0.2,
+    epochs: PositiveInt = 3,
+    minibatches: PositiveInt = 20,
 ) -> MetaLearner:
     """Builds an RL^2 learner: a policy whose memory lasts over a whole trial.
 

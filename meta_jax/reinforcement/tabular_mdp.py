@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Discrete, Environment
 from meta_jax.reinforcement.source import environment_tasks
 
@@ -41,7 +42,11 @@ class Place(NamedTuple):
 
 @environment_tasks("tabular_mdp")
 def tabular_mdp(
-    *, states: int = 10, actions: int = 5, episodes: int = 10, horizon: int = 10
+    *,
+    states: PositiveInt = 10,
+    actions: PositiveInt = 5,
+    episodes: PositiveInt = 10,
+    horizon: PositiveInt = 10,
 ) -> Environment:
     """Builds random decision processes (Duan et al. 2016, table 2).
 

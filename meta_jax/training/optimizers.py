@@ -15,6 +15,7 @@ import optax
 from meta_jax import registry
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import Decay, NotNegative, NotNegativeInt, Positive, PositiveInt
 from meta_jax.training.outer_step import TrainState
 
 Schedule = Literal["constant", "linear", "cosine", "step"]
@@ -24,15 +25,15 @@ Schedule = Literal["constant", "linear", "cosine", "step"]
 def adam(
     steps: int,
     *,
-    learning_rate: float = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    learning_rate: Positive = 1e-3,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds Adam (Kingma and Ba 2015).
 
@@ -70,15 +71,15 @@ def adam(
 def adamw(
     steps: int,
     *,
-    learning_rate: float = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    learning_rate: Positive = 1e-3,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 1e-4,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 1e-4,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
@@ -116,13 +117,13 @@ def adamw(
 def sgd(
     steps: int,
     *,
-    learning_rate: float = 1.0,
+    learning_rate: Positive = 1.0,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds plain gradient descent, the outer optimizer of Reptile.
 
@@ -157,15 +158,15 @@ def sgd(
 def momentum(
     steps: int,
     *,
-    learning_rate: float = 0.1,
-    decay: float = 0.9,
+    learning_rate: Positive = 0.1,
+    decay: Decay = 0.9,
     nesterov: bool = False,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds gradient descent with momentum.
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, LossAux, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import Positive, PositiveInt
 
 
 class RunInit(Protocol):
@@ -121,7 +122,7 @@ def with_gradient(value: Array, params: PyTree, gradient: PyTree) -> Array:
 
 
 @registry.component("estimator", "full")
-def full_unroll(horizon: int = 100) -> Estimator:
+def full_unroll(horizon: PositiveInt = 100) -> Estimator:
     """Differentiates the mean loss of a whole run through all of its steps.
 
     Args:
@@ -147,7 +148,7 @@ def full_unroll(horizon: int = 100) -> Estimator:
 
 
 @registry.component("estimator", "truncated")
-def truncated_gradient(horizon: int = 100, truncation: int = 20) -> Estimator:
+def truncated_gradient(horizon: PositiveInt = 100, truncation: PositiveInt = 20) -> Estimator:
     """Differentiates the mean loss of one segment, back to where the segment began.
 
     Andrychowicz et al. (2016), section 2.1: runs of 100 steps, segments of 20.
@@ -171,7 +172,9 @@ def truncated_gradient(horizon: int = 100, truncation: int = 20) -> Estimator:
 
 
 @registry.component("estimator", "truncated_es")
-def truncated_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.01) -> Estimator:
+def truncated_es(
+    horizon: PositiveInt = 100, truncation: PositiveInt = 20, *, sigma: Positive = 0.01
+) -> Estimator:
     """Estimates the gradient of one segment's mean loss by antithetic evolution strategies.
 
     (L(meta + epsilon) - L(meta - epsilon)) epsilon / (2 sigma^2). Both members of the pair continue
@@ -205,7 +208,9 @@ def truncated_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.0
 
 
 @registry.component("estimator", "pes")
-def persistent_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.01) -> Estimator:
+def persistent_es(
+    horizon: PositiveInt = 100, truncation: PositiveInt = 20, *, sigma: Positive = 0.01
+) -> Estimator:
     """Estimates the gradient of a whole run by persistent evolution strategies (PES).
 
     (L+ - L-) xi / (2 sigma^2), xi the sum of all perturbations since the run began. The members of

@@ -12,14 +12,15 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.optimization_based.update_rules import UpdateRule, ValueFn, log_and_sign
+from meta_jax.ranges import Positive, PositiveInts
 
 
 @registry.component("rule", "lstm")
 def coordinatewise_lstm(
-    hidden_sizes: tuple[int, ...] = (20, 20),
+    hidden_sizes: PositiveInts = (20, 20),
     *,
-    preprocessing: float | None = 5.0,
-    output_scale: float = 0.01,
+    preprocessing: Positive | None = 5.0,
+    output_scale: Positive = 0.01,
 ) -> UpdateRule:
     """Builds the coordinatewise LSTM optimizer.
 
