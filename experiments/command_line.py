@@ -108,7 +108,7 @@ def read_setting(setting: Setting, text: Any) -> Any:
         raise ValueError(f"it takes {_TYPES[setting.type][1]}") from None
     problem = out_of_range(value, setting.range)
     if problem:
-        raise ValueError(problem)
+        raise ValueError(f"it {problem}")
     return value
 
 

@@ -7,7 +7,7 @@ A flag refuses what is out of range while it is read, a registered factory when 
 
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Annotated, Any, NamedTuple
 
 from meta_jax.lookup import UsageError
@@ -30,14 +30,14 @@ class Range(NamedTuple):
     excludes_least: bool = False
     excludes_largest: bool = False
 
-    def __contains__(self, value: object) -> bool:
+    def has(self, number: float) -> bool:
         """Whether a number is in the range."""
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not math.isfinite(number):
             return False
-        above = value > self.least if self.excludes_least else value >= self.least
+        above = number > self.least if self.excludes_least else number >= self.least
         if self.largest is None:
             return above
-        below = value < self.largest if self.excludes_largest else value <= self.largest
+        below = number < self.largest if self.excludes_largest else number <= self.largest
         return above and below
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ PositiveInt = Annotated[int, Range(1)]
 NotNegativeInt = Annotated[int, Range(0)]
 PositiveInts = Annotated[tuple[int, ...], Range(1)]  # each of them
 
-_ANY = Range()
+_LARGEST_FLOAT = 3.4028235e38  # of float32
 
 
 def out_of_range(value: Any, allowed: Range | None) -> str:
@@ -67,32 +67,30 @@ def out_of_range(value: Any, allowed: Range | None) -> str:
 
     Args:
       value: A number, or a tuple of them, each of which is checked.
-      allowed: The range; None for any number that is finite and, if it is whole, has 32 bits.
+      allowed: The range; None for any number that is finite.
+
+    Returns:
+      The words that follow the number's name. Whole numbers must have 32 bits too.
 
     Examples:
       >>> out_of_range(0.0, Range(0, excludes_least=True))
-      'it must be greater than 0'
+      'must be greater than 0'
       >>> out_of_range((64, 0), Range(1))
-      'each of them must be at least 1'
+      'must be at least 1 each'
       >>> out_of_range(float("inf"), None)
-      'it must be a finite number'
+      'must be a finite number'
     """
-    allowed = _ANY if allowed is None else allowed
-    values = value if isinstance(value, tuple | list) else (value,)
-    subject = "it" if values is not value else "each of them"
-    for number in values:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            continue
-        if number not in allowed:
-            return f"{subject} must be {allowed}"
-        if isinstance(number, int) and abs(number) > LARGEST_INT:
-            return f"{subject} must be at most {LARGEST_INT}"
-        if abs(number) > _LARGEST_FLOAT:
-            return f"{subject} must be at most {_LARGEST_FLOAT:g}, as float32 has it"
-    return ""
-
-
-_LARGEST_FLOAT = 3.4028235e38
+    if isinstance(value, tuple | list):
+        found = [problem for number in value if (problem := out_of_range(number, allowed))]
+        return f"{found[0]} each" if found else ""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return ""
+    if isinstance(value, Integral) and abs(int(value)) > LARGEST_INT:
+        return f"must be at most {LARGEST_INT}"
+    number, allowed = float(value), allowed or Range()
+    if not allowed.has(number):
+        return f"must be {allowed}"
+    return "" if abs(number) <= _LARGEST_FLOAT else f"must be at most {_LARGEST_FLOAT:g}"
 
 
 def check_ranges(component: str, given: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -109,9 +107,9 @@ def check_ranges(component: str, given: Mapping[str, Any], ranges: Mapping[str, 
     Examples:
       >>> check_ranges("maml", {"steps": -1}, {"steps": Range(0)})
       Traceback (most recent call last):
-      meta_jax.lookup.UsageError: maml with steps=-1: it must be at least 0
+      meta_jax.lookup.UsageError: maml: steps=-1 must be at least 0
     """
     for name, value in given.items():
         problem = out_of_range(value, ranges.get(name))
         if problem:
-            raise UsageError(f"{component} with {name}={value}: {problem}")
+            raise UsageError(f"{component}: {name}={value} {problem}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
-from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.data.varying_shots import with_random_shots
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
 from meta_jax.ranges import PositiveInt
@@ -50,7 +50,6 @@ def image_completion(
       UsageError: a source that has no images of this size, or a number below one. The source's
         `tasks` raises one where an image has fewer pixels than are asked for.
     """
-    check_least_shots(least_shots)
     objective = as_objective(objective)
     inner = load_source(images, **_settings(images, image_size, data_dir))
 

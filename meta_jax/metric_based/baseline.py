@@ -17,7 +17,6 @@ from meta_jax.core import Array, MetaLearner, Metrics, Network, Objective, PyTre
 from meta_jax.metric_based.heads import Examples, Head, keep_examples
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
-    check_positive,
     check_vectors,
     choose,
     cosine_similarity,
@@ -30,7 +29,7 @@ from meta_jax.objectives import (
     cross_entropy,
     without_padding,
 )
-from meta_jax.ranges import NotNegative, Positive, PositiveInt
+from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
 
 # (parameters of a classifier, embeddings [n, D]) -> logits [n, classes]
 Logits = Callable[[PyTree, Array], Array]
@@ -189,15 +188,7 @@ def _descending_head(
       train_classes: Number of classes.
       objective: Loss of both.
       steps, learning_rate, weight_decay: Those of a test's descent.
-
-    Raises:
-      UsageError: a setting is negative, or the learning rate zero.
     """
-    if steps:
-        check_positive("head_steps", steps)
-    check_positive("head_lr", learning_rate)
-    if weight_decay:
-        check_positive("head_decay", weight_decay)
 
     def fit(examples: Examples, mean: Array) -> PyTree:
         del mean
@@ -239,7 +230,7 @@ def baseline(
     *,
     train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: PositiveInt = 100,
+    head_steps: NotNegativeInt = 100,
     head_lr: Positive = 0.01,
     head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,
@@ -299,7 +290,7 @@ def baseline_plus_plus(
     *,
     train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: PositiveInt = 100,
+    head_steps: NotNegativeInt = 100,
     head_lr: Positive = 0.01,
     head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,

@@ -8,7 +8,6 @@ from meta_jax.metric_based.heads import kernel_head
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
     Similarity,
-    check_positive,
     choose,
     cosine_similarity,
     manhattan_distance,
@@ -80,7 +79,6 @@ def kernel_learner(
       >>> y.tolist()
       [[0.5], [0.5]]
     """
-    check_positive("bandwidth", bandwidth)
     head = kernel_head(
         choose(KERNELS, "kernel", kernel),
         bandwidth=bandwidth,

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 
 from meta_jax import registry
 from meta_jax.core import Array, MetaLearner, Network, Objective, PyTree
-from meta_jax.lookup import UsageError
 from meta_jax.metric_based.heads import Head, kernel_head, stateless_head
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
     Similarity,
     attention,
     check_examples,
-    check_positive,
     check_vectors,
     choose,
     cosine_similarity,
@@ -158,7 +156,6 @@ def full_context_head(head: Head, *, steps: int) -> Head:
 
 
 def _attention_head(similarity: str, temperature: float, objective: Objective) -> Head:
-    check_positive("temperature", temperature)
     return kernel_head(
         choose(_SIMILARITIES, "similarity", similarity),
         bandwidth=temperature,
@@ -264,10 +261,6 @@ def matching_fce(
       >>> logits.shape
       (2, 2)
     """
-    if full_context_steps < 1:
-        raise UsageError(
-            f"{full_context_steps} full-context steps are impossible: use at least 1, or matching"
-        )
     head = full_context_head(
         _attention_head(similarity, temperature, objective), steps=full_context_steps
     )

@@ -33,16 +33,6 @@ def choose(table: Mapping[str, T], setting: str, name: str) -> T:
     return table[name]
 
 
-def check_positive(setting: str, value: float) -> None:
-    """Refuses a setting that is not above zero.
-
-    Raises:
-      UsageError: the value is zero or below.
-    """
-    if not value > 0:
-        raise UsageError(f"{setting} {value} is impossible: use a positive one")
-
-
 def _check_positive_scalar(setting: str, value: jax.typing.ArrayLike) -> None:
     """Refuses arrays, and numbers that are not above zero; a traced value is not known yet.
 
@@ -52,8 +42,8 @@ def _check_positive_scalar(setting: str, value: jax.typing.ArrayLike) -> None:
     """
     if jnp.ndim(value):
         raise ValueError(f"{setting} must be a scalar, not {list(jnp.shape(value))}")
-    if isinstance(value, Real):
-        check_positive(setting, float(value))
+    if isinstance(value, Real) and not value > 0:
+        raise UsageError(f"{setting} {value} is impossible: use a positive one")
 
 
 def check_vectors(name: str, array: Array) -> None:

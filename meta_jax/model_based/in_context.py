@@ -208,8 +208,6 @@ def in_context(
 
 def _check_settings(objective: Objective, label_code: LabelCode, latent: int) -> None:
     target_kind(objective)
-    if latent < 0:
-        raise UsageError(f"the latent vector cannot have a size below 0: latent={latent}")
     if label_code not in get_args(LabelCode):
         codes = ", ".join(get_args(LabelCode))
         raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")

@@ -14,7 +14,7 @@ from meta_jax.model_based.sequence import Cell, EvaluationProtocol, sequence_lea
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.lstm import init_lstm, lstm_gates
 from meta_jax.objectives import check_kind, cross_entropy
-from meta_jax.ranges import NotNegative, Positive, PositiveInt, Share
+from meta_jax.ranges import Decay, NotNegative, Positive, PositiveInt
 
 
 class MannCarry(NamedTuple):
@@ -45,8 +45,6 @@ def mann_cell(
         raise UsageError(
             f"{num_heads} heads do not fit {num_slots} memory slots: use 1 to {num_slots} heads"
         )
-    if not 0 <= usage_decay < 1:
-        raise UsageError(f"usage_decay {usage_decay} is outside [0, 1): use for example 0.95")
     # The backward pass keeps one copy of the memory for each step and works out the rest again: on
     # a CPU this halves the time that the memory takes, most of which is traffic.
     remembered_access = jax.checkpoint(
@@ -100,7 +98,7 @@ def mann(
     num_slots: PositiveInt = 32,
     slot_size: PositiveInt = 40,
     num_heads: PositiveInt = 4,
-    usage_decay: Share = 0.95,
+    usage_decay: Decay = 0.95,
     key_strength: Positive = 10.0,
     write_values: bool = True,
     nca_weight: NotNegative = 1.0,

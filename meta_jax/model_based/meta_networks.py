@@ -129,9 +129,6 @@ def meta_networks(
       (2, 4)
     """
     check_kind(objective, "classification", "meta_networks")
-    if blocks < 1:
-        raise UsageError(f"meta_networks needs at least 1 convolution: blocks={blocks}")
-
     adapt = functools.partial(_adapt, fast_scale)
     predict = functools.partial(_predict, key_strength)
     return MetaLearner(

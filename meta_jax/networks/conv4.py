@@ -13,7 +13,6 @@ from meta_jax.networks.convolution import is_known
 from meta_jax.networks.layers import (
     Block,
     apply_conv_blocks,
-    check_at_least_one,
     init_conv_block,
     is_fused,
 )
@@ -128,7 +127,6 @@ def _network(
     mean: bool,
 ) -> Network:
     check_mode(normalisation)
-    check_at_least_one(name, features=features)
     form = _Form(features, stride, pool, mean, normalisation)
     return Network(partial(_init, form), partial(_apply, form, mesh), normalisation)
 

@@ -8,7 +8,7 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
-from meta_jax.networks.layers import check_at_least_one, linear
+from meta_jax.networks.layers import linear
 from meta_jax.ranges import PositiveInt
 
 # Side of the window, features, whether 2x2 max-pooling follows.
@@ -42,7 +42,6 @@ def koch(outputs: PositiveInt = 4096) -> Network:
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # and 4097 of the pairwise head
       38947648
     """
-    check_at_least_one("koch", outputs=outputs)
     return Network(partial(_init, outputs), _apply)
 
 

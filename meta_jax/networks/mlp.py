@@ -46,11 +46,8 @@ def mlp(
       UsageError: no width is given, a width is below one, or an unknown activation.
     """
     widths = tuple(widths)
-    if not widths or min(widths) < 1:
-        raise UsageError(
-            f"mlp needs at least one layer, each of at least one unit, not widths {widths}: give "
-            "for example (40, 40)"
-        )
+    if not widths:
+        raise UsageError("mlp without a layer: give widths, for example (40, 40)")
     if isinstance(activation, str):
         if activation not in _ACTIVATIONS:
             raise UsageError(

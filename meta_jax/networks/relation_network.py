@@ -15,7 +15,6 @@ from meta_jax.networks.fused_block import finish_block, pool_moments, scale_sign
 from meta_jax.networks.layers import (
     Block,
     apply_conv_blocks,
-    check_at_least_one,
     conv_block,
     init_conv_block,
     is_fused,
@@ -64,7 +63,6 @@ def relation_encoder(
       (2, 5, 5, 64)
     """
     check_mode(normalisation)
-    check_at_least_one("relation_encoder", features=features)
     init = partial(_init_encoder, features, normalisation)
     return Network(init, partial(_apply_encoder, normalisation), normalisation)
 

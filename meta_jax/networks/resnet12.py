@@ -63,13 +63,8 @@ def resnet12(
     """
     widths = tuple(widths)
     check_mode(normalisation)
-    if not widths or min(widths) < 1:
-        raise UsageError(
-            f"resnet12 needs at least one block, each of at least one channel, not widths "
-            f"{widths}: give for example (64, 160, 320, 640)"
-        )
-    check_at_least_one("resnet12", drop_block=drop_block)
-    _check_rate("resnet12", "drop_rate", drop_rate)
+    if not widths:
+        raise UsageError("resnet12 without a block: give widths, for example (64, 160, 320, 640)")
     form = _Form(widths, drop_rate, drop_block, mean, normalisation)
     return Network(partial(_init, form), partial(_apply, form), normalisation)
 

@@ -380,11 +380,6 @@ def _check_settings(
     check_steps(steps, eval_steps)
     if steps < 1:
         raise UsageError("maml_plus_plus has rates for every inner step: give at least one step")
-    if min(multi_step_steps, first_order_steps) < 0:
-        raise UsageError(
-            f"multi_step_steps {multi_step_steps} and first_order_steps {first_order_steps} must "
-            "not be negative"
-        )
     if adjoint.is_implicit:
         raise UsageError("maml_plus_plus has no proximal term: the implicit adjoint is imaml's")
     if first_order_steps and adjoint is not UNROLLED:

@@ -21,7 +21,6 @@ from meta_jax.core import (
     PyTree,
     supervised_evaluate,
 )
-from meta_jax.lookup import UsageError
 from meta_jax.objectives import check_batch, cross_entropy, tree_rows
 from meta_jax.optimization_based.adjoints import FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import run_inner_loop
@@ -106,11 +105,6 @@ def adam_without_momentum(learning_rate: float) -> optax.GradientTransformation:
     return optax.rmsprop(learning_rate, 0.999, 1e-8, eps_in_sqrt=False, bias_correction=True)
 
 
-def _check_batch_sizes(*sizes: int | None) -> None:
-    if any(size is not None and size < 1 for size in sizes):
-        raise UsageError(f"inner mini-batches of {sizes} examples: give at least one")
-
-
 def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Loss:
     """Builds Reptile's loss 1/2 ||phi - stop_gradient(U(phi))||^2, of gradient phi - U(phi).
 
@@ -189,7 +183,6 @@ def reptile(
       UsageError: a number of steps below zero or a mini-batch without an example.
     """
     check_steps(steps, eval_steps)
-    _check_batch_sizes(batch_size, eval_batch_size)
     rule = from_optax(inner_optimizer or adam_without_momentum(inner_lr))
 
     def init(key: Array, episode: Episode) -> tuple[PyTree, PyTree]:

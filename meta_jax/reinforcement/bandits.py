@@ -41,8 +41,6 @@ def bandit(*, arms: PositiveInt = 5, pulls: PositiveInt = 10) -> Environment:
       >>> float(environment.regret(task, (), jnp.array(2))), environment.episodes
       (0.5, 10)
     """
-    if min(arms, pulls) < 1:
-        raise UsageError(f"a bandit needs at least 1 arm and 1 pull: arms={arms}, pulls={pulls}")
     return _environment(functools.partial(_uniform_arms, arms), arms, pulls)
 
 
@@ -76,8 +74,6 @@ def dependent_bandit(
             f"difficulty '{difficulty}' of a dependent bandit must be one of "
             f"{', '.join(get_args(Difficulty))}"
         )
-    if pulls < 1:
-        raise UsageError(f"a bandit needs at least 1 pull: pulls={pulls}")
     sample = functools.partial(_dependent_arms, _WORSE_ARM.get(difficulty))
     return _environment(sample, 2, pulls)
 

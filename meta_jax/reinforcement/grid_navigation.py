@@ -62,9 +62,6 @@ def grid_navigation(
     """
     if size < 3:
         raise UsageError(f"size={size} of the grid must be at least 3: all cells touch the start")
-    for name, number in (("episodes", episodes), ("horizon", horizon)):
-        if number < 1:
-            raise UsageError(f"{name}={number} of the grid navigation must be at least 1")
     return Environment(
         functools.partial(_sample, size),
         functools.partial(_reset, size),

@@ -22,7 +22,6 @@ from meta_jax.core import (
 )
 from meta_jax.inner_loop import Adjoint, UpdateRule, as_adjoint, from_optax, learned_sgd
 from meta_jax.lookup import UsageError
-from meta_jax.networks.layers import check_at_least_one
 from meta_jax.objectives import check_kind, trial_return
 from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt, Share
 from meta_jax.reinforcement.advantages import standardised
@@ -117,16 +116,6 @@ def maml_rl(
       UsageError: tasks of another kind, a network with normalisation, or numbers that do not fit.
     """
     check_kind(objective, "control", "maml_rl")
-    check_at_least_one(
-        "maml_rl",
-        trajectories=trajectories,
-        eval_trajectories=eval_trajectories,
-        epochs=epochs,
-    )
-    if min(steps, eval_steps) < 0:
-        raise UsageError(f"steps must be at least 0: steps={steps}, eval_steps={eval_steps}")
-    if not initial_scale > 0:
-        raise UsageError(f"initial_scale={initial_scale} must be above 0")
     if network.normalisation != "none":
         raise UsageError("maml_rl needs a network without normalisation, such as mlp")
     parts = Adaptation(

@@ -72,9 +72,6 @@ def navigation(
       >>> round(float(environment.optimal_return(task)), 4)  # 0.1 after one step, 0 after two
       -0.1
     """
-    for name, number in (("episodes", episodes), ("horizon", horizon)):
-        if number < 1:
-            raise UsageError(f"{name}={number} of the navigation must be at least 1")
     if start not in get_args(Start):
         raise UsageError(
             f"start '{start}' of the navigation must be one of {', '.join(get_args(Start))}"

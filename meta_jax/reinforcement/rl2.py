@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meta_jax import registry
 from meta_jax.core import Array, LossAux, MetaLearner, Metrics, Objective, PyTree, Sample, with_loss
 from meta_jax.lookup import UsageError
-from meta_jax.networks.layers import check_at_least_one
 from meta_jax.networks.sequences import (
     SequenceNetwork,
     causal_transformer,
@@ -122,7 +121,6 @@ def rl2(
       ['loss', 'regret', 'return']
     """
     check_kind(objective, "control", "rl2")
-    check_at_least_one("rl2", epochs=epochs, minibatches=minibatches)
     policy = TrialPolicy(_MEMORIES[memory](hidden_size, layers), inputs)
     settings = PolicyGradient(reward, discount, gae_lambda, entropy_weight, value_weight, clip)
     update = functools.partial(_update, settings, policy, epochs, minibatches)

@@ -56,8 +56,6 @@ def adam(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("b1", b1)
-    _check_decay("b2", b2)
     return _assembled(
         lambda rate: optax.adam(rate, b1, b2),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -102,9 +100,6 @@ def adamw(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("b1", b1)
-    _check_decay("b2", b2)
-    _check_weight_decay(weight_decay)
     return _assembled(
         lambda rate: optax.adamw(rate, b1, b2, weight_decay=weight_decay),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -189,7 +184,6 @@ def momentum(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("decay", decay)
     return _assembled(
         lambda rate: optax.sgd(rate, decay, nesterov),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -265,14 +259,10 @@ def _assembled(
     ema: float,
 ) -> optax.GradientTransformation:
     """An optimizer behind clipping and an L2 penalty, and before averages of what it makes."""
-    _check_weight_decay(weight_decay)
-    _check_decay("ema", ema)
     parts = [make(rate)]
     if weight_decay:
         parts.insert(0, optax.add_decayed_weights(weight_decay))
     if clip_norm is not None:
-        if not clip_norm > 0:
-            raise UsageError(f"clip_norm={clip_norm} must be greater than 0")
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     if ema:
         parts.append(average_params(ema))
@@ -282,11 +272,6 @@ def _assembled(
 def _check_decay(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise UsageError(f"{name}={value} must be at least 0 and below 1")
-
-
-def _check_weight_decay(value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise UsageError(f"weight_decay={value} must be at least 0")
 
 
 # ---- Averages of the parameters.

@@ -134,8 +134,6 @@ def full_unroll(horizon: PositiveInt = 100) -> Estimator:
     Raises:
       UsageError: the horizon is less than 1.
     """
-    if horizon < 1:
-        raise UsageError(f"horizon {horizon} must be at least 1")
 
     def loss(
         run: Run, meta: PyTree, carried: PyTree, task: PyTree, key: Array
@@ -192,7 +190,6 @@ def truncated_es(
     Raises:
       UsageError: the truncation does not divide the horizon, or sigma is not positive.
     """
-    _check_sigma(sigma)
 
     def segment(run: Run, meta: PyTree, state: PyTree, key: Array) -> tuple[Array, PyTree, Array]:
         run_key, noise_key = jax.random.split(key)
@@ -228,7 +225,6 @@ def persistent_es(
     Raises:
       UsageError: the truncation does not divide the horizon, or sigma is not positive.
     """
-    _check_sigma(sigma)
 
     def segment(
         run: Run, meta: PyTree, pair: AntitheticPair, key: Array
@@ -267,7 +263,7 @@ def in_segments(
     Raises:
       UsageError: the truncation does not divide the horizon.
     """
-    if not 1 <= truncation <= horizon or horizon % truncation:
+    if horizon % truncation:
         raise UsageError(
             f"a run of {horizon} steps is not a whole number of segments of {truncation}: choose a "
             "truncation that divides the horizon"
@@ -341,8 +337,3 @@ def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(
         lambda n, o: jnp.where(condition, jnp.asarray(n, jnp.asarray(o).dtype), o), new, old
     )
-
-
-def _check_sigma(sigma: float) -> None:
-    if not sigma > 0:
-        raise UsageError(f"sigma {sigma} must be positive: it is the perturbations' deviation")

@@ -73,8 +73,6 @@ def mlp_family(
     Raises:
       UsageError: there is no layer or unit, or the activation is unknown.
     """
-    if min(width, depth) < 1:
-        raise UsageError(f"width {width} and depth {depth} must be at least 1")
     return network_family(mlp((width,) * depth, activation=activation), minibatch=minibatch)
 
 
