@@ -19,6 +19,7 @@ import jax
 from absl import app, flags, logging
 
 from meta_jax import registry
+from meta_jax.host import usable_cores
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.ranges import out_of_range
 from meta_jax.registry import Component, Kind, Setting
@@ -461,7 +462,7 @@ _CPU_FLAGS = {
 
 
 def _use_all_cores() -> None:
-    """Makes every core a CPU device of its own, so that a step's tasks are shared among them.
+    """Makes every usable core a CPU device, so that a step's tasks are shared among them.
 
     Small matrix products do not keep the threads of one device busy. What the user has in
     XLA_FLAGS stays as it is.
@@ -470,8 +471,7 @@ def _use_all_cores() -> None:
     ours = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     if "host_platform_device_count" not in given:
-        affinity = getattr(os, "sched_getaffinity", None)
-        jax.config.update("jax_num_cpu_devices", len(affinity(0)) if affinity else os.cpu_count())
+        jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
 def _end(error: Exception | str, status: int) -> NoReturn:

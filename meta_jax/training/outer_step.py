@@ -326,7 +326,7 @@ def _own_step(
 
 
 def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
-    """The task chunk, which divides the batch and is divided by the devices."""
+    """The task chunk, which divides the batch; raised to what the devices share evenly."""
     for name, value in (("task_batch", task_batch), ("task_chunk", task_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -334,9 +334,12 @@ def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
         task_chunk = default_task_chunk(task_batch, devices)
     if task_batch % task_chunk:
         raise ValueError(f"task chunk {task_chunk} must divide the task batch {task_batch}")
-    if task_chunk % devices:
-        raise ValueError(f"{devices} devices must divide the task chunk {task_chunk}")
-    return task_chunk
+    if task_batch % devices:
+        raise ValueError(f"{devices} devices must divide the task batch {task_batch}")
+    # A device takes one task at a time at least.
+    share = task_batch // devices
+    least = -(-task_chunk // devices)
+    return devices * next(n for n in range(least, share + 1) if share % n == 0)
 
 
 def _loss_function(
