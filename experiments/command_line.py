@@ -241,7 +241,11 @@ def parse(
         left = values(list(arguments))
     except flags.UnrecognizedFlagError as error:
         raise UsageError(unknown_flag(error.flagname, values, chosen)) from error
-    _check_paths({name: values[name].value for name in values if values[name].present})
+    given = {name: values[name].value for name in values if values[name].present}
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    _check_paths(given)
     for argument in left[1:]:
         local_path(argument)
     return left[1:], chosen

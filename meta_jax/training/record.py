@@ -111,6 +111,7 @@ _RECORDED: dict[str, dict[type, str]] = {
     "learner.name": {str: "a string"},
     "tasks": {dict: "an object"},
     "tasks.objective": {str: "a string"},
+    "optimizer": {dict: "an object", _NULL: "null"},
     "run": {dict: "an object", _NULL: "null"},
     "example": {dict: "an object", str: "a string", _NULL: "null"},
 }
