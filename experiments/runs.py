@@ -221,8 +221,8 @@ def check_used(values: flags.FlagValues, tasks: Tasks) -> None:
     for name in ("ways", "train_ways"):
         if values[name].present:
             raise UsageError(
-                f"--{name}={values[name].value} is of no use, for {run_flags.tasks_name(values)} has "
-                "no classes: leave it out"
+                f"--{name}={values[name].value} is of no use: {run_flags.tasks_name(values)} "
+                "has no classes, so leave it out"
             )
 
 

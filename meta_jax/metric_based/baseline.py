@@ -26,6 +26,7 @@ from meta_jax.metric_based.primitives import (
 )
 from meta_jax.objectives import (
     check_kind,
+    check_targets,
     cross_entropy,
     without_padding,
 )
@@ -150,6 +151,7 @@ def _classifier_head(
     def loss(
         params: PyTree, fitted: Examples, z: Array, y: Array, mask: Array | None
     ) -> tuple[Array, Metrics]:
+        check_targets(y, "query.y")
         if y.shape[1] != train_classes:
             raise ValueError(
                 f"the classifier has train_classes={train_classes}, and labels are of {y.shape[1]} "

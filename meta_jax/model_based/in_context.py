@@ -18,6 +18,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
@@ -303,8 +304,7 @@ def _training_loss(
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        check_batch(support, "support")
-        check_batch(query, "query")
+        check_episode(episode)
         check_size(objective, params, support.y)
         embed_key, latent_key = jax.random.split(key)
         z_support, z, state = embed(

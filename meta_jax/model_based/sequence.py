@@ -26,6 +26,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     check_mask,
     supervised_evaluate,
     with_loss,
@@ -90,8 +91,7 @@ def as_sequence(key: Array, episode: Episode) -> Batch:
       episode: Inputs may be pytrees, leaves [n, ...].
     """
     support, query = episode
-    check_batch(support, "support")
-    check_batch(query, "query")
+    check_episode(episode)
     x = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, query.x)
     y = jnp.concatenate([support.y, query.y])
     rank = jax.random.uniform(key, y.shape[:1])
@@ -365,6 +365,8 @@ def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[P
 
 def _sequence_loss(network: Network, cell: Cell, objective: Objective, nca_weight: float) -> Loss:
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
+        check_targets(episode.support.y, "support.y")
+        check_targets(episode.query.y, "query.y")
         order_key, network_key = jax.random.split(key)
         sequence = as_sequence(order_key, episode)
         _, y, mask = sequence

@@ -18,6 +18,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
@@ -207,7 +208,7 @@ def _multi_step_loss(
 ) -> tuple[Array, PyTree, Metrics]:
     """(sum_t w_t L_B(theta_t), the network's new state, the metrics after the last step)."""
     support, (x, y, mask) = task
-    check_batch(Batch(x, y, mask), "query")
+    check_episode(task)
     loop_key, observe_key = jax.random.split(key)
 
     def query_loss(learner: PyTree, stats: PyTree, step: Array) -> tuple[Array, Metrics]:

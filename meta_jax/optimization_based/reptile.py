@@ -19,6 +19,7 @@ from meta_jax.core import (
     Objective,
     Predict,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.objectives import check_batch, cross_entropy, tree_rows
@@ -117,7 +118,7 @@ def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> 
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array, /) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_batch(Batch(x, y, mask), "query")
+        check_episode(task)
         start = jax.lax.stop_gradient(params)
         adapted = adapt(start, state, support, adapt_key, train=True)
         outputs, state = predict(start, adapted, x, predict_key, train=True, mask=mask)
