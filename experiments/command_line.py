@@ -199,13 +199,18 @@ def selected(
       names: Names of the flags.
 
     Raises:
-      flags.Error: one without its value, or a flagfile that cannot be read.
+      flags.Error: one without its value, or a flagfile that cannot be opened.
+      UsageError: a flagfile is no text.
     """
     found = flags.FlagValues()
     found.set_gnu_getopt(True)
     for name in names:
         flags.DEFINE_string(name, values[name].default, "", found)
-    found(list(arguments), known_only=True)
+    try:
+        found(list(arguments), known_only=True)
+    except UnicodeDecodeError as error:
+        named = [text for text in arguments if "flagfile" in text]
+        raise UsageError(f"{' '.join(named)} is no text in UTF-8: save it as such") from error
     return {name: found[name].value for name in names}
 
 
@@ -423,7 +428,7 @@ def run_main(
 
 _BAD_PATHS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 
 
