@@ -408,13 +408,10 @@ def run_main(
         jax.config.update("jax_compilation_cache_dir", str(compiled))
 
     def read(arguments: list[str]) -> list[str]:
-        try:
-            wanted = without_help(arguments) if asks_for_help(arguments) else arguments
-            left, chosen = parse(flags.FLAGS, wanted, selections=selections, choose=choose)
-            if left and not positional:
-                raise UsageError(f"unknown argument '{left[0]}': flags start with two dashes")
-        except (flags.Error, ValueError, OSError) as error:
-            _end(error, 2)
+        wanted = without_help(arguments) if asks_for_help(arguments) else arguments
+        left, chosen = parse_or_end(
+            flags.FLAGS, wanted, selections=selections, choose=choose, positional=positional
+        )
         if asks_for_help(arguments):
             with contextlib.suppress(BrokenPipeError):  # as `--help | head` has it
                 _print_help(arguments, chosen)
@@ -424,6 +421,29 @@ def run_main(
         return left
 
     app.run(lambda left: guarded(main, left), flags_parser=read)
+
+
+def parse_or_end(
+    values: flags.FlagValues,
+    arguments: Sequence[str],
+    *,
+    selections: Sequence[str] = (),
+    choose: Choose | None = None,
+    positional: bool = False,
+) -> tuple[list[str], list[Chosen]]:
+    """As `parse`, but a mistake ends the process in one line with exit status 2.
+
+    Args:
+      values, arguments, selections, choose: As for `parse`.
+      positional: Whether there may be arguments that are not flags.
+    """
+    try:
+        left, chosen = parse(values, arguments, selections=selections, choose=choose)
+        if left and not positional:
+            raise UsageError(f"unknown argument '{left[0]}': flags start with two dashes")
+    except (flags.Error, ValueError, OSError) as error:
+        _end(error, 2)
+    return left, chosen
 
 
 _BAD_PATHS = (

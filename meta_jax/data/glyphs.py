@@ -130,6 +130,7 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
             lambda: np.array([ord(letter) for letter in prepare()[1][split]]),
         )
         letters = [chr(code) for code in codes]
+        check_image_size(image_size, len(letters) * examples)
         images = cached(
             cache_key("glyphs", split, image_size, examples, seed, state),
             lambda: np.concatenate(

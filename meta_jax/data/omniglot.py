@@ -222,6 +222,7 @@ def _read_set(folder: Path, image_size: int, resample: str, set_name: str) -> _C
     read = _read_tfds if (folder / "dataset_info.json").is_file() else _read_zip
     drawings = sorted(read(folder, set_name))
     _check_complete(drawings, set_name, folder)
+    check_image_size(image_size, len(drawings))
     content = hashlib.blake2b(b"".join(drawing.png for drawing in drawings)).digest()
     code = PIL.__version__, file_hash(images.__file__)
     pixels = cached(
