@@ -357,11 +357,12 @@ def check_memory_of_run(
     """
     available = device_memory()
     params = _TRAINING_COPIES * _bytes(initial_shapes(learner, training))
-    check_memory("the learner", params, available, "choose fewer units, features or layers")
+    remedy = "choose fewer units, features or layers"
+    check_memory("the learner", params, remedy, available=available)
     for prefix, tasks in (("train_", training), ("", testing)):
         sizes = ", ".join(f"{prefix}{n}={run[prefix + n]}" for n in EpisodeSize._fields)
         needed = _bytes(example_task(tasks))
-        check_memory(f"an episode of {sizes}", needed, available, "choose fewer")
+        check_memory(f"an episode of {sizes}", needed, "choose fewer", available=available)
     for name in ("task_batch", "val_episodes"):
         check_episodes(name, run[name])
 
@@ -376,7 +377,8 @@ def check_episodes(name: str, number: int) -> None:
     Raises:
       UsageError: there are too many.
     """
-    check_memory(f"{name}={number}", _EPISODE_BYTES * number, device_memory(), "choose fewer")
+    needed = _EPISODE_BYTES * number
+    check_memory(f"{name}={number}", needed, "choose fewer", available=device_memory())
 
 
 def _bytes(shapes: PyTree) -> int:

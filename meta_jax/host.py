@@ -60,23 +60,25 @@ def device_memory() -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def check_memory(what: str, needed: int, available: int | None, remedy: str) -> None:
+def check_memory(what: str, needed: int, remedy: str, *, available: int | None = None) -> None:
     """Refuses what needs more memory than there is, before it grinds.
 
     Args:
       what: What needs it, with its number, such as 'val_episodes=2000000000'.
       needed: Bytes that it needs at least.
-      available: Bytes that there are; None if unknown.
       remedy: What to do.
+      available: Bytes that there are; None for those of the machine.
 
     Raises:
       UsageError: it needs more than there are.
 
     Examples:
-      >>> check_memory("image_size=100000", 10**15, 10**10, "choose a smaller one")
+      >>> check_memory("image_size=100000", 10**15, "choose a smaller one")
       Traceback (most recent call last):
       meta_jax.lookup.UsageError: image_size=100000 needs at least 1000000.0 GB of memory, and ...
     """
+    if available is None:
+        available = available_memory()
     if available is not None and needed > available:
         raise UsageError(
             f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "

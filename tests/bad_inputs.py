@@ -21,12 +21,13 @@ from unittest import mock
 
 from absl import flags
 
-from experiments import command_line, records, run_flags, train
+from experiments import command_line, run_flags, train
 from meta_jax import registry
 
 HELD = "held"
 _SMALL = "--tasks.image_size=16 --ways=3 --queries=2"
 _CURVES = "--tasks=sinusoid --learner=fomaml --network.widths=4"
+_OMNIGLOT = "--tasks=omniglot --data_dir"
 _LARGE = "99999999999999999999"
 
 # By what is wrong. What a line does not say is a small run on glyphs.
@@ -34,9 +35,11 @@ COMMANDS: dict[str, list[str]] = {
     "sizes of a run": [
         *(
             f"--{name}={value}"
-            for name in ("ways", "shots", "queries", "train_ways", "train_shots", "train_queries")
-            + ("task_batch", "task_chunk", "steps", "log_every", "checkpoint_every", "seeds")
-            + ("val_episodes", "eval_episodes", "eval_chunk")
+            for name in (
+                *("ways", "shots", "queries", "train_ways", "train_shots", "train_queries"),
+                *("task_batch", "task_chunk", "steps", "log_every", "checkpoint_every", "seeds"),
+                *("val_episodes", "eval_episodes", "eval_chunk"),
+            )
             for value in ("0", "-1", "1.5", "many", _LARGE)
         ),
         *(f"--{name}={value}" for name in ("seed", "eval_every") for value in ("-1", "x", _LARGE)),
@@ -82,7 +85,6 @@ COMMANDS: dict[str, list[str]] = {
         *(f"--learner={name} --tasks=sinusoid" for name in ("mann", "siamese", "protomaml", "rl2")),
         *(f"--learner={name}" for name in ("maml_rl", "rl2")),
         "--learner=maml --tasks=bandit",
-        "--tasks=quadratics",
         "--learner=relation --network=mlp",
         "--network=relation_encoder",
         "--learner=mann --network=relation_encoder",
@@ -102,9 +104,11 @@ COMMANDS: dict[str, list[str]] = {
         ),
         *(
             f"--{setting}=foo"
-            for setting in ("learner.distance", "network.normalisation", "network.features")
-            + ("optimizer.schedule", "tasks.rotations", "tasks.augment", "tasks.polarity")
-            + ("tasks.within_group", "tasks.examples", "learner.joint_encoding")
+            for setting in (
+                *("learner.distance", "network.normalisation", "network.features"),
+                *("optimizer.schedule", "tasks.rotations", "tasks.augment", "tasks.polarity"),
+                *("tasks.within_group", "tasks.examples", "learner.joint_encoding"),
+            )
         ),
         *("--nonsense=1", "--learning_rate=0.1", "--learner.foo=1", "--ways=", "--ways", "ways=5"),
         *(
@@ -128,7 +132,8 @@ def wrong_numbers() -> Iterator[str]:
                 if setting.type not in (int, float, tuple) or setting.name == "train_classes":
                     continue
                 least = setting.range.least if setting.range else 0
-                for value in ("nan", "inf", "1e39", _LARGE, f"{least - 1:.0f}"):
+                beyond = "1e39" if setting.type is float else _LARGE
+                for value in ("nan", "inf", beyond, f"{least - 1:.0f}"):
                     named = f"{name}:x" if kind == "tasks" and _has_argument(component) else name
                     yield f"--{kind}={named} --{kind}.{setting.name}={value}"
 
@@ -143,7 +148,7 @@ def outcome(arguments: list[str], *, whole: bool = False) -> str:
 
     Args:
       arguments: Those of `experiments.train`.
-      whole: Whether it may train; else it is stopped where it would write for the first time.
+      whole: Whether it may train; else it is stopped where it would begin to.
 
     Returns:
       `HELD` where it is refused in one line; 'done' where it ends well, 'accepted' where it was
@@ -151,12 +156,12 @@ def outcome(arguments: list[str], *, whole: bool = False) -> str:
     """
     values, errors = flags.FlagValues(), io.StringIO()
     train.define_flags(values)
-    claim = records.claim_workdir if whole else mock.Mock(side_effect=_Accepted)
+    fit = train.train if whole else mock.Mock(side_effect=_Accepted)
     with (
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(io.StringIO()),
         mock.patch.object(train, "FLAGS", values),
-        mock.patch.object(records, "claim_workdir", claim),
+        mock.patch.object(train, "train", fit),
     ):
         try:
             command_line.parse_or_end(
@@ -177,7 +182,7 @@ def outcome(arguments: list[str], *, whole: bool = False) -> str:
 
 
 class _Accepted(Exception):
-    """The run would have begun to write."""
+    """The run would have begun to train."""
 
 
 def small(line: str) -> list[str]:
@@ -272,8 +277,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     **{f"no {name}": _without(name) for name in ("checkpoints", "checkpoints/best", _LAST)},
     **{
         f"{name} a folder": _as_folder(name)
-        for name in ("metrics.jsonl", "config.json", "result.json", "baselines.json")
-        + ("learning_curve.png", "episode.png", f"{_LAST}/header.json")
+        for name in (
+            *("metrics.jsonl", "config.json", "result.json", "baselines.json"),
+            *("learning_curve.png", "episode.png", f"{_LAST}/header.json"),
+        )
     },
     **{
         f"{name} a file": _as_file(name)
@@ -292,10 +299,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "config.json: steps a text": _record("run.steps", "x"),
     "config.json: unknown optimizer": _record("optimizer", {"name": "x"}),
     "config.json: tasks without a name": _record("tasks", {"objective": "squared_error"}),
-    **{f"cut {name}": _cut(name) for name in (f"{_LAST}/header.json", f"{_LAST}/tree/**/*")},
     **{
         f"cut {name}": _cut(f"checkpoints/{name}")
-        for name in ("best/*", "*/header.json", "*/tree/*")
+        for name in ("step_00000004/*", "step_00000004/tree/**/*", "best/*", "*/*", "*/tree/*")
     },
     **{
         f"header.json: {content!r}": _write(f"{_LAST}/header.json", content)
@@ -319,27 +325,14 @@ def bad_paths(folder: Path) -> dict[str, str]:
     (folder / "images.zip").write_bytes(b"PK\x03\x04")
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "utf16").write_bytes("--ways=5\n".encode("utf-16"))
-    workdirs = (
-        "file/w",
-        "file",
-        "broken",
-        "loop",
-        "loop/w",
-        "full",
-        "x" * 300,
-        "y/" * 3000,
-        "a\0b",
-    )
+    workdirs = ("file/w", "file", "broken", "loop", "loop/w", "full", "x" * 300, "a\0b")
     data = ("file", "full", "nowhere", "broken", "loop", "images.zip", "binary", "x" * 300, "a\0b")
     flagfiles = ("binary", "utf16", "full", "nowhere", "broken", "loop")
     return {
         **{f"workdir {name[:9]!r}": f"{_CURVES} --workdir={folder}/{name}" for name in workdirs},
         **{f"folder {name[:9]!r}": f"--tasks=folder:{folder}/{name}" for name in data},
         **{f"features {name[:9]!r}": f"--tasks=features:{folder}/{name}" for name in data},
-        **{
-            f"data_dir {name[:9]!r}": f"--tasks=omniglot --data_dir={folder}/{name}"
-            for name in data
-        },
+        **{f"data_dir {name[:9]!r}": f"{_OMNIGLOT}={folder}/{name}" for name in data},
         **{f"init_from {name[:9]!r}": f"{_CURVES} --init_from={folder}/{name}" for name in data},
         **{f"flagfile {name!r}": f"--flagfile={folder}/{name}" for name in flagfiles},
     }
@@ -365,6 +358,7 @@ def try_commands(lines: Iterable[tuple[str, str]]) -> Iterator[Tried]:
             given = [] if "--workdir=" in line else [f"--workdir={workdir}"]
             found = outcome([*small(line), *given])
             yield Tried(kind, line, found, found == HELD and not workdir.exists())
+            shutil.rmtree(workdir, ignore_errors=True)
 
 
 def try_damages(damages: Mapping[str, Callable[[Path], object]]) -> Iterator[Tried]:

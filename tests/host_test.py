@@ -85,7 +85,6 @@ def test_the_memory_of_a_container_is_seen(tmp_path, files, memory):
 
 
 def test_what_does_not_fit_is_refused_with_the_number():
-    host.check_memory("seeds", 10, None, "less")
-    host.check_memory("seeds", 10, 10, "less")
+    host.check_memory("seeds", 10, "less", available=10)
     with pytest.raises(UsageError, match=r"of 9 needs at least 11\.0 GB of memory, and 2\.0 GB"):
-        host.check_memory("image_size of 9", 11 * 10**9, 2 * 10**9, "choose a smaller one")
+        host.check_memory("size of 9", 11 * 10**9, "choose a smaller one", available=2 * 10**9)

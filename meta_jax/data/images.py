@@ -7,7 +7,7 @@ import numpy as np
 
 from meta_jax.data import pixels
 from meta_jax.data.dataset import DataError
-from meta_jax.host import available_memory, check_memory
+from meta_jax.host import check_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,6 +104,5 @@ def check_image_size(image_size: int, images: int = 1) -> None:
     check_memory(
         f"image_size={image_size} of {images} images",
         images * image_size**2,
-        available_memory(),
         "choose a smaller one",
     )

@@ -24,7 +24,10 @@ _NAMES = ("block1", "block2", "block3", "block4")
 
 @registry.network("conv4")
 def conv4(
-    features: int = 64, *, normalisation: Normalisation = "running", mesh: Mesh | None = None
+    features: PositiveInt = 64,
+    *,
+    normalisation: Normalisation = "running",
+    mesh: Mesh | None = None,
 ) -> Network:
     """Builds conv4: 4 x [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], flattened.
 
@@ -87,7 +90,7 @@ def strided_conv4(
 
 @registry.network("flat_strided_conv4")
 def flat_strided_conv4(
-    features: int = 64, *, normalisation: Normalisation = "batch", mesh: Mesh | None = None
+    features: PositiveInt = 64, *, normalisation: Normalisation = "batch", mesh: Mesh | None = None
 ) -> Network:
     """Builds strided conv4 with its last block flattened, as Nichol et al. (2018) have it.
 
