@@ -122,9 +122,10 @@ def check_episode(episode: Episode) -> None:
         forms.append(jax.tree.map(lambda leaf: tuple(leaf.shape[1:]), (batch.x, batch.y)))
     for part, support, query in zip(("x", "y"), *forms, strict=True):
         if support != query:
+            remedy = ": turn labels into one-hot ones of the same ways" if part == "y" else ""
             raise ValueError(
                 f"{part} of each example must have one shape in an episode, but for support it is "
-                f"{support}, and for query {query}"
+                f"{support}, and for query {query}{remedy}"
             )
 
 

@@ -11,10 +11,7 @@ from tests import bad_inputs
 MEMORY = 16 * 10**9
 KINDS = ("learner", "network", "tasks", "optimizer", "rule", "family", "estimator")
 # Each of them trains; the figures in docs/faults.md are of all.
-DAMAGES = (
-    *("metrics.jsonl: line b'{'", "no metrics.jsonl", "checkpoints a file"),
-    *("config.json: optimizer 7", "config.json: steps a text", "cut step_00000004/*"),
-)
+DAMAGES = (*("metrics.jsonl: line b''", "config.json: optimizer 7", "config.json: steps a text"),)
 
 
 @pytest.fixture(autouse=True)
