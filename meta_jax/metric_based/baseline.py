@@ -31,6 +31,7 @@ from meta_jax.objectives import (
     without_padding,
 )
 from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
+from meta_jax.shapes import with_rank
 
 # (parameters of a classifier, embeddings [n, D]) -> logits [n, classes]
 Logits = Callable[[PyTree, Array], Array]
@@ -46,7 +47,7 @@ def linear_logits(params: PyTree, z: Array) -> Array:
       params: {'kernel' [D, classes], 'bias' [classes]}.
       z: Embeddings [n, D].
     """
-    return z @ params["kernel"] + params["bias"]
+    return z @ params["kernel"] + params["bias"][None]
 
 
 def cosine_logits(params: PyTree, z: Array) -> Array:
@@ -342,7 +343,7 @@ def _unit(z: Array, mean: Array) -> Array:
 
 
 def _centred_unit(z: Array, mean: Array) -> Array:
-    return unit_rows(z - mean)
+    return unit_rows(z - with_rank(mean, z))
 
 
 _TRANSFORMS: dict[str, Callable[[Array, Array], Array]] = {

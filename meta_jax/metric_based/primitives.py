@@ -130,7 +130,7 @@ def squared_distance(a: Array, b: Array) -> Array:
     """
     a, b = _real_pair(a, b)
     # Differences, not the expanded square, whose cancellation costs half the digits.
-    return ((a[:, None] - b) ** 2).sum(-1)
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
 
 
 def manhattan_distance(a: Array, b: Array) -> Array:
@@ -269,8 +269,8 @@ def kernel_logits(log_kernel: Array, y: Array, mask: Array | None = None) -> Arr
     log_kernel = as_real(log_kernel)
     y = without_padding(y, mask)
     empty = (y <= 0).all(0)
-    logits = jax.nn.logsumexp(log_kernel[:, :, None], axis=1, b=jnp.where(empty, 1, y))
-    return jnp.where(empty, impossible_logit(logits.dtype), logits)
+    logits = jax.nn.logsumexp(log_kernel[:, :, None], axis=1, b=jnp.where(empty[None], 1, y)[None])
+    return jnp.where(empty[None], impossible_logit(logits.dtype), logits)
 
 
 def attention(

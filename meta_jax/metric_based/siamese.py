@@ -34,7 +34,7 @@ def pair_logits(params: PyTree, a: Array, b: Array) -> Array:
     """
     check_vectors("a", a)
     check_vectors("b", b)
-    return abs(a[:, None] - b) @ params["weight"] + params["bias"]
+    return abs(a[:, None] - b[None]) @ params["weight"] + params["bias"]
 
 
 def pair_cross_entropy(logits: Array, same: Array, mask: Array | None = None) -> Array:

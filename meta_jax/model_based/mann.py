@@ -69,7 +69,7 @@ def mann_cell(
 
     def input_projection(params: PyTree, z: Array, y: Array) -> Array:
         kernel = params["lstm"]["kernel"][:-recurrent]
-        return jnp.concatenate([z, y], 1) @ kernel + params["lstm"]["bias"]
+        return jnp.concatenate([z, y], 1) @ kernel + params["lstm"]["bias"][None]
 
     def step(params: PyTree, carry: MannCarry, projected: Array) -> tuple[MannCarry, Array]:
         back = jnp.concatenate([carry.read_vectors, carry.hidden])
@@ -175,7 +175,7 @@ def lstm_cell(hidden_size: int) -> Cell:
         return zeros, zeros
 
     def input_projection(params: PyTree, z: Array, y: Array) -> Array:
-        return jnp.concatenate([z, y], 1) @ params["kernel"][:-hidden_size] + params["bias"]
+        return jnp.concatenate([z, y], 1) @ params["kernel"][:-hidden_size] + params["bias"][None]
 
     def step(
         params: PyTree, carry: tuple[Array, Array], projected: Array

@@ -147,7 +147,7 @@ def instance_accuracy(logits: Array, y: Array, count: int, mask: Array | None = 
     """
     check_outputs(logits, y)
     right = jax.vmap(lambda a, b: cross_entropy_loss(a[None], b[None])[1]["accuracy"])(logits, y)
-    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)
+    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)[None]
     return jnp.where(at, right[:, None], 0).sum(0) / at.sum(0).astype(right.dtype)
 
 
@@ -191,10 +191,10 @@ def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
         raise ValueError(f"z must be embeddings [{y.shape[0]}, D], as y has it, not {z.shape}")
     z, y = without_padding(as_real(z), mask), without_padding(y, mask)
     squares = (z * z).sum(-1)
-    distances = squares[:, None] + squares - 2 * z @ z.T
+    distances = squares[:, None] + squares[None] - 2 * z @ z.T
     others = ~jnp.eye(y.shape[0], dtype=bool)
     if mask is not None:
-        others &= mask
+        others &= mask[None]
     same = (y @ y.T > 0) & others
     counts = same.any(-1)
     # All are neighbours of what does not count: it loses 0, and its gradient is 0. Where there are

@@ -210,7 +210,7 @@ def _first_block(
     kernel, channels = params["conv"]["kernel"], classes.shape[-1]
     of_class = convolve(classes, kernel[:, :, :channels], padding=padding)
     of_query = convolve(queries, kernel[:, :, channels:], padding=padding)
-    x = of_query[:, None] + of_class
+    x = of_query[:, None] + of_class[None]
     x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     if is_fused(normalisation, mask):
         x, batch = pool_moments(x, scale_sign(params), pool=True)
