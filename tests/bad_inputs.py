@@ -81,7 +81,10 @@ COMMANDS: dict[str, list[str]] = {
         "--rule=lstm",
     ],
     "components that do not fit": [
-        *(f"{_CURVES} --network={name}" for name in ("conv4", "koch", "resnet12", "strided_conv4")),
+        *(
+            f"--tasks=sinusoid --network={name}"
+            for name in ("conv4", "koch", "resnet12", "strided_conv4")
+        ),
         *(f"--learner={name} --tasks=sinusoid" for name in ("mann", "siamese", "protomaml", "rl2")),
         *(f"--learner={name}" for name in ("maml_rl", "rl2")),
         "--learner=maml --tasks=bandit",

@@ -111,7 +111,7 @@ def covariance(kernel: KernelName, hyper: Hyperparameters, a: Array, b: Array) -
     Returns:
       [n, m].
     """
-    return hyper.scale**2 * _KERNELS[kernel](hyper, a - b[:, 0])
+    return hyper.scale**2 * _KERNELS[kernel](hyper, a - b[:, 0][None])
 
 
 def gp_posterior(

@@ -114,7 +114,7 @@ def conv_block(
     y, stats = normalise(
         params.get("normalisation", {}),
         stats,
-        y + params["conv"]["bias"],
+        y + with_rank(params["conv"]["bias"], y),
         mode=normalisation,
         moments=moments,
         mask=mask,

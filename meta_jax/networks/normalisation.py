@@ -418,7 +418,7 @@ def used_moments(
 
 def scaled(params: PyTree, x: Array, used: Moments) -> Array:
     """scale (x - mean) / sqrt(var + 1e-5) + offset."""
-    factor = params["scale"] * jax.lax.rsqrt(used.var + EPSILON)
+    factor = with_rank(params["scale"], used.var) * jax.lax.rsqrt(used.var + EPSILON)
     offset = with_rank(params["offset"], x)
     return (x - with_rank(used.mean, x)) * with_rank(factor, x) + offset
 
@@ -426,7 +426,8 @@ def scaled(params: PyTree, x: Array, used: Moments) -> Array:
 def _blended(params: PyTree, support: Moments, own: Moments, count: Array) -> Moments:
     """Moments of a mixture, a of the support's and 1 - a of each example's own (equations 6, 7)."""
     a = jax.nn.sigmoid(params["slope"] * count + params["intercept"])
-    mean = a * support.mean + (1 - a) * own.mean
-    var = a * (support.var + (support.mean - mean) ** 2)
+    theirs = Moments(*(with_rank(moment, own.mean) for moment in support))
+    mean = a * theirs.mean + (1 - a) * own.mean
+    var = a * (theirs.var + (theirs.mean - mean) ** 2)
     var += (1 - a) * (own.var + (own.mean - mean) ** 2)
     return Moments(mean, var)
