@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 
@@ -22,6 +22,7 @@ from meta_jax.backend import compiled_when_called
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
+from meta_jax.ranges import Range, check_ranges
 
 Kind = Literal["learner", "network", "tasks", "optimizer", "rule", "family", "estimator"]
 P = ParamSpec("P")
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     choices: tuple[Any, ...]  # of a Literal, else ()
     optional: bool  # whether None is a value
     doc: str  # the sentences of the docstring
+    range: Range | None = None  # numbers that it may have, where the annotation says
 
 
 class Component(NamedTuple):
@@ -131,10 +133,28 @@ def component(kind: Kind, name: str) -> Callable[[Callable[P, R]], Callable[P, R
     """Registers a factory of another kind: task sources, optimizers and what else has a flag."""
 
     def decorate(factory: Callable[P, R]) -> Callable[P, R]:
-        _register(Component(kind, name, factory, None, None, None))
-        return factory
+        checked = with_ranges(factory, name)
+        _register(Component(kind, name, checked, None, None, None))
+        return checked
 
     return decorate
+
+
+def with_ranges(factory: Callable[P, R], name: str) -> Callable[P, R]:
+    """A factory that refuses settings out of the ranges in its annotations.
+
+    Args:
+      factory: The factory.
+      name: Its name in messages.
+    """
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_ranges(name, signature.bind(*args, **kwargs).arguments, ranges(factory))
+        return factory(*args, **kwargs)
+
+    return build
 
 
 def tasks(
@@ -193,6 +213,7 @@ def _configured(
         for setting, default in (defaults or {}).items():
             if given.get(setting) is None:
                 given[setting] = default(network, given["objective"])
+        check_ranges(name, given, ranges(factory))
         bound.arguments.update(given)
         built = factory(*bound.args, **bound.kwargs)
         if "config" not in getattr(built, "_fields", ()):
@@ -358,7 +379,7 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
       reserved: Names of parameters that somebody else gives, such as 'objective'.
     """
     factory = component.factory
-    hints = _type_hints(component)
+    hints = _type_hints(factory, component.name)
     docs = argument_docs(factory)
     found = {}
     for name, parameter in parameters(factory).items():
@@ -369,9 +390,9 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
         read = _read_type(hints.get(name, usual or type(parameter.default)))
         if read is not None:
             kind, choices, optional = read
-            found[name] = Setting(
-                name, kind, parameter.default, choices, optional, docs.get(name, "")
-            )
+            allowed = _range_of(hints.get(name))
+            doc = docs.get(name, "")
+            found[name] = Setting(name, kind, parameter.default, choices, optional, doc, allowed)
     return found
 
 
@@ -382,16 +403,45 @@ _NO_SETTING = (
 )
 
 
-def _type_hints(component: Component) -> dict[str, Any]:
-    factory = inspect.unwrap(component.factory)
+def _type_hints(factory: Callable[..., Any], name: str) -> dict[str, Any]:
+    factory = inspect.unwrap(factory)
     while isinstance(factory, functools.partial):
         factory = factory.func
     try:
-        return typing.get_type_hints(factory)
+        return typing.get_type_hints(factory, include_extras=True)
     except (NameError, TypeError) as error:
         raise UsageError(
-            f"the annotations of {component.name} cannot be read ({error}): correct them"
+            f"the annotations of {name} cannot be read ({error}): correct them"
         ) from error
+
+
+@functools.cache
+def ranges(factory: Callable[..., Any]) -> Mapping[str, Range]:
+    """The ranges of a factory's settings by name, from its annotations.
+
+    Raises:
+      UsageError: the annotations cannot be read.
+    """
+    name = getattr(factory, "__name__", type(factory).__name__)
+    hints = _type_hints(factory, name)
+    found = {setting: _range_of(hint) for setting, hint in hints.items()}
+    return {setting: allowed for setting, allowed in found.items() if allowed is not None}
+
+
+def _range_of(annotation: Any) -> Range | None:
+    """The range in an annotation such as `Positive | None`; None where it has none."""
+    for member in _members(annotation):
+        for extra in getattr(member, "__metadata__", ()):
+            if isinstance(extra, Range):
+                return extra
+    return None
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union is of; others alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return list(typing.get_args(annotation))
+    return [annotation]
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -423,11 +473,11 @@ def build_optimizer(found: Component, steps: int, given: Mapping[str, Any]) -> A
 
 def _read_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool] | None:
     """(type, choices, whether None is allowed) of an annotation; None where no flag can say it."""
-    members = [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members = list(typing.get_args(annotation))
+    members = _members(annotation)
     optional = type(None) in members
     for member in members:
+        if typing.get_origin(member) is Annotated:
+            member = typing.get_args(member)[0]
         if typing.get_origin(member) is Literal:
             return str, typing.get_args(member), optional
         if member in (bool, int, float, str):

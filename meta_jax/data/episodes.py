@@ -184,7 +184,7 @@ def _draw_examples(
 ) -> jax.Array:
     """Distinct examples [ways, shots + queries] of each class drawn, counted within the class."""
     needed = spec.shots + spec.queries
-    real = jnp.arange(dataset.largest) < dataset.counts[drawn][:, None]
+    real = jnp.arange(dataset.largest)[None] < dataset.counts[drawn][:, None]
     if spec.shared_drawers:
         shared = _draw_without_replacement(key, real.all(0), needed)
         return jnp.broadcast_to(shared, (spec.ways, needed))

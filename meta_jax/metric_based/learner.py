@@ -16,6 +16,7 @@ from meta_jax.core import (
     Objective,
     ObjectiveLoss,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.metric_based.heads import Head
@@ -123,8 +124,7 @@ def _training_loss(
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        check_batch(support, "support")
-        check_batch(query, "query")
+        check_episode(episode)
         embed = embed_together if joint else embed_apart
         z_support, z, network_state = embed(
             network, params["network"], state["network"], support, query, key=key

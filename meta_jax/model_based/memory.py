@@ -83,9 +83,9 @@ def content_address(
     _check(keys=(keys, ("heads", "slot_size")), rows=(rows, ("slots", "slot_size")))
     if mask is not None:
         _check(rows=(rows, ("slots", "slot_size")), mask=(mask, ("slots",)))
-    cosines = (keys * _inverse_norm(keys)[:, None]) @ rows.T * _inverse_norm(rows)
+    cosines = (keys * _inverse_norm(keys)[:, None]) @ rows.T * _inverse_norm(rows)[None]
     if mask is not None:
-        cosines = jnp.where(mask, cosines, jnp.finfo(cosines.dtype).min / (2 * key_strength))
+        cosines = jnp.where(mask[None], cosines, jnp.finfo(cosines.dtype).min / (2 * key_strength))
     return jax.nn.softmax(key_strength * cosines)
 
 

@@ -45,6 +45,7 @@ from meta_jax.objectives import (
     cross_entropy,
     cross_entropy_loss,
 )
+from meta_jax.ranges import Positive, PositiveInt
 
 _UNITS = 20  # of the meta-networks
 _K = 7  # of the preprocessing: gradients below e^-7 are small
@@ -83,11 +84,11 @@ def preprocess_gradient(gradient: Array) -> Array:
 def meta_networks(
     *,
     objective: Objective = cross_entropy,
-    features: int = 64,
-    hidden: int = 64,
-    blocks: int = 5,
-    fast_scale: float = 0.01,
-    key_strength: float = 10.0,
+    features: PositiveInt = 64,
+    hidden: PositiveInt = 64,
+    blocks: PositiveInt = 5,
+    fast_scale: Positive = 0.01,
+    key_strength: Positive = 10.0,
 ) -> MetaLearner:
     """Builds a Meta Network, which answers with fast weights from a memory.
 
@@ -128,9 +129,6 @@ def meta_networks(
       (2, 4)
     """
     check_kind(objective, "classification", "meta_networks")
-    if blocks < 1:
-        raise UsageError(f"meta_networks needs at least 1 convolution: blocks={blocks}")
-
     adapt = functools.partial(_adapt, fast_scale)
     predict = functools.partial(_predict, key_strength)
     return MetaLearner(

@@ -26,6 +26,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     check_mask,
     supervised_evaluate,
     with_loss,
@@ -90,8 +91,7 @@ def as_sequence(key: Array, episode: Episode) -> Batch:
       episode: Inputs may be pytrees, leaves [n, ...].
     """
     support, query = episode
-    check_batch(support, "support")
-    check_batch(query, "query")
+    check_episode(episode)
     x = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, query.x)
     y = jnp.concatenate([support.y, query.y])
     rank = jax.random.uniform(key, y.shape[:1])
@@ -147,7 +147,7 @@ def instance_accuracy(logits: Array, y: Array, count: int, mask: Array | None = 
     """
     check_outputs(logits, y)
     right = jax.vmap(lambda a, b: cross_entropy_loss(a[None], b[None])[1]["accuracy"])(logits, y)
-    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)
+    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)[None]
     return jnp.where(at, right[:, None], 0).sum(0) / at.sum(0).astype(right.dtype)
 
 
@@ -191,10 +191,10 @@ def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
         raise ValueError(f"z must be embeddings [{y.shape[0]}, D], as y has it, not {z.shape}")
     z, y = without_padding(as_real(z), mask), without_padding(y, mask)
     squares = (z * z).sum(-1)
-    distances = squares[:, None] + squares - 2 * z @ z.T
+    distances = squares[:, None] + squares[None] - 2 * z @ z.T
     others = ~jnp.eye(y.shape[0], dtype=bool)
     if mask is not None:
-        others &= mask
+        others &= mask[None]
     same = (y @ y.T > 0) & others
     counts = same.any(-1)
     # All are neighbours of what does not count: it loses 0, and its gradient is 0. Where there are
@@ -365,6 +365,8 @@ def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[P
 
 def _sequence_loss(network: Network, cell: Cell, objective: Objective, nca_weight: float) -> Loss:
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
+        check_targets(episode.support.y, "support.y")
+        check_targets(episode.query.y, "query.y")
         order_key, network_key = jax.random.split(key)
         sequence = as_sequence(order_key, episode)
         _, y, mask = sequence

@@ -368,6 +368,7 @@ def _adapt(
 
     learner = params["learner"]
     if parts.make_head is not None:
+        check_targets(support.y, "support.y")
         z, _ = embed(learner["network"], state, head_key)
         head = parts.make_head(z, without_padding(support.y, support.mask))
         learner = {**learner, "head": head}

@@ -266,7 +266,7 @@ def test_unknown_modes_and_empty_layers_are_refused(network):
         ValueError, match="unknown normalisation 'group': choose one of none, batch, running"
     ):
         network(normalisation="group")
-    with pytest.raises(ValueError, match="conv4 needs features of at least 1, not 0"):
+    with pytest.raises(ValueError, match="conv4: features=0 must be at least 1"):
         network(0)
 
 

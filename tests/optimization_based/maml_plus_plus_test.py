@@ -185,9 +185,9 @@ def test_tests_use_the_last_step_s_normalisation():
     ("settings", "culprit"),
     [
         ({"steps": 0}, "at least one step"),
-        ({"eval_steps": -1}, "must not be negative"),
+        ({"eval_steps": -1}, "eval_steps=-1 must be at least 0"),
         ({"first_order_steps": 1, "adjoint": CHECKPOINTED}, "choose that one"),
-        ({"multi_step_steps": -1}, "must not be negative"),
+        ({"multi_step_steps": -1}, "multi_step_steps=-1 must be at least 0"),
         ({"adjoint": "implicit"}, "is imaml's"),
     ],
 )
