@@ -43,11 +43,13 @@ def test_all_lists_what_is_there():
     assert submodules <= {
         "backend",
         "core",
+        "host",
         "linear_systems",
         "lookup",
         "metric_based",
         "model_based",
         "optimization_based",
+        "ranges",
         "reinforcement",
         "shapes",
     }
