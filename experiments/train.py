@@ -30,6 +30,7 @@ from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.evaluation import make_validate
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, Validate, fit
 from meta_jax.training.outer_step import (
     TrainLoop,
@@ -108,8 +109,9 @@ def main(arguments: list[str]) -> int:
         return _STOPPED if result is None else 0
     folders = {seed: workdir / f"seed_{seed}" for seed in records.seeds_of(config)}
     program = start_from_weights(run, program, list(folders.values()))
-    records.claim_workdir(workdir, config, given)
-    finished = train_seeds(run, program, folders, asked, given)
+    with lock_workdir(workdir):
+        records.claim_workdir(workdir, config, given)
+        finished = train_seeds(run, program, folders, asked, given)
     return 0 if finished else _STOPPED
 
 
@@ -335,9 +337,10 @@ def train_and_test(
     run: runs.Run, program: Program, workdir: Path, asked: Asked, given: Collection[str]
 ) -> Result | None:
     """Trains one seed and tests it; None where it was stopped."""
-    records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
-    fitted = train(run, program, workdir)
-    return report(run, program, fitted, workdir, asked) if fitted.finished else None
+    with lock_workdir(workdir):
+        records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
+        fitted = train(run, program, workdir)
+        return report(run, program, fitted, workdir, asked) if fitted.finished else None
 
 
 def train_seeds(

@@ -249,8 +249,8 @@ def _draw_without_replacement(key: jax.Array, allowed: jax.Array, n: int) -> jax
 
 def _draw_group(key: jax.Array, dataset: Dataset, needed: int, ways: int, turns: int) -> jax.Array:
     """Mask [classes] of one group, drawn uniformly from those that can serve the episode."""
-    same = dataset.groups[:, None] == dataset.groups
-    size = (same & (dataset.counts >= needed)).sum(1)
+    same = dataset.groups[:, None] == dataset.groups[None]
+    size = (same & (dataset.counts >= needed)[None]).sum(1)
     # One representative of each group, its first class, keeps the draw uniform over groups.
     first = jnp.argmax(same, 1) == jnp.arange(size.size)
     chosen = _draw_without_replacement(
