@@ -83,7 +83,7 @@ from meta_jax.training import (
     make_outer_step,
     make_train_loop,
 )
-from meta_jax.version import VERSION as __version__
+from meta_jax.version import __version__ as __version__
 
 __all__ = [
     "Batch",

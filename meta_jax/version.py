@@ -16,4 +16,4 @@ def installed_version(package: str) -> str:
         return "unknown"
 
 
-VERSION = installed_version("meta_jax")
+__version__ = installed_version("meta_jax")

@@ -18,7 +18,7 @@ from meta_jax.objectives import check_several_ways
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.training import checkpoints
 from meta_jax.training.writers import write_text
-from meta_jax.version import VERSION
+from meta_jax.version import __version__
 
 CONFIG_FILE = "config.json"
 _ANY_SIZE = EpisodeSize(1, 1, 1)  # a trial has its own
@@ -60,7 +60,7 @@ def make_config(
     if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
         check_several_ways(y)
     config = {
-        "version": VERSION,
+        "version": __version__,
         "learner": learner.config,
         "tasks": {
             **(source or {}),
