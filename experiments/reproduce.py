@@ -18,10 +18,12 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, ledger_picture, records, returns, run_flags, runs, testing
+from experiments import folder_tests, ledger, ledger_picture, records, returns, run_flags, runs
 from experiments.command_line import run_main
 from experiments.plan import make_plan, run_until
+from experiments.reports import Result
 from experiments.rows import ROWS, Row
+from experiments.testing import Asked, score_text
 from experiments.weights import without_classifier
 from meta_jax.lookup import UsageError
 from meta_jax.training.record import read_config
@@ -104,11 +106,11 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
         minutes = round(result["seconds"] / 60, 1)
         _ship_weights(workdir, weights)
     if row.official:
-        found = testing.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
+        found = folder_tests.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
     else:
-        found = testing.evaluate(
+        found = folder_tests.evaluate(
             weights,
-            testing.Asked(episodes=row.number),
+            Asked(episodes=row.number),
             size=row.size(),
             settings=row.settings(),
             data_dir=FLAGS.data_dir,
@@ -121,7 +123,7 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
-        f"{name}: test {row.metric} {testing.score_text(score, objective)} "
+        f"{name}: test {row.metric} {score_text(score, objective)} "
         f"(normalisation {found.record['normalisation']}){paper}",
         flush=True,
     )
@@ -170,7 +172,7 @@ def _minutes_on_record(model: str) -> float:
     raise UsageError(f"no weights of {model} are shipped: leave --shipped out to train them")
 
 
-def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, commit: str) -> dict:
+def _ledger_row(name: str, row: Row, found: Result, minutes: float, commit: str) -> dict:
     record = found.record
     return {
         "row": name,

@@ -19,9 +19,10 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import records, run_flags, runs, testing
+from experiments import records, reports, run_flags, runs, seed_reports, testing
 from experiments.command_line import run_main
-from experiments.testing import Asked, Result, Tested
+from experiments.reports import Result
+from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
@@ -370,10 +371,10 @@ def train_seeds(
                 return False
             record = result.record
         found[seed] = record
-    whole = testing.over_seeds(found, run.training.objective)
+    whole = seed_reports.over_seeds(found, run.training.objective)
     workdir = folders[min(folders)].parent
     write_text(workdir / "result.json", json.dumps(whole, indent=1) + "\n")
-    print(testing.seeds_line(whole, run.training.objective))
+    print(seed_reports.seeds_line(whole, run.training.objective))
     return True
 
 
@@ -408,15 +409,15 @@ def report(
         example=runs.example_task(run.training),
     )
     test = program.test
-    found = testing.result(run.config, test(params, state), asked, seconds=fitted.seconds)
+    found = reports.result(run.config, test(params, state), asked, seconds=fitted.seconds)
     beside = {"untrained": test(program.untrained.params, program.untrained.state)}
-    text = f"{testing.line(found)}; untrained network {beside['untrained'].text()}"
+    text = f"{reports.line(found)}; untrained network {beside['untrained'].text()}"
     if found.tested.instances:
         text += "\n" + _report_instances(found.tested, beside["untrained"], workdir)
     else:
         baselines = testing.test_baselines(run.source, run.testing, asked)
         beside |= baselines
-        text += testing.beside_text(baselines)
+        text += reports.beside_text(baselines)
     if run.testing.objective.kind == "control":
         draw_trials(run.learner, (params, state), run.testing, workdir)
     else:
@@ -436,7 +437,7 @@ def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:
     """Draws the metric at each instance of a class, and returns it as a table."""
     curves = {"trained": tested.instances, "untrained": untrained.instances}
     pictures.instance_curve(curves, workdir / "instances.png")
-    return testing.instance_table(curves)
+    return reports.instance_table(curves)
 
 
 def _draw_episode(run: runs.Run, learned: tuple, path: Path) -> None:

@@ -41,6 +41,32 @@ def load_attribute(path: str) -> Any:
         raise UsageError(f"{path}: module '{module}' has no '{attribute}'") from error
 
 
+def import_extra(module: str, extra: str, needed_by: str) -> Any:
+    """Imports a module that is no core dependency.
+
+    Args:
+      module: Name of the module.
+      extra: Extra of this package that installs it.
+      needed_by: What needs it, as the message calls it.
+
+    Raises:
+      UsageError: it is not installed.
+
+    Examples:
+      >>> import_extra("no_such_module", "data", "tfds:mnist")
+      Traceback (most recent call last):
+      meta_jax.lookup.UsageError: tfds:mnist needs no_such_module, which is not installed: ...
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # it is there, and something else is not
+            raise
+        raise UsageError(
+            f"{needed_by} needs {module}, which is not installed: pip install 'meta_jax[{extra}]'"
+        ) from error
+
+
 def local_path(path: str | os.PathLike) -> Path:
     """A path on this machine, with '~' replaced by the home folder.
 

@@ -202,7 +202,7 @@ def _draw_letters() -> dict[str, dict[str, "Image"]]:
     for face, path in _font_files().items():
         # The basic layout draws the same everywhere; the other needs an optional library.
         font = ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-        for letter in filter(_is_wanted, map(chr, FT2Font(path).get_charmap())):
+        for letter in filter(_is_wanted, map(chr, FT2Font(str(path)).get_charmap())):
             canvas = Image.new("L", (4 * _FONT_SIZE, 3 * _FONT_SIZE))
             ImageDraw.Draw(canvas).text((_FONT_SIZE, _FONT_SIZE), letter, fill=255, font=font)
             if ink := canvas.getbbox():

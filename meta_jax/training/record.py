@@ -4,7 +4,6 @@ It names the learner, the network and all their settings, the tasks' objective a
 that what was trained is built again from its folder alone.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from meta_jax.objectives import check_several_ways
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.training import checkpoints
 from meta_jax.training.writers import write_text
+from meta_jax.version import __version__
 
 CONFIG_FILE = "config.json"
 _ANY_SIZE = EpisodeSize(1, 1, 1)  # a trial has its own
@@ -60,7 +60,7 @@ def make_config(
     if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
         check_several_ways(y)
     config = {
-        "version": importlib.metadata.version("meta_jax"),
+        "version": __version__,
         "learner": learner.config,
         "tasks": {
             **(source or {}),
