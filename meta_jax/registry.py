@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 import jax
 
 from meta_jax.backend import compiled_when_called
+from meta_jax.citations import cite
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
@@ -28,6 +29,7 @@ __all__ = [
     "Setting",
     "build",
     "build_optimizer",
+    "cite",
     "component",
     "find",
     "learner",
