@@ -19,10 +19,28 @@ from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 import jax
 
 from meta_jax.backend import compiled_when_called
+from meta_jax.citations import cite
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
 from meta_jax.ranges import Range, check_ranges
+
+__all__ = [
+    "Component",
+    "Setting",
+    "build",
+    "build_optimizer",
+    "cite",
+    "component",
+    "find",
+    "learner",
+    "names",
+    "network",
+    "optimizer",
+    "settings",
+    "summary",
+    "tasks",
+]
 
 Kind = Literal["learner", "network", "tasks", "optimizer", "rule", "family", "estimator"]
 P = ParamSpec("P")
@@ -32,28 +50,49 @@ Default = Callable[[Network | None, Objective], Any]
 
 
 class Setting(NamedTuple):
-    """One keyword parameter of a factory that a flag can set."""
+    """One keyword parameter of a factory that a flag can set.
+
+    Attributes:
+      name: Name of the parameter.
+      type: Type: bool, int, float, str, or tuple for several ints.
+      default: Default; `inspect.Parameter.empty` where it must be given.
+      choices: Values of a Literal, else ().
+      optional: Whether None is a value.
+      doc: Sentences on it in the docstring.
+      range: Numbers that it may have, where the annotation says.
+    """
 
     name: str
-    type: type  # bool, int, float, str, or tuple for several ints
-    default: Any  # inspect.Parameter.empty where it must be given
-    choices: tuple[Any, ...]  # of a Literal, else ()
-    optional: bool  # whether None is a value
-    doc: str  # the sentences of the docstring
-    range: Range | None = None  # numbers that it may have, where the annotation says
+    type: type
+    default: Any
+    choices: tuple[Any, ...]
+    optional: bool
+    doc: str
+    range: Range | None = None
 
 
 class Component(NamedTuple):
-    """A factory and how it is found."""
+    """A factory and how it is found.
+
+    Attributes:
+      kind: Kind of the component.
+      name: Name as registered, or 'package.module:function'.
+      factory: Function of its settings that builds it.
+      network: A learner's usual network; None where it has its own.
+      normalisation: A learner's usual normalisation.
+      optimizer: A learner's usual outer optimizer.
+      run: Usual settings of a run with it, such as {"task_batch": 16}.
+      tasks: A learner's usual tasks.
+    """
 
     kind: Kind
-    name: str  # as registered, or 'package.module:function'
+    name: str
     factory: Callable[..., Any]
-    network: str | None  # a learner's usual network; None where it has its own
-    normalisation: str | None  # a learner's usual normalisation
-    optimizer: str | None  # a learner's usual outer optimizer
-    run: Mapping[str, int] = {}  # usual settings of a run with it, such as {"task_batch": 16}
-    tasks: str = "glyphs"  # a learner's usual tasks
+    network: str | None
+    normalisation: str | None
+    optimizer: str | None
+    run: Mapping[str, int] = {}
+    tasks: str = "glyphs"
 
 
 _REGISTERED: dict[tuple[Kind, str], Component] = {}
@@ -298,7 +337,7 @@ def find(kind: Kind, name: str) -> Component:
 
     Args:
       kind: Kind of the component.
-      name: As registered, or 'package.module:function' for somebody's own.
+      name: Name as registered, or 'package.module:function' for somebody's own.
 
     Returns:
       The component. A function of somebody's own that is not registered as a learner is used with

@@ -20,14 +20,22 @@ class EpisodeSpec(NamedTuple):
     `rotations`, by quarter turns: 'none'; 'classes', a turned character is a class of its own
     (Snell et al. 2017); 'per_class', one random turn for each class of an episode (Finn et al.
     2017); 'per_episode', one for all of them (Sung et al. 2018).
+
+    Attributes:
+      ways: Classes in an episode.
+      shots: Support examples of each class.
+      queries: Query examples of each class.
+      rotations: Quarter turns of square images, as above.
+      within_group: Whether all classes of an episode are of one group (alphabet).
+      shared_drawers: Whether every class has the same examples (drawers, in Omniglot).
     """
 
-    ways: int  # classes in an episode
-    shots: int  # support examples of each class
-    queries: int  # query examples of each class
+    ways: int
+    shots: int
+    queries: int
     rotations: Rotations = "none"
-    within_group: bool = False  # all classes of an episode from one group (alphabet)
-    shared_drawers: bool = False  # the same examples (drawers, in Omniglot) for every class
+    within_group: bool = False
+    shared_drawers: bool = False
 
 
 def check_sizes(ways: int, shots: int, queries: int) -> None:

@@ -140,6 +140,7 @@ def load_omniglot(
         Greek, Korean, Latin; the official images_background_small1), test 659.
       * 'lake_small2': train 132, val 24 (Greek), trainval 156 (Greek, Japanese_(katakana), Latin,
         Sanskrit, Tagalog; images_background_small2), test 659.
+
     In the first two, val = the characters of Armenian, Bengali, Early_Aramaic, Hebrew and Georgian.
 
     Published preprocessing differs by author. The drawings are made greyscale before they are

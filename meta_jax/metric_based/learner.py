@@ -32,11 +32,18 @@ from meta_jax.objectives import check_batch, cross_entropy
 
 
 class MetricAdapted(NamedTuple):
-    """A support set absorbed."""
+    """A support set absorbed.
 
-    fitted: Any  # what the head keeps of the support embeddings
-    state: PyTree  # {'network', 'head'}
-    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+    Attributes:
+      fitted: What the head keeps of the support embeddings.
+      state: State of both, {'network', 'head'}.
+      support: The support set, where queries are embedded beside it, in the mode `one_at_a_time`;
+        else None.
+    """
+
+    fitted: Any
+    state: PyTree
+    support: Batch | None
 
 
 def metric_learner(

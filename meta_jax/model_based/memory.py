@@ -32,11 +32,17 @@ def _check(**arrays: tuple[Array, tuple[str, ...]]) -> None:
 
 
 class Memory(NamedTuple):
-    """A memory between two steps."""
+    """A memory between two steps.
 
-    rows: Array  # [slots, slot_size] what is remembered
-    read_weights: Array  # [heads, slots] where each head read last, sums to 1
-    usage: Array  # [slots] decayed sum of all read and write weights
+    Attributes:
+      rows: What is remembered, [slots, slot_size].
+      read_weights: Where each head read last, [heads, slots]; rows sum to 1.
+      usage: Decayed sum of all read and write weights, [slots].
+    """
+
+    rows: Array
+    read_weights: Array
+    usage: Array
 
 
 def empty_memory(

@@ -52,13 +52,21 @@ _K = 7  # of the preprocessing: gradients below e^-7 are small
 
 
 class FastWeightMemory(NamedTuple):
-    """A support set absorbed."""
+    """A support set absorbed.
 
-    keys: Array  # r'_i [n, hidden], representations of the support inputs
-    values: PyTree  # W*_i, the base learner's fast weights, leaves [n, ...]
-    mask: Array | None  # bool [n], False for padding
-    embedding: PyTree  # Q*, the embedding's fast weights
-    state: PyTree  # empty
+    Attributes:
+      keys: Representations r'_i of the support inputs, [n, hidden].
+      values: Fast weights W*_i of the base learner, leaves [n, ...].
+      mask: Mask of the support inputs, bool [n], False for padding.
+      embedding: Fast weights Q* of the embedding.
+      state: State of the learner, which is empty.
+    """
+
+    keys: Array
+    values: PyTree
+    mask: Array | None
+    embedding: PyTree
+    state: PyTree
 
 
 def preprocess_gradient(gradient: Array) -> Array:

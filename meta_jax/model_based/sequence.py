@@ -57,25 +57,41 @@ class CellInit(Protocol):
 
 
 class Cell(NamedTuple):
-    """A recurrent cell, for one task."""
+    """A recurrent cell, for one task.
+
+    Attributes:
+      init: Function (key, inputs, ways) -> params.
+      start: Function params -> the carry before the first step.
+      input_projection: Function (params, z [n, inputs], y [n, ways]) -> [n, ...]: all that does
+        not depend on the carry.
+      step: Function (params, carry, row of the projection) -> (carry, output [F]).
+      outputs: Number F of outputs.
+    """
 
     init: CellInit
-    start: Callable[[PyTree], PyTree]  # params -> the carry before the first step
-    # (params, z [n, inputs], y [n, ways]) -> [n, ...]: all that does not depend on the carry
+    start: Callable[[PyTree], PyTree]
     input_projection: Callable[[PyTree, Array, Array], Array]
-    # (params, carry, row of the projection) -> carry, output [F]
     step: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]]
-    outputs: int  # F
+    outputs: int
 
 
 class SequenceAdapted(NamedTuple):
-    """A support set that was read."""
+    """A support set that was read.
 
-    carry: PyTree  # the cell's, after the last input
-    label: Array  # [ways], the last label, which comes with the next input
-    logits: Array  # [n, ways], what was answered to each input before its label was shown
-    state: PyTree  # the network's
-    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+    Attributes:
+      carry: Carry of the cell after the last input.
+      label: The last label, [ways], which comes with the next input.
+      logits: What was answered to each input before its label was shown, [n, ways].
+      state: State of the network.
+      support: The support set, where queries are embedded beside it, in the mode `one_at_a_time`;
+        else None.
+    """
+
+    carry: PyTree
+    label: Array
+    logits: Array
+    state: PyTree
+    support: Batch | None
 
 
 # ---- Sequences of labelled examples.

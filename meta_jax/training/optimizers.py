@@ -280,10 +280,15 @@ _FIELD = "average_of_params"  # by which a checkpoint's leaves are known
 
 
 class AverageState(NamedTuple):
-    """What `average_params` carries."""
+    """What `average_params` carries.
 
-    count: Array  # int32 scalar, updates averaged
-    average_of_params: PyTree  # in float32 at least; the initial parameters before any update
+    Attributes:
+      count: Number of updates averaged, an int32 scalar.
+      average_of_params: Average, in float32 at least; before any update the initial parameters.
+    """
+
+    count: Array
+    average_of_params: PyTree
 
 
 def average_params(decay: float) -> optax.GradientTransformation:

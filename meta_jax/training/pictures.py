@@ -305,10 +305,15 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
 
 
 class Curve(NamedTuple):
-    """A metric over the outer steps of one run."""
+    """A metric over the outer steps of one run.
 
-    steps: np.ndarray  # [n], ascending
-    values: np.ndarray  # [n]
+    Attributes:
+      steps: Outer steps, [n], ascending.
+      values: Values of the metric, [n].
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 def validation_curves(

@@ -43,7 +43,12 @@ class RunAdvance(Protocol):
 
 
 class Run(NamedTuple):
-    """An inner run that can be continued from any of its states."""
+    """An inner run that can be continued from any of its states.
+
+    Attributes:
+      init: Function that gives the state before the first step.
+      advance: Function that takes some steps from a state.
+    """
 
     init: RunInit
     advance: RunAdvance
@@ -72,11 +77,18 @@ class EstimatorLoss(Protocol):
 
 
 class Estimator(NamedTuple):
-    """How the outer gradient of a run is estimated."""
+    """How the outer gradient of a run is estimated.
+
+    Attributes:
+      init: Function (run, meta, task, key) -> what one task carries into the first outer step.
+      loss: Function (run, meta, carried, task, key) -> (loss, LossAux); the gradient of the loss in
+        `meta` is the estimate.
+      horizon: Steps of a whole run.
+    """
 
     init: EstimatorInit
     loss: EstimatorLoss
-    horizon: int  # steps of a whole run
+    horizon: int
 
 
 class SegmentState(NamedTuple):

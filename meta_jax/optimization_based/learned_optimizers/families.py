@@ -20,13 +20,17 @@ class ProblemFamily(NamedTuple):
     """A kind of network to be trained on a task's support set, and how.
 
     The tasks, and what their objective asks of the network, come from a source of tasks.
+
+    Attributes:
+      network: Function from a training set to the network, with its output layer, that is trained
+        on it. The network's initial parameters are drawn, not learned.
+      minibatch: Number of examples drawn, with replacement, for a step; None for all of them.
+      tasks: Name of the source of tasks that it is used with by default.
     """
 
-    # From a training set to the network, with its output layer, that is trained on it. The
-    # network's initial parameters are drawn, not learned.
     network: Callable[[Batch], Network]
-    minibatch: int | None = None  # examples drawn, with replacement, for a step; None: all of them
-    tasks: str = "glyphs"  # name of the source of tasks that it is used with by default
+    minibatch: int | None = None
+    tasks: str = "glyphs"
 
 
 def network_family(network: Network, *, minibatch: int | None = None) -> ProblemFamily:

@@ -47,6 +47,7 @@ def sum_of_squares_loss(
     return loss, {"squares": loss}
 
 
+#: The objective of `quadratics`: the sum of squared differences.
 sum_of_squares = Objective(
     sum_of_squares_loss,
     "squares",
