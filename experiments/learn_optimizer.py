@@ -49,6 +49,7 @@ from meta_jax.registry import Component, Kind
 from meta_jax.training import checkpoints, pictures
 from meta_jax.training.evaluation import MeanCI, confidence_interval
 from meta_jax.training.learned_rules import meta_like
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, LoopConfig, fit
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import (
@@ -296,26 +297,27 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    records.claim_workdir(workdir, experiment.config, given, params=initial.params)
     data = tasks.data
     if mesh is not None:
         initial, data = place(initial, data, mesh, per_task=True)
-    result = fit(
-        initial,
-        make_train_loop(outer_step),
-        data,
-        config=experiment.loop,
-        workdir=workdir,
-        tasks_per_step=run["task_batch"],
-        validate=validate,
-        objective=selection,
-        learner_config=learner.config,
-        keep_state=False,
-    )
-    pictures.learning_curve(
-        read_metrics(workdir), workdir / "learning_curve.png", objective=selection
-    )
-    return result
+    with lock_workdir(workdir):
+        records.claim_workdir(workdir, experiment.config, given, params=initial.params)
+        result = fit(
+            initial,
+            make_train_loop(outer_step),
+            data,
+            config=experiment.loop,
+            workdir=workdir,
+            tasks_per_step=run["task_batch"],
+            validate=validate,
+            objective=selection,
+            learner_config=learner.config,
+            keep_state=False,
+        )
+        pictures.learning_curve(
+            read_metrics(workdir), workdir / "learning_curve.png", objective=selection
+        )
+        return result
 
 
 def make_validate(experiment: Experiment) -> Callable[[TrainState], dict[str, float]]:

@@ -171,7 +171,7 @@ def _keeps_optimizer_state(
         ours, theirs = (
             jax.eval_shape(_recorded_optimizer(config).init, params) for config in (found, wanted)
         )
-    except (TypeError, ValueError):  # an optimizer of somebody's own that has changed since
+    except (TypeError, ValueError, KeyError):  # somebody's own that has changed since, or damage
         return False
     return jax.tree.structure(ours) == jax.tree.structure(theirs) and not shape_difference(
         ours, theirs

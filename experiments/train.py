@@ -26,10 +26,12 @@ from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.ranges import LARGEST_INT
 from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.evaluation import make_validate
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, Validate, fit
 from meta_jax.training.outer_step import (
     TrainLoop,
@@ -66,6 +68,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Trainings, from --seed on, each in a folder of the workdir; with several, their mean and "
         "spread are reported.",
         1,
+        LARGEST_INT,
         flag_values=values,
     )
 
@@ -92,6 +95,8 @@ def main(arguments: list[str]) -> int:
     # Everything that can be refused is refused before anything is written.
     run = runs.build_run(FLAGS, runs.load_tasks(FLAGS))
     asked = Asked("test", FLAGS.eval_episodes, chunk=FLAGS.eval_chunk)
+    runs.check_episodes("eval_episodes", asked.episodes)
+    check_seeds(FLAGS.seed, FLAGS.seeds)
     try:
         program = build_program(run, asked)
     except ValueError as error:
@@ -105,9 +110,22 @@ def main(arguments: list[str]) -> int:
         return _STOPPED if result is None else 0
     folders = {seed: workdir / f"seed_{seed}" for seed in records.seeds_of(config)}
     program = start_from_weights(run, program, list(folders.values()))
-    records.claim_workdir(workdir, config, given)
-    finished = train_seeds(run, program, folders, asked, given)
+    with lock_workdir(workdir):
+        records.claim_workdir(workdir, config, given)
+        finished = train_seeds(run, program, folders, asked, given)
     return 0 if finished else _STOPPED
+
+
+def check_seeds(first: int, number: int) -> None:
+    """Refuses seeds that have no 32 bits.
+
+    Raises:
+      UsageError: the last of them is too large.
+    """
+    if first + number - 1 > LARGEST_INT:
+        raise UsageError(
+            f"--seed={first} and --seeds={number} reach beyond {LARGEST_INT}: choose smaller ones"
+        )
 
 
 def choose_workdir(name: str | None, config: dict[str, Any], given: Collection[str]) -> Path:
@@ -320,9 +338,10 @@ def train_and_test(
     run: runs.Run, program: Program, workdir: Path, asked: Asked, given: Collection[str]
 ) -> Result | None:
     """Trains one seed and tests it; None where it was stopped."""
-    records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
-    fitted = train(run, program, workdir)
-    return report(run, program, fitted, workdir, asked) if fitted.finished else None
+    with lock_workdir(workdir):
+        records.claim_workdir(workdir, run.config, given, params=program.untrained.params)
+        fitted = train(run, program, workdir)
+        return report(run, program, fitted, workdir, asked) if fitted.finished else None
 
 
 def train_seeds(
@@ -373,7 +392,9 @@ def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
         learner_config=run.learner.config,
     )
     curve = workdir / "learning_curve.png"
-    pictures.learning_curve(read_metrics(workdir), curve, objective=run.training.objective)
+    lines = read_metrics(workdir)
+    if lines:  # somebody may have deleted the file of a finished run
+        pictures.learning_curve(lines, curve, objective=run.training.objective)
     return fitted
 
 

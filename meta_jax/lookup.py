@@ -77,8 +77,8 @@ def local_path(path: str | os.PathLike) -> Path:
       The path; nothing is looked up on the disk.
 
     Raises:
-      UsageError: the address of a remote store, which would silently become a local folder; or '~'
-        where there is no home folder.
+      UsageError: the address of a remote store, which would silently become a local folder; a NUL
+        character in it; or '~' where there is no home folder.
 
     Examples:
       >>> local_path("runs/glyphs").as_posix()
@@ -93,6 +93,8 @@ def local_path(path: str | os.PathLike) -> Path:
             f"{text} is no local path: mount the store, and name the folder where it is mounted, "
             "or copy the files to this machine"
         )
+    if "\0" in text:
+        raise UsageError(f"{text!r} holds a NUL character, which no path can: name another path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

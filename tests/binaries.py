@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.lowering import share_the_context
+
 ROOT = Path(__file__).parents[1]
 
 # Compilation is most of the time, and commands after the first find what it compiled.
@@ -96,6 +98,7 @@ def serve(jobs, answers) -> None:
     """
     for name in _IMPORTED:
         importlib.import_module(name)
+    share_the_context()
     gc.freeze()  # else a child looks through all that is imported when it ends: half a second
     while line := jobs.readline():
         child = os.fork()

@@ -42,12 +42,15 @@ def test_all_lists_what_is_there():
     # Families and files, which the names at the top come from.
     assert submodules <= {
         "backend",
+        "citations",
         "core",
+        "host",
         "linear_systems",
         "lookup",
         "metric_based",
         "model_based",
         "optimization_based",
+        "ranges",
         "reinforcement",
         "shapes",
         "version",

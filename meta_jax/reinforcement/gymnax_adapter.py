@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError, import_extra
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Actions, Continuous, Discrete, Environment
 from meta_jax.reinforcement.source import environment_tasks
 
@@ -26,8 +27,8 @@ def gymnax_environment(
     name: str,
     /,
     *,
-    episodes: int = 2,
-    horizon: int | None = None,
+    episodes: PositiveInt = 2,
+    horizon: PositiveInt | None = None,
     sample_parameters: SampleParameters | None = None,
 ) -> Environment:
     """Builds an environment of gymnax 1.0 or later.

@@ -48,11 +48,17 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds.
 
-    leaves: dict[str, jax.Array]  # by path, such as 'params/conv/kernel'
+    Attributes:
+      leaves: Arrays by path, such as 'params/conv/kernel'.
+      metadata: What else was written, such as the step.
+      config: Settings of the learner; None where none were recorded.
+    """
+
+    leaves: dict[str, jax.Array]
     metadata: dict[str, Any]
-    config: Config | None  # settings of the learner; None where none were recorded
+    config: Config | None
 
 
 def save(

@@ -17,6 +17,7 @@ from meta_jax.core import Config, Metrics, Objective, PyTree
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainLoop, TrainState
 from meta_jax.training.writers import (
@@ -96,12 +97,17 @@ class _Run(NamedTuple):
     """What stays the same during a run."""
 
     config: LoopConfig
-    folder: Path  # of the checkpoints
+    workdir: Path
     validate: Validate | None
     objective: Objective | None
     learner_config: Config | None
     keep_state: bool
     say: Callable[[str], None]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.workdir / "checkpoints"
 
 
 def fit(
@@ -149,8 +155,8 @@ def fit(
       The last state, the time it took, whether the run came to its end, and all its metrics.
 
     Raises:
-      UsageError: the numbers of `config` do not fit, or `validate` does not give the objective's
-        metric.
+      UsageError: the numbers of `config` do not fit, `validate` does not give the objective's
+        metric, or another process is training in the workdir.
       TrainingDivergedError: a loss or a gradient is not finite, and the last good checkpoint stays;
         or no validation was finite.
       CheckpointError: nothing intact to resume from, checkpoints of another learner, or the disk is
@@ -162,8 +168,16 @@ def fit(
             "validate is given without an objective: say which metric selects the best"
         )
     workdir = local_path(workdir)
-    folder = workdir / "checkpoints"
-    run = _Run(config, folder, validate, objective, learner_config, keep_state, say)
+    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say)
+    with lock_workdir(workdir):
+        return _fit(run, train_state, train_loop, data, tasks_per_step)
+
+
+def _fit(
+    run: _Run, train_state: TrainState, train_loop: TrainLoop, data: PyTree, tasks_per_step: int
+) -> FitResult:
+    """As `fit`, in a workdir that no other process has."""
+    config, objective, validate, workdir = run.config, run.objective, run.validate, run.workdir
     train_state, seconds = _start(run, train_state)
     step, started = int(train_state.step), time.monotonic()
     shown = ("loss",) if objective is None else ("loss", objective.metric)
@@ -181,10 +195,12 @@ def fit(
             if validate is not None and config.validates_at(step):
                 best = _select(run, train_state, best, metadata, writer)
             if config.saves_at(step) or stopped:
-                checkpoints.save_step(folder, step, train_state, metadata, config=learner_config)
+                checkpoints.save_step(
+                    run.folder, step, train_state, metadata, config=run.learner_config
+                )
     finished = step == config.steps
     if not finished:
-        say(
+        run.say(
             f"stopped at step {step} of {config.steps} and saved in {workdir}: the same command "
             "goes on from there"
         )

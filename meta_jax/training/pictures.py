@@ -320,10 +320,15 @@ def instance_curve(
 
 
 class Curve(NamedTuple):
-    """A metric over the outer steps of one run."""
+    """A metric over the outer steps of one run.
 
-    steps: np.ndarray  # [n], ascending
-    values: np.ndarray  # [n]
+    Attributes:
+      steps: Outer steps, [n], ascending.
+      values: Values of the metric, [n].
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 def validation_curves(

@@ -111,8 +111,14 @@ _RECORDED: dict[str, dict[type, str]] = {
     "learner.name": {str: "a string"},
     "tasks": {dict: "an object"},
     "tasks.objective": {str: "a string"},
+    "optimizer": {dict: "an object", _NULL: "null"},
     "run": {dict: "an object", _NULL: "null"},
     "example": {dict: "an object", str: "a string", _NULL: "null"},
+}
+# What it may hold beside that.
+_IF_THERE: dict[str, dict[type, str]] = {
+    "history": {list: "an array"},
+    **{f"run.{name}": {int: "a whole number"} for name in ("steps", "seed", "seeds")},
 }
 
 
@@ -124,10 +130,10 @@ def _check_config(path: Path, config: Any) -> None:
     """
     if not isinstance(config, dict):
         raise UsageError(f"{path} is damaged: it holds no object; restore it from a copy")
-    for place, kinds in _RECORDED.items():
+    for place, kinds in {**_RECORDED, **_IF_THERE}.items():
         parent, _, name = place.rpartition(".")
         within = config[parent] if parent else config
-        if within is None:
+        if within is None or (place in _IF_THERE and name not in within):
             continue
         if name not in within or not isinstance(within[name], tuple(kinds)):
             found = json.dumps(within[name])[:80] if name in within else "missing"
