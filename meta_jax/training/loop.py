@@ -103,6 +103,7 @@ class _Run(NamedTuple):
     learner_config: Config | None
     keep_state: bool
     say: Callable[[str], None]
+    on_metrics: OnMetrics | None
 
     @property
     def folder(self) -> Path:
@@ -168,7 +169,7 @@ def fit(
             "validate is given without an objective: say which metric selects the best"
         )
     workdir = local_path(workdir)
-    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say)
+    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say, on_metrics)
     with lock_workdir(workdir):
         return _fit(run, train_state, train_loop, data, tasks_per_step)
 
@@ -183,7 +184,7 @@ def _fit(
     shown = ("loss",) if objective is None else ("loss", objective.metric)
     with (
         _stop_signals() as stopped,
-        MetricsWriter(workdir, step, on_metrics) as writer,
+        MetricsWriter(workdir, step, run.on_metrics) as writer,
         Progress(config.steps, step, tasks_per_step, shown) as progress,
     ):
         best = _best_so_far(run, step, read_metrics(workdir))
