@@ -24,3 +24,10 @@ def test_messages_name_extras_that_there_are():
             named |= set(re.findall(r"meta_jax\[([a-z]+)\]", code))
     assert named >= {"data", "demo", "gymnax"}
     assert named <= PROJECT["optional-dependencies"].keys()
+
+
+def test_changelog_and_citation_have_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{PROJECT['version']}] - " in changelog
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {PROJECT['version']}" in citation

@@ -20,7 +20,13 @@ from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.lock import lock_workdir
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainLoop, TrainState
-from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
+from meta_jax.training.writers import (
+    MetricsWriter,
+    OnMetrics,
+    Progress,
+    as_history,
+    read_metrics,
+)
 
 # train state -> metrics; the parameters are the averaged ones, where the optimizer averages them
 Validate = Callable[[TrainState], Mapping[str, float]]
@@ -97,6 +103,7 @@ class _Run(NamedTuple):
     learner_config: Config | None
     keep_state: bool
     say: Callable[[str], None]
+    on_metrics: OnMetrics | None
 
     @property
     def folder(self) -> Path:
@@ -117,6 +124,7 @@ def fit(
     learner_config: Config | None = None,
     keep_state: bool = True,
     say: Callable[[str], None] = print,
+    on_metrics: OnMetrics | None = None,
 ) -> FitResult:
     """Trains from the newest intact checkpoint of a workdir, or from `train_state`.
 
@@ -124,7 +132,8 @@ def fit(
     optimizer state and metrics as one that was not. The workdir gets `metrics.jsonl`,
     `tensorboard/` and `checkpoints/` with the latest two steps and, where there is validation,
     `best`; `config.json`, which `meta_jax.load` needs, is written by `write_config`. SIGTERM and
-    Ctrl-C end the run after the compiled call under way, with a checkpoint.
+    Ctrl-C, or interrupting the cell of a notebook, end the run after the compiled call under way,
+    with a checkpoint and the last state as the result.
 
     Args:
       train_state: The state before the first step; the caller may go on using it.
@@ -139,6 +148,9 @@ def fit(
       learner_config: Settings of the learner, `learner.config`, which go into the checkpoints.
       keep_state: Whether the best checkpoint holds the learner's state beside its parameters.
       say: Takes lines meant for the user.
+      on_metrics: Function that is called with (step, 'train' or 'val', metrics) whenever some were
+        measured, to draw or to log them; metrics are floats by name. What it raises ends the run,
+        which the same call resumes from its last checkpoint.
 
     Returns:
       The last state, the time it took, whether the run came to its end, and all its metrics.
@@ -157,7 +169,7 @@ def fit(
             "validate is given without an objective: say which metric selects the best"
         )
     workdir = local_path(workdir)
-    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say)
+    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say, on_metrics)
     with lock_workdir(workdir):
         return _fit(run, train_state, train_loop, data, tasks_per_step)
 
@@ -172,7 +184,7 @@ def _fit(
     shown = ("loss",) if objective is None else ("loss", objective.metric)
     with (
         _stop_signals() as stopped,
-        MetricsWriter(workdir, step) as writer,
+        MetricsWriter(workdir, step, run.on_metrics) as writer,
         Progress(config.steps, step, tasks_per_step, shown) as progress,
     ):
         best = _best_so_far(run, step, read_metrics(workdir))

@@ -221,6 +221,20 @@ def test_the_history_holds_arrays(uninterrupted):
     np.testing.assert_array_equal(result.history["train"]["loss"], losses)
 
 
+def test_a_function_is_given_the_metrics_and_what_it_raises_is_no_loss(tmp_path, uninterrupted):
+    seen = []
+
+    def on_metrics(step, split, metrics):
+        seen.append({"step": step, "split": split, **metrics})
+        if len(seen) == 9:  # the validation at step 12, after the checkpoint of step 8
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, on_metrics=on_metrics)
+    assert seen == read_metrics(uninterrupted[0])[:9]
+    assert_same(tmp_path, train(tmp_path), *uninterrupted)
+
+
 def test_a_finished_run_is_left_as_it_is(uninterrupted):
     workdir, expected = uninterrupted
     before = (workdir / "metrics.jsonl").read_bytes()
