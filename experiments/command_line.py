@@ -20,7 +20,9 @@ from absl import app, flags, logging
 
 from experiments import several_processes
 from meta_jax import registry
+from meta_jax.host import usable_cores
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.ranges import out_of_range
 from meta_jax.registry import Component, Kind, Setting
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import TrainingDivergedError
@@ -81,7 +83,7 @@ def read_setting(setting: Setting, text: Any) -> Any:
     """A setting's value from a flag's text.
 
     Raises:
-      ValueError: the text has another type, or is none of the choices.
+      ValueError: the text has another type, is none of the choices, or out of the range.
 
     Examples:
       >>> read_setting(Setting("widths", tuple, (40, 40), (), False, ""), "64,32")
@@ -101,12 +103,14 @@ def read_setting(setting: Setting, text: Any) -> Any:
         return flags.BooleanParser().parse(text)
     try:
         if setting.type is tuple:
-            return tuple(int(part) for part in text.split(",") if part.strip())
-        value = setting.type(text)
+            value = tuple(int(part) for part in text.split(",") if part.strip())
+        else:
+            value = setting.type(text)
     except ValueError:
         raise ValueError(f"it takes {_TYPES[setting.type][1]}") from None
-    if value != value:
-        raise ValueError("it takes a number, and nan is none")
+    problem = out_of_range(value, setting.range)
+    if problem:
+        raise ValueError(f"it {problem}")
     return value
 
 
@@ -196,13 +200,18 @@ def selected(
       names: Names of the flags.
 
     Raises:
-      flags.Error: one without its value, or a flagfile that cannot be read.
+      flags.Error: one without its value, or a flagfile that cannot be opened.
+      UsageError: a flagfile is no text.
     """
     found = flags.FlagValues()
     found.set_gnu_getopt(True)
     for name in names:
         flags.DEFINE_string(name, values[name].default, "", found)
-    found(list(arguments), known_only=True)
+    try:
+        found(list(arguments), known_only=True)
+    except UnicodeDecodeError as error:
+        named = [text for text in arguments if "flagfile" in text]
+        raise UsageError(f"{' '.join(named)} is no text in UTF-8: save it as such") from error
     return {name: found[name].value for name in names}
 
 
@@ -238,7 +247,11 @@ def parse(
         left = values(list(arguments))
     except flags.UnrecognizedFlagError as error:
         raise UsageError(unknown_flag(error.flagname, values, chosen)) from error
-    _check_paths({name: values[name].value for name in values if values[name].present})
+    given = {name: values[name].value for name in values if values[name].present}
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"--{name} is empty: give it a value, or leave it out")
+    _check_paths(given)
     for argument in left[1:]:
         local_path(argument)
     return left[1:], chosen
@@ -396,13 +409,10 @@ def run_main(
         jax.config.update("jax_compilation_cache_dir", str(compiled))
 
     def read(arguments: list[str]) -> list[str]:
-        try:
-            wanted = without_help(arguments) if asks_for_help(arguments) else arguments
-            left, chosen = parse(flags.FLAGS, wanted, selections=selections, choose=choose)
-            if left and not positional:
-                raise UsageError(f"unknown argument '{left[0]}': flags start with two dashes")
-        except (flags.Error, ValueError, OSError) as error:
-            _end(error, 2)
+        wanted = without_help(arguments) if asks_for_help(arguments) else arguments
+        left, chosen = parse_or_end(
+            flags.FLAGS, wanted, selections=selections, choose=choose, positional=positional
+        )
         if asks_for_help(arguments):
             with contextlib.suppress(BrokenPipeError):  # as `--help | head` has it
                 _print_help(arguments, chosen)
@@ -414,9 +424,32 @@ def run_main(
     app.run(lambda left: guarded(main, left), flags_parser=read)
 
 
+def parse_or_end(
+    values: flags.FlagValues,
+    arguments: Sequence[str],
+    *,
+    selections: Sequence[str] = (),
+    choose: Choose | None = None,
+    positional: bool = False,
+) -> tuple[list[str], list[Chosen]]:
+    """As `parse`, but a mistake ends the process in one line with exit status 2.
+
+    Args:
+      values, arguments, selections, choose: As for `parse`.
+      positional: Whether there may be arguments that are not flags.
+    """
+    try:
+        left, chosen = parse(values, arguments, selections=selections, choose=choose)
+        if left and not positional:
+            raise UsageError(f"unknown argument '{left[0]}': flags start with two dashes")
+    except (flags.Error, ValueError, OSError) as error:
+        _end(error, 2)
+    return left, chosen
+
+
 _BAD_PATHS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
 
 
@@ -470,7 +503,7 @@ _CPU_FLAGS = {
 
 
 def _use_all_cores() -> None:
-    """Makes every core a CPU device of its own, so that a step's tasks are shared among them.
+    """Makes every usable core a CPU device, so that a step's tasks are shared among them.
 
     Small matrix products do not keep the threads of one device busy. What the user has in
     XLA_FLAGS stays as it is.
@@ -479,8 +512,7 @@ def _use_all_cores() -> None:
     ours = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *ours]).strip()
     if "host_platform_device_count" not in given:
-        affinity = getattr(os, "sched_getaffinity", None)
-        jax.config.update("jax_num_cpu_devices", len(affinity(0)) if affinity else os.cpu_count())
+        jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
 def _end(error: Exception | str, status: int) -> NoReturn:

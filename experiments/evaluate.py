@@ -15,8 +15,16 @@ from typing import Any
 
 from absl import flags
 
-from experiments import protocols, run_flags, several_processes, testing
+from experiments import (
+    folder_tests,
+    protocols,
+    recorded_tasks,
+    reports,
+    run_flags,
+    several_processes,
+)
 from experiments.command_line import Chosen, given_settings, run_main
+from experiments.testing import Asked
 from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
@@ -79,7 +87,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     name = selected["tasks"] or (protocol.tasks if protocol else tasks["name"])
     chosen = run_flags.tasks_chosen(name)
     reserved = (*chosen.reserved, "objective")  # it is the learner's
-    defaults, usual = testing.recorded_settings(tasks, name), chosen.run
+    defaults, usual = recorded_tasks.recorded_settings(tasks, name), chosen.run
     if protocol:
         defaults, usual = {**defaults, **protocol.settings}, protocol.run
     return [*found, chosen._replace(reserved=reserved, defaults=defaults, run=usual)]
@@ -109,14 +117,12 @@ def main(arguments: list[str]) -> None:
         raise UsageError("--runs are the trials of another protocol: add --protocol=lake")
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
     chosen = choose({name: FLAGS[name].value for name in _SELECTIONS})
-    settings: testing.Settings = {
+    settings: folder_tests.Settings = {
         each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen
     }
-    found = testing.evaluate(
+    found = folder_tests.evaluate(
         weights_folder(named),
-        testing.Asked(
-            FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk, FLAGS.query_chunk
-        ),
+        Asked(FLAGS.split, FLAGS.eval_episodes, FLAGS.seed, FLAGS.eval_chunk, FLAGS.query_chunk),
         checkpoint=FLAGS.checkpoint,
         size={name: value for name, value in sizes.items() if value is not None},
         tasks=FLAGS.tasks,
@@ -127,7 +133,7 @@ def main(arguments: list[str]) -> None:
     record, results = found.record, [found]
     if FLAGS.runs:
         results.append(
-            testing.evaluate_trials(
+            folder_tests.evaluate_trials(
                 weights_folder(named), FLAGS.runs, checkpoint=FLAGS.checkpoint, settings=settings
             )
         )
@@ -135,11 +141,11 @@ def main(arguments: list[str]) -> None:
     if output and processes.is_writer():
         write_text(output, json.dumps(record, indent=1) + "\n")
     for each in results:
-        print(testing.line(each) + testing.beside_text(each.beside))
+        print(reports.line(each) + reports.beside_text(each.beside))
     for note in found.notes:
         print(f"note: {note}")
     if found.tested.instances:
-        print(testing.instance_table({found.tested.objective.metric: found.tested.instances}))
+        print(reports.instance_table({found.tested.objective.metric: found.tested.instances}))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from meta_jax.registry import Component, Kind
 from meta_jax.training import checkpoints, pictures, processes
 from meta_jax.training.evaluation import MeanCI, confidence_interval
 from meta_jax.training.learned_rules import meta_like
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, LoopConfig, fit
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import (
@@ -60,7 +61,6 @@ from meta_jax.training.outer_step import (
     task_mesh,
 )
 from meta_jax.training.record import make_config, read_config
-from meta_jax.training.workdir import only_writer
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
@@ -298,29 +298,29 @@ def train(experiment: Experiment, workdir: Path, given: set[str]) -> FitResult:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    shapes = jax.eval_shape(lambda: initial.params)
-    processes.from_writer(
-        lambda: records.claim_workdir(workdir, experiment.config, given, params=shapes)
-    )
-    data = tasks.data
+    shapes, data = jax.eval_shape(lambda: initial.params), tasks.data
     if mesh is not None:
         initial, data = place(initial, data, mesh, per_task=True)
-    result = fit(
-        initial,
-        make_train_loop(outer_step),
-        data,
-        config=experiment.loop,
-        workdir=workdir,
-        tasks_per_step=run["task_batch"],
-        validate=validate,
-        objective=selection,
-        learner_config=learner.config,
-        keep_state=False,
-    )
-    if processes.is_writer():
-        curve = workdir / "learning_curve.png"
-        pictures.learning_curve(read_metrics(workdir), curve, objective=selection)
-    return result
+    with lock_workdir(workdir):
+        processes.from_writer(
+            lambda: records.claim_workdir(workdir, experiment.config, given, params=shapes)
+        )
+        result = fit(
+            initial,
+            make_train_loop(outer_step),
+            data,
+            config=experiment.loop,
+            workdir=workdir,
+            tasks_per_step=run["task_batch"],
+            validate=validate,
+            objective=selection,
+            learner_config=learner.config,
+            keep_state=False,
+        )
+        if processes.is_writer():
+            curve = workdir / "learning_curve.png"
+            pictures.learning_curve(read_metrics(workdir), curve, objective=selection)
+        return result
 
 
 def make_validate(experiment: Experiment) -> Callable[[TrainState], dict[str, float]]:
@@ -437,10 +437,9 @@ def main(arguments: list[str]) -> None:
     folder = local_path(FLAGS.workdir or FLAGS.weights)
     experiment = build_experiment(FLAGS)
     if FLAGS.workdir:
-        with only_writer(folder):
-            trained = train(experiment, folder, records.given_flags(FLAGS))
-            if trained.finished:
-                report(experiment, folder, averaged_params(trained.train_state))
+        trained = train(experiment, folder, records.given_flags(FLAGS))
+        if trained.finished:
+            report(experiment, folder, averaged_params(trained.train_state))
         return
     if not read_record(folder)["run"]["eval_every"]:
         raise UsageError(f"the run of {folder} had no validation, so it left no best checkpoint")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import ledger
-from meta_jax.training.pictures import new_figure, write_figure
+from meta_jax.training.figures import finish_figure, new_figure
 
 PICTURE = ledger.ROOT / "results" / "omniglot.png"
 _OURS, _PAPER, _RERUN = "#1f77b4", "#d95f02", "#2a9d3f"
@@ -60,4 +60,4 @@ def draw(rows: Sequence[dict], path: Path = PICTURE) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = found[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    write_figure(figure, path)
+    finish_figure(figure, path)

@@ -18,8 +18,7 @@ from meta_jax.core import PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.shapes import shape_difference
 from meta_jax.training.checkpoints import latest_step
-from meta_jax.training.record import read_config, write_config
-from meta_jax.training.workdir import is_unused
+from meta_jax.training.record import CONFIG_FILE, read_config, write_config
 
 _GROWS = ("steps", "seeds")
 
@@ -47,7 +46,7 @@ def claim_workdir(
       UsageError: the workdir holds something else, or was trained with other settings.
     """
     if not (workdir / "config.json").exists():
-        if not is_unused(workdir):
+        if not _is_unused(workdir):
             raise UsageError(f"{workdir} is not empty and no workdir of ours: name another one")
         write_config(workdir, config)
         return
@@ -61,6 +60,14 @@ def claim_workdir(
     if changed:
         entry = {"step": _reached(workdir), "changed": changed}
         write_config(workdir, {**config, "history": [*found.get("history", []), entry]})
+
+
+def _is_unused(workdir: Path) -> bool:
+    """Whether a folder is absent, or holds nothing but a record whose writing was cut short."""
+    if not workdir.exists():
+        return True
+    unfinished = f"{CONFIG_FILE}.new"
+    return workdir.is_dir() and all(path.name == unfinished for path in workdir.iterdir())
 
 
 def _reached(workdir: Path) -> int:
@@ -98,7 +105,7 @@ def default_workdir(
     """
     first = path = parent / run_name(config)
     number = 1
-    while not is_unused(path):
+    while not _is_unused(path):
         if _same_run(path, config, given):
             return path, "goes on, since its settings are the same"
         number += 1
@@ -172,7 +179,7 @@ def _keeps_optimizer_state(
         ours, theirs = (
             jax.eval_shape(_recorded_optimizer(config).init, params) for config in (found, wanted)
         )
-    except (TypeError, ValueError):  # an optimizer of somebody's own that has changed since
+    except (TypeError, ValueError, KeyError):  # somebody's own that has changed since, or damage
         return False
     return jax.tree.structure(ours) == jax.tree.structure(theirs) and not shape_difference(
         ours, theirs

@@ -18,15 +18,17 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import ledger, ledger_picture, records, returns, run_flags, runs, testing
+from experiments import folder_tests, ledger, ledger_picture, records, returns, run_flags, runs
 from experiments.command_line import run_main
 from experiments.plan import make_plan, run_until
+from experiments.reports import Result
 from experiments.rows import ROWS, Row
+from experiments.testing import Asked, score_text
 from experiments.weights import without_classifier
 from meta_jax.lookup import UsageError
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import load, save_trained
-from meta_jax.training.workdir import only_writer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("runs", "runs", "Folder for the workdirs of the trainings.")
@@ -105,11 +107,11 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
         minutes = round(result["seconds"] / 60, 1)
         _ship_weights(workdir, weights)
     if row.official:
-        found = testing.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
+        found = folder_tests.evaluate_trials(weights, FLAGS.trials, settings=row.settings())
     else:
-        found = testing.evaluate(
+        found = folder_tests.evaluate(
             weights,
-            testing.Asked(episodes=row.number),
+            Asked(episodes=row.number),
             size=row.size(),
             settings=row.settings(),
             data_dir=FLAGS.data_dir,
@@ -122,7 +124,7 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
     score, objective = found.tested.metrics[row.metric], found.tested.objective
     paper = "" if row.paper is None else f"; the paper reports {row.paper:g}"
     print(
-        f"{name}: test {row.metric} {testing.score_text(score, objective)} "
+        f"{name}: test {row.metric} {score_text(score, objective)} "
         f"(normalisation {found.record['normalisation']}){paper}",
         flush=True,
     )
@@ -144,7 +146,7 @@ def _trained(model: str, workdir: Path, ends: float | None) -> dict | None:
     if path.exists():
         values = run_flags.run_values(train)
         config = runs.build_run(values, runs.load_tasks(values)).config
-        with only_writer(workdir):
+        with lock_workdir(workdir):
             records.claim_workdir(workdir, config, records.given_flags(values))
     else:
         # A process of its own: flags are global, and the training's memory is given back.
@@ -172,7 +174,7 @@ def _minutes_on_record(model: str) -> float:
     raise UsageError(f"no weights of {model} are shipped: leave --shipped out to train them")
 
 
-def _ledger_row(name: str, row: Row, found: testing.Result, minutes: float, commit: str) -> dict:
+def _ledger_row(name: str, row: Row, found: Result, minutes: float, commit: str) -> dict:
     record = found.record
     return {
         "row": name,

@@ -8,13 +8,13 @@ from experiments.command_line import Chosen, parse
 from meta_jax import registry
 from meta_jax.data.source import find_source
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import LARGEST_INT
 from meta_jax.registry import Component, Kind
 
 SELECTIONS = ("learner", "network", "tasks", "optimizer")
 # Parameters of a learner that its tasks give: no flags.
 GIVEN_TO_LEARNERS = ("objective", "train_classes")
 _NETWORK_OF_VECTORS = "mlp"
-_LARGEST = 2**31 - 1  # steps and seeds are counted in 32 bits
 
 
 def define_run_flags(values: flags.FlagValues) -> None:
@@ -24,7 +24,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, text, values)
 
     def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
-        flags.DEFINE_integer(name, default, text, lower_bound, _LARGEST, flag_values=values)
+        flags.DEFINE_integer(name, default, text, lower_bound, LARGEST_INT, flag_values=values)
 
     string("learner", "prototypical", f"Meta-learning method: {choices('learner')}.")
     string(
@@ -50,7 +50,12 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("train_queries", None, "Query examples in training, by default as in tests.")
     string("train_split", "train", "Split to train on, such as train or trainval.")
     integer("task_batch", 1, "Tasks of an outer step.")
-    integer("task_chunk", None, "Tasks vmapped at a time, by default 1 on a CPU, all elsewhere.")
+    integer(
+        "task_chunk",
+        None,
+        "Tasks vmapped at a time, on all devices together: at least one on each. By default one on "
+        "each device of a CPU, all elsewhere.",
+    )
     integer("steps", 1000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
@@ -67,13 +72,16 @@ def define_run_flags(values: flags.FlagValues) -> None:
 
 def define_test_flags(values: flags.FlagValues) -> None:
     """Defines the flags of a test that change nothing of a run."""
-    flags.DEFINE_integer("eval_episodes", 1000, "Episodes of the test.", 2, flag_values=values)
+    flags.DEFINE_integer(
+        "eval_episodes", 1000, "Episodes of the test.", 2, LARGEST_INT, flag_values=values
+    )
     flags.DEFINE_integer(
         "eval_chunk",
         None,
         "Episodes that a device evaluates at a time, which changes memory and time alone; by "
         "default 1 on a CPU, elsewhere up to 32, as many as fit 12 GB.",
         1,
+        LARGEST_INT,
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -1,5 +1,6 @@
 """What a training run is made of, built from its flags."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from experiments.command_line import Chosen, given_settings, resolved_settings
 from meta_jax import registry
 from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_source
+from meta_jax.host import check_memory, device_memory
 from meta_jax.lookup import UsageError
 from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
@@ -81,8 +83,11 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
         training, validation, testing = _tasks_by_use(source, run)
         if _trains_on_all_classes(values) and training.objective.kind == "classification":
             training = all_classes(training)
+        check_used(values, training)
         network = fitting_network(values, training)
         body = build_network(values, network) if network else None
+        if network and body and values.network:
+            check_inputs(body, network.component.name, training)
         learner = build_learner(values, body, training)
         optimizer, optimizer_record = build_optimizer(values, learner.updates_per_step)
         mesh = image_mesh(network, values.task_batch)
@@ -91,6 +96,7 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
             sharing = build_network(values, network, mesh)
             training_learner = build_learner(values, sharing, training)
         check_sizes(learner, values.learner, training, testing, run)
+        check_memory_of_run(learner, training, testing, run)
         config = make_config(
             learner,
             training,
@@ -204,6 +210,40 @@ def example_task(tasks: Tasks) -> Any:
     return jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
 
 
+def check_used(values: flags.FlagValues, tasks: Tasks) -> None:
+    """Refuses sizes of an episode that its tasks do not have.
+
+    Raises:
+      UsageError: a number of classes is given, and the tasks have none.
+    """
+    if tasks.objective.kind == "classification":
+        return
+    for name in ("ways", "train_ways"):
+        if values[name].present:
+            raise UsageError(
+                f"--{name}={values[name].value} is of no use: {run_flags.tasks_name(values)} "
+                "has no classes, so leave it out"
+            )
+
+
+def check_inputs(network: Network, name: str, tasks: Tasks) -> None:
+    """Refuses a network that cannot embed the inputs of its tasks.
+
+    Args:
+      network: The network.
+      name: Its name in messages.
+      tasks: The tasks.
+
+    Raises:
+      UsageError: it does not take inputs of these shapes.
+    """
+    x = example_inputs(tasks)
+    if x is not None and not takes(network, x):
+        raise UsageError(
+            f"{name} does not take inputs {describe_task(x)}: choose another network or other tasks"
+        )
+
+
 def takes(network: Network, x: PyTree) -> bool:
     """Whether a network can embed inputs of some shapes; images that are too small it can.
 
@@ -296,6 +336,53 @@ def check_sizes(
             f"{name} has parameters whose shapes follow the size of an episode ({difference}): "
             f"{' or '.join(other)}"
         )
+
+
+_TRAINING_COPIES = 4  # the parameters, their gradient, and two moments of an optimizer
+_EPISODE_BYTES = 32  # of a validation's episode or a step's task: two random keys, a few metrics
+
+
+def check_memory_of_run(
+    learner: MetaLearner, training: Tasks, testing: Tasks, run: Mapping[str, Any]
+) -> None:
+    """Refuses what cannot fit the memory whatever is done: a lower bound of each part alone.
+
+    Args:
+      learner: The learner.
+      training, testing: Its tasks.
+      run: The record of the run.
+
+    Raises:
+      UsageError: something needs more than there is; the message has both numbers.
+    """
+    available = device_memory()
+    params = _TRAINING_COPIES * _bytes(initial_shapes(learner, training))
+    remedy = "choose fewer units, features or layers"
+    check_memory("the learner", params, remedy, available=available)
+    for prefix, tasks in (("train_", training), ("", testing)):
+        sizes = ", ".join(f"{prefix}{n}={run[prefix + n]}" for n in EpisodeSize._fields)
+        needed = _bytes(example_task(tasks))
+        check_memory(f"an episode of {sizes}", needed, "choose fewer", available=available)
+    for name in ("task_batch", "val_episodes"):
+        check_episodes(name, run[name])
+
+
+def check_episodes(name: str, number: int) -> None:
+    """Refuses more episodes than the memory holds keys of.
+
+    Args:
+      name: Name of the setting.
+      number: Its value.
+
+    Raises:
+      UsageError: there are too many.
+    """
+    needed = _EPISODE_BYTES * number
+    check_memory(f"{name}={number}", needed, "choose fewer", available=device_memory())
+
+
+def _bytes(shapes: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def initial_shapes(learner: MetaLearner, tasks: Tasks) -> PyTree:

@@ -8,6 +8,7 @@ import jax
 from absl import flags
 
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import LARGEST_INT
 
 _WHERE = ("coordinator_address", "num_processes", "process_id")
 
@@ -26,10 +27,20 @@ def define_flags(values: flags.FlagValues) -> None:
         "coordinator_address", None, "HOST:PORT of the first process, with --distributed.", values
     )
     flags.DEFINE_integer(
-        "num_processes", None, "How many processes there are, with --distributed.", 1, None, values
+        "num_processes",
+        None,
+        "How many processes there are, with --distributed.",
+        1,
+        LARGEST_INT,
+        values,
     )
     flags.DEFINE_integer(
-        "process_id", None, "Number of this process, from 0, with --distributed.", 0, None, values
+        "process_id",
+        None,
+        "Number of this process, from 0, with --distributed.",
+        0,
+        LARGEST_INT,
+        values,
     )
 
 

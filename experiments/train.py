@@ -20,16 +20,19 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import records, run_flags, runs, several_processes, testing
+from experiments import records, reports, run_flags, runs, seed_reports, several_processes, testing
 from experiments.command_line import run_main
-from experiments.testing import Asked, Result, Tested
+from experiments.reports import Result
+from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.ranges import LARGEST_INT
 from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures, processes
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.evaluation import make_validate
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, Validate, fit
 from meta_jax.training.outer_step import (
     TrainLoop,
@@ -42,7 +45,6 @@ from meta_jax.training.outer_step import (
 )
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import Trained, load, load_parameters
-from meta_jax.training.workdir import only_writer
 from meta_jax.training.writers import read_metrics, write_text
 
 FLAGS = flags.FLAGS
@@ -68,6 +70,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "Trainings, from --seed on, each in a folder of the workdir; with several, their mean and "
         "spread are reported.",
         1,
+        LARGEST_INT,
         flag_values=values,
     )
 
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> int:
     # Everything that can be refused is refused before anything is written.
     run = runs.build_run(FLAGS, runs.load_tasks(FLAGS))
     asked = Asked("test", FLAGS.eval_episodes, chunk=FLAGS.eval_chunk)
+    runs.check_episodes("eval_episodes", asked.episodes)
+    check_seeds(FLAGS.seed, FLAGS.seeds)
     try:
         program = build_program(run, asked)
     except ValueError as error:
@@ -107,10 +112,22 @@ def main(arguments: list[str]) -> int:
         return _STOPPED if result is None else 0
     folders = {seed: workdir / f"seed_{seed}" for seed in records.seeds_of(config)}
     program = start_from_weights(run, program, list(folders.values()))
-    with only_writer(workdir):
+    with lock_workdir(workdir):
         processes.from_writer(lambda: records.claim_workdir(workdir, config, given))
         finished = train_seeds(run, program, folders, asked, given)
     return 0 if finished else _STOPPED
+
+
+def check_seeds(first: int, number: int) -> None:
+    """Refuses seeds that have no 32 bits.
+
+    Raises:
+      UsageError: the last of them is too large.
+    """
+    if first + number - 1 > LARGEST_INT:
+        raise UsageError(
+            f"--seed={first} and --seeds={number} reach beyond {LARGEST_INT}: choose smaller ones"
+        )
 
 
 def choose_workdir(name: str | None, config: dict[str, Any], given: Collection[str]) -> Path:
@@ -340,7 +357,7 @@ def train_and_test(
     run: runs.Run, program: Program, workdir: Path, asked: Asked, given: Collection[str]
 ) -> Result | None:
     """Trains one seed and tests it; None where it was stopped."""
-    with only_writer(workdir):
+    with lock_workdir(workdir):
         params = runs.initial_shapes(run.learner, run.training)[0]
         processes.from_writer(
             lambda: records.claim_workdir(workdir, run.config, given, params=params)
@@ -380,11 +397,11 @@ def train_seeds(
                 return False
             record = result.record
         found[seed] = record
-    whole = testing.over_seeds(found, run.training.objective)
+    whole = seed_reports.over_seeds(found, run.training.objective)
     if processes.is_writer():
         workdir = folders[min(folders)].parent
         write_text(workdir / "result.json", json.dumps(whole, indent=1) + "\n")
-    print(testing.seeds_line(whole, run.training.objective))
+    print(seed_reports.seeds_line(whole, run.training.objective))
     return True
 
 
@@ -402,9 +419,15 @@ def train(run: runs.Run, program: Program, workdir: Path) -> FitResult:
         learner_config=run.learner.config,
     )
     if processes.is_writer():
-        curve = workdir / "learning_curve.png"
-        pictures.learning_curve(read_metrics(workdir), curve, objective=run.training.objective)
+        _draw_curve(run, workdir)
     return fitted
+
+
+def _draw_curve(run: runs.Run, workdir: Path) -> None:
+    lines = read_metrics(workdir)
+    if lines:  # somebody may have deleted the file of a finished run
+        path = workdir / "learning_curve.png"
+        pictures.learning_curve(lines, path, objective=run.training.objective)
 
 
 def report(
@@ -420,7 +443,7 @@ def report(
         )
     )
     test = program.test
-    found = testing.result(run.config, test(params, state), asked, seconds=fitted.seconds)
+    found = reports.result(run.config, test(params, state), asked, seconds=fitted.seconds)
     beside = {"untrained": test(program.untrained.params, program.untrained.state)}
     if not found.tested.instances:
         beside |= testing.test_baselines(run.source, run.testing, asked)
@@ -433,11 +456,11 @@ def _write_report(
     run: runs.Run, learned: tuple, found: Result, beside: dict[str, Tested], workdir: Path
 ) -> None:
     """Draws what can be drawn, writes the results and prints them."""
-    text = f"{testing.line(found)}; untrained network {beside['untrained'].text()}"
+    text = f"{reports.line(found)}; untrained network {beside['untrained'].text()}"
     if found.tested.instances:
         text += "\n" + _report_instances(found.tested, beside["untrained"], workdir)
     else:
-        text += testing.beside_text({n: t for n, t in beside.items() if n != "untrained"})
+        text += reports.beside_text({n: t for n, t in beside.items() if n != "untrained"})
     if run.testing.objective.kind == "control":
         draw_trials(run.learner, learned, run.testing, workdir)
     else:
@@ -456,7 +479,7 @@ def _report_instances(tested: Tested, untrained: Tested, workdir: Path) -> str:
     """Draws the metric at each instance of a class, and returns it as a table."""
     curves = {"trained": tested.instances, "untrained": untrained.instances}
     pictures.instance_curve(curves, workdir / "instances.png")
-    return testing.instance_table(curves)
+    return reports.instance_table(curves)
 
 
 def _draw_episode(run: runs.Run, learned: tuple, path: Path) -> None:

@@ -17,8 +17,6 @@ the learners, the networks and the outer loop; the rest is in namespaces:
 - `training`: outer steps, evaluation, checkpoints, optimizers and pictures.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from meta_jax import (
     data,
     heads,
@@ -85,11 +83,7 @@ from meta_jax.training import (
     make_outer_step,
     make_train_loop,
 )
-
-try:
-    __version__ = version("meta_jax")
-except PackageNotFoundError:  # run from a folder that was never installed
-    __version__ = "unknown"
+from meta_jax.version import __version__ as __version__
 
 __all__ = [
     "Batch",

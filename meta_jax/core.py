@@ -106,6 +106,29 @@ class ObjectiveLoss(Protocol):
         ...
 
 
+def check_episode(episode: Episode) -> None:
+    """Refuses an episode whose queries have another form than its support set.
+
+    Args:
+      episode: The episode.
+
+    Raises:
+      ValueError: a batch is not what `check_batch` asks for, or the examples or the targets of the
+        two differ in structure or shape.
+    """
+    forms = []
+    for name, batch in zip(Episode._fields, episode, strict=True):
+        check_batch(batch, name)
+        forms.append(jax.tree.map(lambda leaf: tuple(leaf.shape[1:]), (batch.x, batch.y)))
+    for part, support, query in zip(("x", "y"), *forms, strict=True):
+        if support != query:
+            remedy = ": turn labels into one-hot ones of the same ways" if part == "y" else ""
+            raise ValueError(
+                f"{part} of each example must have one shape in an episode, but for support it is "
+                f"{support}, and for query {query}{remedy}"
+            )
+
+
 class Objective(NamedTuple):
     """What is asked of the outputs, and what is better.
 
@@ -378,7 +401,7 @@ def supervised_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Los
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_batch(Batch(x, y, mask), "query")
+        check_episode(task)
         adapted = adapt(params, state, support, adapt_key, train=True)
         outputs, state = predict(params, adapted, x, predict_key, train=True, mask=mask)
         value, metrics = objective.loss(outputs, y, mask)
@@ -396,7 +419,7 @@ def supervised_evaluate(adapt: Adapt, predict: Predict, objective: Objective) ->
     def evaluate(params: PyTree, state: PyTree, task: Episode, key: Array) -> Metrics:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_batch(Batch(x, y, mask), "query")
+        check_episode(task)
         adapted = adapt(params, state, support, adapt_key, train=False)
         outputs, _ = predict(params, adapted, x, predict_key, train=False, mask=mask)
         loss, metrics = objective.loss(outputs, y, mask)

@@ -48,7 +48,7 @@ def _eliminate_row(
     scale = jnp.where(pivot > least, jax.lax.rsqrt(jnp.where(pivot > least, pivot, 1)), 0)
     column = jnp.where(jnp.arange(len(matrix)) >= j, matrix[:, j] * scale, 0)
     row = right[j] * scale
-    left = matrix - column[:, None] * column, right - column[:, None] * row
+    left = matrix - column[:, None] * column[None], right - column[:, None] * row[None]
     return left, (column, row)
 
 

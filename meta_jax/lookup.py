@@ -41,6 +41,32 @@ def load_attribute(path: str) -> Any:
         raise UsageError(f"{path}: module '{module}' has no '{attribute}'") from error
 
 
+def import_extra(module: str, extra: str, needed_by: str) -> Any:
+    """Imports a module that is no core dependency.
+
+    Args:
+      module: Name of the module.
+      extra: Extra of this package that installs it.
+      needed_by: What needs it, as the message calls it.
+
+    Raises:
+      UsageError: it is not installed.
+
+    Examples:
+      >>> import_extra("no_such_module", "data", "tfds:mnist")
+      Traceback (most recent call last):
+      meta_jax.lookup.UsageError: tfds:mnist needs no_such_module, which is not installed: ...
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # it is there, and something else is not
+            raise
+        raise UsageError(
+            f"{needed_by} needs {module}, which is not installed: pip install 'meta_jax[{extra}]'"
+        ) from error
+
+
 def local_path(path: str | os.PathLike) -> Path:
     """A path on this machine, with '~' replaced by the home folder.
 
@@ -51,8 +77,8 @@ def local_path(path: str | os.PathLike) -> Path:
       The path; nothing is looked up on the disk.
 
     Raises:
-      UsageError: the address of a remote store, which would silently become a local folder; or '~'
-        where there is no home folder.
+      UsageError: the address of a remote store, which would silently become a local folder; a NUL
+        character in it; or '~' where there is no home folder.
 
     Examples:
       >>> local_path("runs/glyphs").as_posix()
@@ -67,6 +93,8 @@ def local_path(path: str | os.PathLike) -> Path:
             f"{text} is no local path: mount the store, and name the folder where it is mounted, "
             "or copy the files to this machine"
         )
+    if "\0" in text:
+        raise UsageError(f"{text!r} holds a NUL character, which no path can: name another path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -10,6 +10,30 @@ from meta_jax.core import Array, Batch, Metrics, Objective, PyTree, check_mask
 from meta_jax.core import check_batch as check_batch
 from meta_jax.lookup import UsageError, load_attribute
 
+__all__ = [
+    "Gaussian",
+    "as_objective",
+    "as_real",
+    "check_batch",
+    "check_kind",
+    "check_outputs",
+    "check_several_ways",
+    "check_targets",
+    "cross_entropy",
+    "cross_entropy_loss",
+    "gaussian",
+    "gaussian_likelihood",
+    "gaussian_likelihood_loss",
+    "masked_mean",
+    "row_mask",
+    "squared_error",
+    "squared_error_loss",
+    "target_kind",
+    "tree_rows",
+    "trial_return",
+    "without_padding",
+]
+
 _WITHIN_95 = 1.959964  # of a standard normal, 95 % lie within plus and minus this
 
 
@@ -233,10 +257,13 @@ def _no_loss(outputs: PyTree, y: PyTree, mask: Array | None, /) -> tuple[Array, 
     )
 
 
+#: The objective of classification: `cross_entropy_loss`; more accuracy is better.
 cross_entropy = Objective(
     cross_entropy_loss, "accuracy", True, "classification", "%", "cross_entropy"
 )
+#: The objective of regression: `squared_error_loss`; less of it is better.
 squared_error = Objective(squared_error_loss, "mse", False, "regression", "", "squared_error")
+#: The objective of regression with a scale: `gaussian_likelihood_loss`; more likelihood is better.
 gaussian_likelihood = Objective(
     gaussian_likelihood_loss,
     "log_likelihood",
@@ -246,6 +273,7 @@ gaussian_likelihood = Objective(
     "gaussian_likelihood",
     "gaussian",
 )
+#: The objective of reinforcement learning: more return of a trial is better.
 trial_return = Objective(_no_loss, "return", True, "control", "", "trial_return")
 _NAMED = {o.name: o for o in (cross_entropy, squared_error, gaussian_likelihood, trial_return)}
 

@@ -14,14 +14,33 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 
 from meta_jax.backend import compiled_when_called
+from meta_jax.citations import cite
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
+from meta_jax.ranges import Range, check_ranges
+
+__all__ = [
+    "Component",
+    "Setting",
+    "build",
+    "build_optimizer",
+    "cite",
+    "component",
+    "find",
+    "learner",
+    "names",
+    "network",
+    "optimizer",
+    "settings",
+    "summary",
+    "tasks",
+]
 
 Kind = Literal["learner", "network", "tasks", "optimizer", "rule", "family", "estimator"]
 P = ParamSpec("P")
@@ -31,27 +50,49 @@ Default = Callable[[Network | None, Objective], Any]
 
 
 class Setting(NamedTuple):
-    """One keyword parameter of a factory that a flag can set."""
+    """One keyword parameter of a factory that a flag can set.
+
+    Attributes:
+      name: Name of the parameter.
+      type: Type: bool, int, float, str, or tuple for several ints.
+      default: Default; `inspect.Parameter.empty` where it must be given.
+      choices: Values of a Literal, else ().
+      optional: Whether None is a value.
+      doc: Sentences on it in the docstring.
+      range: Numbers that it may have, where the annotation says.
+    """
 
     name: str
-    type: type  # bool, int, float, str, or tuple for several ints
-    default: Any  # inspect.Parameter.empty where it must be given
-    choices: tuple[Any, ...]  # of a Literal, else ()
-    optional: bool  # whether None is a value
-    doc: str  # the sentences of the docstring
+    type: type
+    default: Any
+    choices: tuple[Any, ...]
+    optional: bool
+    doc: str
+    range: Range | None = None
 
 
 class Component(NamedTuple):
-    """A factory and how it is found."""
+    """A factory and how it is found.
+
+    Attributes:
+      kind: Kind of the component.
+      name: Name as registered, or 'package.module:function'.
+      factory: Function of its settings that builds it.
+      network: A learner's usual network; None where it has its own.
+      normalisation: A learner's usual normalisation.
+      optimizer: A learner's usual outer optimizer.
+      run: Usual settings of a run with it, such as {"task_batch": 16}.
+      tasks: A learner's usual tasks.
+    """
 
     kind: Kind
-    name: str  # as registered, or 'package.module:function'
+    name: str
     factory: Callable[..., Any]
-    network: str | None  # a learner's usual network; None where it has its own
-    normalisation: str | None  # a learner's usual normalisation
-    optimizer: str | None  # a learner's usual outer optimizer
-    run: Mapping[str, int] = {}  # usual settings of a run with it, such as {"task_batch": 16}
-    tasks: str = "glyphs"  # a learner's usual tasks
+    network: str | None
+    normalisation: str | None
+    optimizer: str | None
+    run: Mapping[str, int] = {}
+    tasks: str = "glyphs"
 
 
 _REGISTERED: dict[tuple[Kind, str], Component] = {}
@@ -131,10 +172,28 @@ def component(kind: Kind, name: str) -> Callable[[Callable[P, R]], Callable[P, R
     """Registers a factory of another kind: task sources, optimizers and what else has a flag."""
 
     def decorate(factory: Callable[P, R]) -> Callable[P, R]:
-        _register(Component(kind, name, factory, None, None, None))
-        return factory
+        checked = with_ranges(factory, name)
+        _register(Component(kind, name, checked, None, None, None))
+        return checked
 
     return decorate
+
+
+def with_ranges(factory: Callable[P, R], name: str) -> Callable[P, R]:
+    """A factory that refuses settings out of the ranges in its annotations.
+
+    Args:
+      factory: The factory.
+      name: Its name in messages.
+    """
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_ranges(name, signature.bind(*args, **kwargs).arguments, ranges(factory))
+        return factory(*args, **kwargs)
+
+    return build
 
 
 def tasks(
@@ -193,6 +252,7 @@ def _configured(
         for setting, default in (defaults or {}).items():
             if given.get(setting) is None:
                 given[setting] = default(network, given["objective"])
+        check_ranges(name, given, ranges(factory))
         bound.arguments.update(given)
         built = factory(*bound.args, **bound.kwargs)
         if "config" not in getattr(built, "_fields", ()):
@@ -277,7 +337,7 @@ def find(kind: Kind, name: str) -> Component:
 
     Args:
       kind: Kind of the component.
-      name: As registered, or 'package.module:function' for somebody's own.
+      name: Name as registered, or 'package.module:function' for somebody's own.
 
     Returns:
       The component. A function of somebody's own that is not registered as a learner is used with
@@ -358,7 +418,7 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
       reserved: Names of parameters that somebody else gives, such as 'objective'.
     """
     factory = component.factory
-    hints = _type_hints(component)
+    hints = _type_hints(factory, component.name)
     docs = argument_docs(factory)
     found = {}
     for name, parameter in parameters(factory).items():
@@ -369,9 +429,9 @@ def settings(component: Component, *, reserved: tuple[str, ...] = ()) -> dict[st
         read = _read_type(hints.get(name, usual or type(parameter.default)))
         if read is not None:
             kind, choices, optional = read
-            found[name] = Setting(
-                name, kind, parameter.default, choices, optional, docs.get(name, "")
-            )
+            allowed = _range_of(hints.get(name))
+            doc = docs.get(name, "")
+            found[name] = Setting(name, kind, parameter.default, choices, optional, doc, allowed)
     return found
 
 
@@ -382,16 +442,45 @@ _NO_SETTING = (
 )
 
 
-def _type_hints(component: Component) -> dict[str, Any]:
-    factory = inspect.unwrap(component.factory)
+def _type_hints(factory: Callable[..., Any], name: str) -> dict[str, Any]:
+    factory = inspect.unwrap(factory)
     while isinstance(factory, functools.partial):
         factory = factory.func
     try:
-        return typing.get_type_hints(factory)
+        return typing.get_type_hints(factory, include_extras=True)
     except (NameError, TypeError) as error:
         raise UsageError(
-            f"the annotations of {component.name} cannot be read ({error}): correct them"
+            f"the annotations of {name} cannot be read ({error}): correct them"
         ) from error
+
+
+@functools.cache
+def ranges(factory: Callable[..., Any]) -> Mapping[str, Range]:
+    """The ranges of a factory's settings by name, from its annotations.
+
+    Raises:
+      UsageError: the annotations cannot be read.
+    """
+    name = getattr(factory, "__name__", type(factory).__name__)
+    hints = _type_hints(factory, name)
+    found = {setting: _range_of(hint) for setting, hint in hints.items()}
+    return {setting: allowed for setting, allowed in found.items() if allowed is not None}
+
+
+def _range_of(annotation: Any) -> Range | None:
+    """The range in an annotation such as `Positive | None`; None where it has none."""
+    for member in _members(annotation):
+        for extra in getattr(member, "__metadata__", ()):
+            if isinstance(extra, Range):
+                return extra
+    return None
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union is of; others alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return list(typing.get_args(annotation))
+    return [annotation]
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -423,11 +512,11 @@ def build_optimizer(found: Component, steps: int, given: Mapping[str, Any]) -> A
 
 def _read_type(annotation: Any) -> tuple[type, tuple[Any, ...], bool] | None:
     """(type, choices, whether None is allowed) of an annotation; None where no flag can say it."""
-    members = [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        members = list(typing.get_args(annotation))
+    members = _members(annotation)
     optional = type(None) in members
     for member in members:
+        if typing.get_origin(member) is Annotated:
+            member = typing.get_args(member)[0]
         if typing.get_origin(member) is Literal:
             return str, typing.get_args(member), optional
         if member in (bool, int, float, str):

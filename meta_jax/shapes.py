@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from meta_jax.core import PyTree
+from meta_jax.core import Array, PyTree
 
 
 def shape_difference(first: PyTree, second: PyTree) -> str:
@@ -32,6 +33,23 @@ def shape_difference(first: PyTree, second: PyTree) -> str:
         if there != here:
             return f"{there} and {here} at {path}"
     return ""
+
+
+def with_rank(v: Array, x: Array) -> Array:
+    """v with axes of length one in front, as many as x has more: to broadcast in plain sight.
+
+    So `jax_numpy_rank_promotion='raise'`, which finds what broadcasts by mistake, finds nothing.
+
+    Args:
+      v: Array of the last axes of x, such as a bias [features].
+      x: Array [..., features].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> with_rank(jnp.zeros(3), jnp.zeros((5, 2, 3))).shape
+      (1, 1, 3)
+    """
+    return jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
 
 
 def take_rows(tree: PyTree, rows: Any) -> PyTree:

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.lowering import share_the_context
+
 ROOT = Path(__file__).parents[1]
 
 # Compilation is most of the time, and commands after the first find what it compiled.
@@ -25,7 +27,7 @@ QUICK = {
 }
 # What the binaries import, at once or where they use it. Binaries that define flags when they are
 # imported are not among them: a second definition, that of the binary which runs, is an error.
-_IMPORTED = (
+IMPORTED = (
     *("experiments.train", "experiments.records", "meta_jax.training.learned_rules"),
     *("orbax.checkpoint", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image"),
 )
@@ -94,8 +96,9 @@ def serve(jobs, answers) -> None:
       jobs: Binary file with a job in each line; it ends the server.
       answers: Binary file for a status in each line.
     """
-    for name in _IMPORTED:
+    for name in IMPORTED:
         importlib.import_module(name)
+    share_the_context()
     gc.freeze()  # else a child looks through all that is imported when it ends: half a second
     while line := jobs.readline():
         child = os.fork()

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.lowering import share_the_context
+
 _XLA_FLAGS = (
     # Tests compile thousands of small programs, and XLA's older code generator for CPUs takes a
     # third of the time. A jaxlib without it ignores the option.
@@ -27,9 +29,10 @@ collect_ignore_glob = ["golden/*.py"]
 
 
 def pytest_sessionstart() -> None:
-    """Garbage is collected seldom: what tests trace is large and lives long."""
+    """Garbage is collected seldom (what tests trace is large and lives long); lowering is quick."""
     gc.freeze()
     gc.set_threshold(200_000, 10, 10)
+    share_the_context()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -53,7 +53,7 @@ def sample(key, data):
     return Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
 
 
-def train(workdir: Path, name: str, *, steps: int = STEPS, during=lambda step: None) -> FitResult:
+def train(workdir: Path, name: str, *, during=lambda step: None, say=print) -> FitResult:
     """Trains on all devices of all processes; `during` is called with the step before each call."""
     learner = LEARNERS[name](mlp((8,)))
     tasks = Tasks(sample, jax.random.normal(jax.random.key(1), (7, 4)), cross_entropy)
@@ -72,12 +72,13 @@ def train(workdir: Path, name: str, *, steps: int = STEPS, during=lambda step: N
         start,
         train_loop,
         data,
-        config=LoopConfig(steps, log_every=2, eval_every=10, checkpoint_every=4),
+        config=LoopConfig(STEPS, log_every=2, eval_every=10, checkpoint_every=4),
         workdir=workdir,
         tasks_per_step=TASK_BATCH,
         validate=make_validate(learner, tasks, episodes=EPISODES, mesh=task_mesh(EPISODES)),
         objective=cross_entropy,
         learner_config=learner.config,
+        say=say,
     )
 
 

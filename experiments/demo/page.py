@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.demo import answers
 from experiments.demo.answers import Picture, Settings
 from experiments.demo.sketchpad import sketchpad
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, import_extra
 from meta_jax.training.checkpoints import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,15 +66,7 @@ def import_gradio(uploads: str) -> Any:
     # Gradio asks its own server whether it runs, which no proxy could tell.
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
-    try:
-        import gradio  # pyrefly: ignore[missing-import]
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UsageError(
-            "the demo page needs Gradio, which is not installed: pip install 'meta_jax[demo]'"
-        ) from error
-    return gradio
+    return import_extra("gradio", "demo", "the demo page")
 
 
 def check_port(port: int) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, Batch, Episode, PyTree, Sample
+from meta_jax.shapes import with_rank
 
 Augment = Literal["none", "affine"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augment)
@@ -113,8 +114,9 @@ def _transform(image: Array, matrix: Array, shift: Array) -> Array:
     height, width, channels = image.shape
     centre = jnp.array([(width - 1) / 2, (height - 1) / 2])
     rows, columns = jnp.mgrid[:height, :width]
-    place = jnp.stack([columns, rows], -1) - centre - shift
-    x, y = jnp.moveaxis(place @ jnp.linalg.inv(matrix).T + centre, -1, 0)
+    place = jnp.stack([columns, rows], -1)
+    place = place - with_rank(centre, place) - with_rank(shift, place)
+    x, y = jnp.moveaxis(place @ jnp.linalg.inv(matrix).T + with_rank(centre, place), -1, 0)
     return jnp.stack(
         [
             jax.scipy.ndimage.map_coordinates(image[:, :, c], [y, x], order=1, mode="nearest")

@@ -51,17 +51,28 @@ class Dataset:
 
 
 class Split(NamedTuple):
-    """One split, with the names that the arrays cannot hold."""
+    """One split, with the names that the arrays cannot hold.
+
+    Attributes:
+      dataset: The examples, on the device.
+      class_names: Names of the classes, unique.
+      group_names: Names of the groups, indexed by `Dataset.groups`.
+    """
 
     dataset: Dataset
-    class_names: tuple[str, ...]  # one for each class, unique
-    group_names: tuple[str, ...]  # indexed by `Dataset.groups`
+    class_names: tuple[str, ...]
+    group_names: tuple[str, ...]
 
 
 class Splits(NamedTuple):
     """A dataset by split: 'train', 'val', 'test' (and 'trainval' where defined).
 
     Where a loader made it, each split is read when one of its entries is first asked for.
+
+    Attributes:
+      datasets: Dataset of each split.
+      class_names: Names of the classes of each split.
+      group_names: Names of the groups of each split.
     """
 
     datasets: Mapping[str, Dataset]

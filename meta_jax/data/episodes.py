@@ -20,14 +20,22 @@ class EpisodeSpec(NamedTuple):
     `rotations`, by quarter turns: 'none'; 'classes', a turned character is a class of its own
     (Snell et al. 2017); 'per_class', one random turn for each class of an episode (Finn et al.
     2017); 'per_episode', one for all of them (Sung et al. 2018).
+
+    Attributes:
+      ways: Classes in an episode.
+      shots: Support examples of each class.
+      queries: Query examples of each class.
+      rotations: Quarter turns of square images, as above.
+      within_group: Whether all classes of an episode are of one group (alphabet).
+      shared_drawers: Whether every class has the same examples (drawers, in Omniglot).
     """
 
-    ways: int  # classes in an episode
-    shots: int  # support examples of each class
-    queries: int  # query examples of each class
+    ways: int
+    shots: int
+    queries: int
     rotations: Rotations = "none"
-    within_group: bool = False  # all classes of an episode from one group (alphabet)
-    shared_drawers: bool = False  # the same examples (drawers, in Omniglot) for every class
+    within_group: bool = False
+    shared_drawers: bool = False
 
 
 def check_sizes(ways: int, shots: int, queries: int) -> None:
@@ -184,7 +192,7 @@ def _draw_examples(
 ) -> jax.Array:
     """Distinct examples [ways, shots + queries] of each class drawn, counted within the class."""
     needed = spec.shots + spec.queries
-    real = jnp.arange(dataset.largest) < dataset.counts[drawn][:, None]
+    real = jnp.arange(dataset.largest)[None] < dataset.counts[drawn][:, None]
     if spec.shared_drawers:
         shared = _draw_without_replacement(key, real.all(0), needed)
         return jnp.broadcast_to(shared, (spec.ways, needed))
@@ -249,8 +257,8 @@ def _draw_without_replacement(key: jax.Array, allowed: jax.Array, n: int) -> jax
 
 def _draw_group(key: jax.Array, dataset: Dataset, needed: int, ways: int, turns: int) -> jax.Array:
     """Mask [classes] of one group, drawn uniformly from those that can serve the episode."""
-    same = dataset.groups[:, None] == dataset.groups
-    size = (same & (dataset.counts >= needed)).sum(1)
+    same = dataset.groups[:, None] == dataset.groups[None]
+    size = (same & (dataset.counts >= needed)[None]).sum(1)
     # One representative of each group, its first class, keeps the draw uniform over groups.
     first = jnp.argmax(same, 1) == jnp.arange(size.size)
     chosen = _draw_without_replacement(

@@ -14,6 +14,7 @@ from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, random_
 from meta_jax.data.source import TaskSource, source_from_splits
 from meta_jax.lookup import local_path
 from meta_jax.objectives import as_objective
+from meta_jax.ranges import NotNegativeInt
 
 
 @registry.tasks("features")
@@ -23,7 +24,7 @@ def features(
     *,
     within_group: bool = False,
     objective: Objective | str = "cross_entropy",
-    split_seed: int = 0,
+    split_seed: NotNegativeInt = 0,
 ) -> TaskSource:
     """Builds the source of a file of features.
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
-from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.data.varying_shots import with_random_shots
 from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
+from meta_jax.ranges import Positive, PositiveInt
 
 KernelName = Literal["rbf", "matern52", "periodic"]
 
@@ -38,10 +39,10 @@ class Hyperparameters(NamedTuple):
 def gp(
     *,
     kernel: KernelName = "rbf",
-    noise: float = 0.02,
-    least_length: float = 0.6,
-    largest_length: float = 1.0,
-    least_shots: int = 3,
+    noise: Positive = 0.02,
+    least_length: Positive = 0.6,
+    largest_length: Positive = 1.0,
+    least_shots: PositiveInt = 3,
     objective: Objective | str = "gaussian_likelihood",
 ) -> TaskSource:
     """Builds the source of functions drawn from Gaussian processes.
@@ -70,14 +71,11 @@ def gp(
     """
     if kernel not in get_args(KernelName):
         raise UsageError(f"unknown kernel '{kernel}': choose one of {', '.join(_KERNELS)}")
-    if not 0 < least_length <= largest_length:
+    if least_length > largest_length:
         raise UsageError(
-            f"length scales from {least_length} to {largest_length} are no interval of positive "
-            "numbers: use for example 0.6 and 1"
+            f"length scales from {least_length} to {largest_length} are no interval: use for "
+            "example 0.6 and 1"
         )
-    if noise <= 0:
-        raise UsageError(f"the noise {noise} must be positive: use for example 0.02")
-    check_least_shots(least_shots)
     objective = as_objective(objective)
     process = Process(kernel, noise, least_length, largest_length)
     sample = functools.partial(_sample_of_size, process, least_shots)
@@ -113,7 +111,7 @@ def covariance(kernel: KernelName, hyper: Hyperparameters, a: Array, b: Array) -
     Returns:
       [n, m].
     """
-    return hyper.scale**2 * _KERNELS[kernel](hyper, a - b[:, 0])
+    return hyper.scale**2 * _KERNELS[kernel](hyper, a - b[:, 0][None])
 
 
 def gp_posterior(

@@ -23,6 +23,7 @@ from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
+from meta_jax.ranges import NotNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,14 +54,14 @@ _SAME_SHAPE = 0.2
 @registry.tasks("glyphs")
 def glyphs(
     *,
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     rotations: Rotations = "none",
     within_group: bool = False,
     augment: Augment = "none",
     polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
-    examples: int = 20,
-    distortion_seed: int = 0,
+    examples: PositiveInt = 20,
+    distortion_seed: NotNegativeInt = 0,
 ) -> TaskSource:
     """Builds the source of glyphs: characters of the fonts of matplotlib, without any download.
 
@@ -129,6 +130,7 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
             lambda: np.array([ord(letter) for letter in prepare()[1][split]]),
         )
         letters = [chr(code) for code in codes]
+        check_image_size(image_size, len(letters) * examples)
         images = cached(
             cache_key("glyphs", split, image_size, examples, seed, state),
             lambda: np.concatenate(
@@ -200,7 +202,7 @@ def _draw_letters() -> dict[str, dict[str, "Image"]]:
     for face, path in _font_files().items():
         # The basic layout draws the same everywhere; the other needs an optional library.
         font = ImageFont.truetype(path, _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-        for letter in filter(_is_wanted, map(chr, FT2Font(path).get_charmap())):
+        for letter in filter(_is_wanted, map(chr, FT2Font(str(path)).get_charmap())):
             canvas = Image.new("L", (4 * _FONT_SIZE, 3 * _FONT_SIZE))
             ImageDraw.Draw(canvas).text((_FONT_SIZE, _FONT_SIZE), letter, fill=255, font=font)
             if ink := canvas.getbbox():

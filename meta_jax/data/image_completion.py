@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
-from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.data.varying_shots import with_random_shots
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
+from meta_jax.ranges import PositiveInt
 from meta_jax.registry import parameters
 
 
@@ -22,9 +23,9 @@ from meta_jax.registry import parameters
 def image_completion(
     *,
     images: str = "glyphs",
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     data_dir: str | None = None,
-    least_shots: int = 3,
+    least_shots: PositiveInt = 3,
     objective: Objective | str = "gaussian_likelihood",
 ) -> TaskSource:
     """Builds the source of images to be completed: each task is one image, its examples are pixels.
@@ -49,7 +50,6 @@ def image_completion(
       UsageError: a source that has no images of this size, or a number below one. The source's
         `tasks` raises one where an image has fewer pixels than are asked for.
     """
-    check_least_shots(least_shots)
     objective = as_objective(objective)
     inner = load_source(images, **_settings(images, image_size, data_dir))
 

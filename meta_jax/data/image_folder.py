@@ -26,6 +26,7 @@ from meta_jax.data.notes import Notes, some
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.lookup import local_path
+from meta_jax.ranges import NotNegativeInt, PositiveInt
 
 
 class _Divided(NamedTuple):
@@ -41,7 +42,7 @@ def folder(
     path: str,
     /,
     *,
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     grey: bool | None = None,
     rotations: Rotations = "none",
     within_group: bool = False,
@@ -49,7 +50,7 @@ def folder(
     polarity: Polarity = "as_is",
     objective: Objective | str = "cross_entropy",
     class_split: str | None = None,
-    split_seed: int = 0,
+    split_seed: NotNegativeInt = 0,
     split_fractions: str | None = None,
     allow_shared_classes: bool = False,
     cache: bool = True,

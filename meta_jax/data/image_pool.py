@@ -48,7 +48,8 @@ class ImagePool:
             do; what was decoded is then kept for later runs, and read back. None keeps nothing.
           check: Function that is called with a split before it is decoded, and may refuse it.
         """
-        check_image_size(image_size)
+        sizes = [sum(len(one.images) for one in split) for split in classes.values()]
+        check_image_size(image_size, min(filter(None, sizes), default=1))
         self._classes = classes
         self._image_size = image_size
         self._grey = grey

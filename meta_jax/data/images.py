@@ -7,6 +7,7 @@ import numpy as np
 
 from meta_jax.data import pixels
 from meta_jax.data.dataset import DataError
+from meta_jax.host import check_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,7 +88,21 @@ def image_pixels(image: "Image", image_size: int, name: str = "the image") -> np
         raise broken_image(name, str(error)) from error
 
 
-def check_image_size(image_size: int) -> None:
-    """Raises DataError unless `image_size` (pixels a side) is positive."""
+def check_image_size(image_size: int, images: int = 1) -> None:
+    """Refuses a size that is none, or whose images would not fit the memory.
+
+    Args:
+      image_size: Side in pixels.
+      images: Number of images that are kept at least, of one byte a pixel.
+
+    Raises:
+      DataError: the size is not positive.
+      UsageError: the images need more memory than there is.
+    """
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, not {image_size}")
+    check_memory(
+        f"image_size={image_size} of {images} images",
+        images * image_size**2,
+        "choose a smaller one",
+    )

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, SampleOfSize, TaskSource, source_from_sampler
-from meta_jax.data.varying_shots import check_least_shots, with_random_shots
+from meta_jax.data.varying_shots import with_random_shots
 from meta_jax.linear_systems import eliminate
-from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask
+from meta_jax.ranges import NotNegative, PositiveInt
 
 
 @registry.tasks(
@@ -19,9 +19,9 @@ from meta_jax.objectives import Gaussian, as_objective, row_mask
 )
 def linear_regression(
     *,
-    dimensions: int = 8,
-    noise: float = 0.0,
-    least_shots: int = 1,
+    dimensions: PositiveInt = 8,
+    noise: NotNegative = 0.0,
+    least_shots: PositiveInt = 1,
     objective: Objective | str = "squared_error",
 ) -> TaskSource:
     """Builds the source of linear functions y = w x of Garg et al. (2022), w and x in N(0, I).
@@ -41,11 +41,6 @@ def linear_regression(
     Raises:
       UsageError: a number of dimensions or of points below one, or a negative noise.
     """
-    if dimensions < 1:
-        raise UsageError(f"dimensions={dimensions} must be at least 1")
-    if noise < 0:
-        raise UsageError(f"the noise {noise} must not be negative")
-    check_least_shots(least_shots)
     objective = as_objective(objective)
     sample = functools.partial(_sample_of_size, dimensions, noise, least_shots)
     exact = functools.partial(_exact_of_size, sample, noise, objective)

@@ -34,6 +34,7 @@ from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
 from meta_jax.lookup import local_path
+from meta_jax.ranges import PositiveInt
 
 # Name in the zip -> (number of characters, sha256 of the official zip as TFDS registers it).
 _SETS = {
@@ -75,7 +76,7 @@ class _Drawing(NamedTuple):
 def omniglot(
     *,
     data_dir: str | None = None,
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     split_rule: SplitRule = "vinyals",
     rotations: Rotations = "none",
     within_group: bool = False,
@@ -139,6 +140,7 @@ def load_omniglot(
         Greek, Korean, Latin; the official images_background_small1), test 659.
       * 'lake_small2': train 132, val 24 (Greek), trainval 156 (Greek, Japanese_(katakana), Latin,
         Sanskrit, Tagalog; images_background_small2), test 659.
+
     In the first two, val = the characters of Armenian, Bengali, Early_Aramaic, Hebrew and Georgian.
 
     Published preprocessing differs by author. The drawings are made greyscale before they are
@@ -221,6 +223,7 @@ def _read_set(folder: Path, image_size: int, resample: str, set_name: str) -> _C
     read = _read_tfds if (folder / "dataset_info.json").is_file() else _read_zip
     drawings = sorted(read(folder, set_name))
     _check_complete(drawings, set_name, folder)
+    check_image_size(image_size, len(drawings))
     content = hashlib.blake2b(b"".join(drawing.png for drawing in drawings)).digest()
     code = PIL.__version__, file_hash(images.__file__)
     pixels = cached(

@@ -32,11 +32,17 @@ from meta_jax.objectives import as_objective
 
 
 class EpisodeSize(NamedTuple):
-    """How large an episode is."""
+    """How large an episode is.
 
-    ways: int  # classes; a source of regression ignores it
-    shots: int  # support examples of each class
-    queries: int  # query examples of each class
+    Attributes:
+      ways: Classes; a source of regression ignores it.
+      shots: Support examples of each class.
+      queries: Query examples of each class.
+    """
+
+    ways: int
+    shots: int
+    queries: int
 
 
 class SplitTasks(Protocol):
@@ -59,14 +65,22 @@ class TaskSource(NamedTuple):
     """Where tasks come from: a distribution of tasks for each split and size.
 
     A split is loaded and checked when its tasks are first asked for, and not before.
+
+    Attributes:
+      tasks: Function (split, size, *, train) -> tasks.
+      splits: Names of the splits there are.
+      baselines: Learners shown beside a result, such as 'nearest_neighbour'.
+      config: Which source it is: its name and settings.
+      preprocessing: How an input must look, in what JSON can hold.
+      notes: What a user should know of the data; grows as splits are loaded.
     """
 
     tasks: SplitTasks
-    splits: tuple[str, ...]  # names of the splits there are
-    baselines: tuple[str, ...] = ()  # learners shown beside a result, such as 'nearest_neighbour'
-    config: Config | None = None  # which source it is: its name and settings
-    preprocessing: Config | None = None  # how an input must look, in what JSON can hold
-    notes: Iterable[str] = ()  # what a user should know of the data; grows as splits are loaded
+    splits: tuple[str, ...]
+    baselines: tuple[str, ...] = ()
+    config: Config | None = None
+    preprocessing: Config | None = None
+    notes: Iterable[str] = ()
 
 
 def source_from_sampler(

@@ -22,7 +22,8 @@ from meta_jax.data.image_pool import ImageClass, ImagePool
 from meta_jax.data.images import check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
-from meta_jax.lookup import local_path
+from meta_jax.lookup import import_extra, local_path
+from meta_jax.ranges import NotNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -41,13 +42,13 @@ def tfds(
     /,
     *,
     data_dir: str | None = None,
-    image_size: int = 28,
+    image_size: PositiveInt = 28,
     rotations: Rotations = "none",
     augment: Augment = "none",
     polarity: Polarity = "as_is",
     objective: Objective | str = "cross_entropy",
     class_split: str | None = None,
-    split_seed: int = 0,
+    split_seed: NotNegativeInt = 0,
     split_fractions: str | None = None,
     cache: bool = True,
 ) -> TaskSource:
@@ -218,8 +219,9 @@ def open_builder(folder: Path) -> "DatasetBuilder":
 
     Raises:
       DataError: the folder's metadata is missing or corrupt, or its format is not array_record.
+      UsageError: TFDS is not installed.
     """
-    import tensorflow_datasets as tfds
+    tfds = import_extra("tensorflow_datasets", "data", str(folder))
     from google.protobuf.json_format import ParseError
 
     try:

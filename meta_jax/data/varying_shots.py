@@ -4,17 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, Batch
-from meta_jax.lookup import UsageError
-
-
-def check_least_shots(least_shots: int) -> None:
-    """Refuses support sets without a point.
-
-    Raises:
-      UsageError: the number is below one.
-    """
-    if least_shots < 1:
-        raise UsageError(f"least_shots={least_shots} must be at least 1")
 
 
 def with_random_shots(key: Array, support: Batch, least: int) -> Batch:

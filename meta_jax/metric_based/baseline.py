@@ -17,7 +17,6 @@ from meta_jax.core import Array, MetaLearner, Metrics, Network, Objective, PyTre
 from meta_jax.metric_based.heads import Examples, Head, keep_examples
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
-    check_positive,
     check_vectors,
     choose,
     cosine_similarity,
@@ -27,9 +26,12 @@ from meta_jax.metric_based.primitives import (
 )
 from meta_jax.objectives import (
     check_kind,
+    check_targets,
     cross_entropy,
     without_padding,
 )
+from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
+from meta_jax.shapes import with_rank
 
 # (parameters of a classifier, embeddings [n, D]) -> logits [n, classes]
 Logits = Callable[[PyTree, Array], Array]
@@ -45,7 +47,7 @@ def linear_logits(params: PyTree, z: Array) -> Array:
       params: {'kernel' [D, classes], 'bias' [classes]}.
       z: Embeddings [n, D].
     """
-    return z @ params["kernel"] + params["bias"]
+    return z @ params["kernel"] + params["bias"][None]
 
 
 def cosine_logits(params: PyTree, z: Array) -> Array:
@@ -150,6 +152,7 @@ def _classifier_head(
     def loss(
         params: PyTree, fitted: Examples, z: Array, y: Array, mask: Array | None
     ) -> tuple[Array, Metrics]:
+        check_targets(y, "query.y")
         if y.shape[1] != train_classes:
             raise ValueError(
                 f"the classifier has train_classes={train_classes}, and labels are of {y.shape[1]} "
@@ -188,15 +191,7 @@ def _descending_head(
       train_classes: Number of classes.
       objective: Loss of both.
       steps, learning_rate, weight_decay: Those of a test's descent.
-
-    Raises:
-      UsageError: a setting is negative, or the learning rate zero.
     """
-    if steps:
-        check_positive("head_steps", steps)
-    check_positive("head_lr", learning_rate)
-    if weight_decay:
-        check_positive("head_decay", weight_decay)
 
     def fit(examples: Examples, mean: Array) -> PyTree:
         del mean
@@ -236,11 +231,11 @@ def _class_means(examples: Examples) -> PyTree:
 def baseline(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: int = 100,
-    head_lr: float = 0.01,
-    head_decay: float = 1e-3,
+    head_steps: NotNegativeInt = 100,
+    head_lr: Positive = 0.01,
+    head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds the Baseline: a linear classifier of all training classes, a new one for each test.
@@ -296,11 +291,11 @@ def baseline(
 def baseline_plus_plus(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
-    head_steps: int = 100,
-    head_lr: float = 0.01,
-    head_decay: float = 1e-3,
+    head_steps: NotNegativeInt = 100,
+    head_lr: Positive = 0.01,
+    head_decay: NotNegative = 1e-3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds Baseline++: as the Baseline, with classifiers by scaled cosines, `cosine_logits`.
@@ -348,7 +343,7 @@ def _unit(z: Array, mean: Array) -> Array:
 
 
 def _centred_unit(z: Array, mean: Array) -> Array:
-    return unit_rows(z - mean)
+    return unit_rows(z - with_rank(mean, z))
 
 
 _TRANSFORMS: dict[str, Callable[[Array, Array], Array]] = {
@@ -362,7 +357,7 @@ _TRANSFORMS: dict[str, Callable[[Array, Array], Array]] = {
 def simple_shot(
     network: Network,
     *,
-    train_classes: int,
+    train_classes: PositiveInt,
     objective: Objective = cross_entropy,
     transform: Transform = "centred_l2",
     joint_encoding: bool = True,

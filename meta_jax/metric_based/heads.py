@@ -81,12 +81,19 @@ class HeadLoss(Protocol):
 
 
 class Head(NamedTuple):
-    """A head on embeddings, as pure functions of one task."""
+    """A head on embeddings, as pure functions of one task.
+
+    Attributes:
+      init: Function (key, z, y, mask) -> (params, state).
+      fit: Function (params, state, z, y, mask, *, train) -> (fitted, state).
+      predict: Function (params, state, fitted, z, *, train, mask) -> (outputs, state).
+      loss: Loss of its own; by default the learner's objective of the outputs.
+    """
 
     init: HeadInit
     fit: HeadFit
     predict: HeadPredict
-    loss: HeadLoss | None = None  # by default the learner's objective of the outputs
+    loss: HeadLoss | None = None
 
 
 class StatelessInit(Protocol):

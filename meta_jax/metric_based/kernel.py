@@ -8,13 +8,13 @@ from meta_jax.metric_based.heads import kernel_head
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
     Similarity,
-    check_positive,
     choose,
     cosine_similarity,
     manhattan_distance,
     squared_distance,
 )
 from meta_jax.objectives import cross_entropy, target_kind
+from meta_jax.ranges import Positive
 
 
 def _gaussian(a: Array, b: Array) -> Array:
@@ -38,7 +38,7 @@ def kernel_learner(
     *,
     objective: Objective = cross_entropy,
     kernel: Literal["gaussian", "laplacian", "cosine"] = "gaussian",
-    bandwidth: float = 1.0,
+    bandwidth: Positive = 1.0,
     learn_bandwidth: bool = True,
     joint_encoding: bool = True,
 ) -> MetaLearner:
@@ -79,7 +79,6 @@ def kernel_learner(
       >>> y.tolist()
       [[0.5], [0.5]]
     """
-    check_positive("bandwidth", bandwidth)
     head = kernel_head(
         choose(KERNELS, "kernel", kernel),
         bandwidth=bandwidth,

@@ -16,6 +16,7 @@ from meta_jax.core import (
     Objective,
     ObjectiveLoss,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.metric_based.heads import Head
@@ -31,11 +32,18 @@ from meta_jax.objectives import check_batch, cross_entropy
 
 
 class MetricAdapted(NamedTuple):
-    """A support set absorbed."""
+    """A support set absorbed.
 
-    fitted: Any  # what the head keeps of the support embeddings
-    state: PyTree  # {'network', 'head'}
-    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+    Attributes:
+      fitted: What the head keeps of the support embeddings.
+      state: State of both, {'network', 'head'}.
+      support: The support set, where queries are embedded beside it, in the mode `one_at_a_time`;
+        else None.
+    """
+
+    fitted: Any
+    state: PyTree
+    support: Batch | None
 
 
 def metric_learner(
@@ -123,8 +131,7 @@ def _training_loss(
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        check_batch(support, "support")
-        check_batch(query, "query")
+        check_episode(episode)
         embed = embed_together if joint else embed_apart
         z_support, z, network_state = embed(
             network, params["network"], state["network"], support, query, key=key

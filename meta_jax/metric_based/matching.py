@@ -7,14 +7,12 @@ import jax.numpy as jnp
 
 from meta_jax import registry
 from meta_jax.core import Array, MetaLearner, Network, Objective, PyTree
-from meta_jax.lookup import UsageError
 from meta_jax.metric_based.heads import Head, kernel_head, stateless_head
 from meta_jax.metric_based.learner import metric_learner
 from meta_jax.metric_based.primitives import (
     Similarity,
     attention,
     check_examples,
-    check_positive,
     check_vectors,
     choose,
     cosine_similarity,
@@ -22,6 +20,7 @@ from meta_jax.metric_based.primitives import (
 )
 from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.objectives import cross_entropy, target_kind
+from meta_jax.ranges import Positive, PositiveInt
 
 
 def _negative_squared_distance(a: Array, b: Array) -> Array:
@@ -157,7 +156,6 @@ def full_context_head(head: Head, *, steps: int) -> Head:
 
 
 def _attention_head(similarity: str, temperature: float, objective: Objective) -> Head:
-    check_positive("temperature", temperature)
     return kernel_head(
         choose(_SIMILARITIES, "similarity", similarity),
         bandwidth=temperature,
@@ -172,7 +170,7 @@ def matching(
     *,
     objective: Objective = cross_entropy,
     similarity: Literal["cosine", "squared_euclidean"] = "cosine",
-    temperature: float = 0.1,
+    temperature: Positive = 0.1,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds a Matching Network: attention over the support examples weighs their labels.
@@ -222,8 +220,8 @@ def matching_fce(
     *,
     objective: Objective = cross_entropy,
     similarity: Literal["cosine", "squared_euclidean"] = "cosine",
-    temperature: float = 0.1,
-    full_context_steps: int = 3,
+    temperature: Positive = 0.1,
+    full_context_steps: PositiveInt = 3,
     joint_encoding: bool = True,
 ) -> MetaLearner:
     """Builds a Matching Network with full-context embeddings: they see the whole support set.
@@ -263,10 +261,6 @@ def matching_fce(
       >>> logits.shape
       (2, 2)
     """
-    if full_context_steps < 1:
-        raise UsageError(
-            f"{full_context_steps} full-context steps are impossible: use at least 1, or matching"
-        )
     head = full_context_head(
         _attention_head(similarity, temperature, objective), steps=full_context_steps
     )

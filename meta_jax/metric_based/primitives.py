@@ -33,16 +33,6 @@ def choose(table: Mapping[str, T], setting: str, name: str) -> T:
     return table[name]
 
 
-def check_positive(setting: str, value: float) -> None:
-    """Refuses a setting that is not above zero.
-
-    Raises:
-      UsageError: the value is zero or below.
-    """
-    if not value > 0:
-        raise UsageError(f"{setting} {value} is impossible: use a positive one")
-
-
 def _check_positive_scalar(setting: str, value: jax.typing.ArrayLike) -> None:
     """Refuses arrays, and numbers that are not above zero; a traced value is not known yet.
 
@@ -52,8 +42,8 @@ def _check_positive_scalar(setting: str, value: jax.typing.ArrayLike) -> None:
     """
     if jnp.ndim(value):
         raise ValueError(f"{setting} must be a scalar, not {list(jnp.shape(value))}")
-    if isinstance(value, Real):
-        check_positive(setting, float(value))
+    if isinstance(value, Real) and not value > 0:
+        raise UsageError(f"{setting} {value} is impossible: use a positive one")
 
 
 def check_vectors(name: str, array: Array) -> None:
@@ -140,7 +130,7 @@ def squared_distance(a: Array, b: Array) -> Array:
     """
     a, b = _real_pair(a, b)
     # Differences, not the expanded square, whose cancellation costs half the digits.
-    return ((a[:, None] - b) ** 2).sum(-1)
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
 
 
 def manhattan_distance(a: Array, b: Array) -> Array:
@@ -279,8 +269,8 @@ def kernel_logits(log_kernel: Array, y: Array, mask: Array | None = None) -> Arr
     log_kernel = as_real(log_kernel)
     y = without_padding(y, mask)
     empty = (y <= 0).all(0)
-    logits = jax.nn.logsumexp(log_kernel[:, :, None], axis=1, b=jnp.where(empty, 1, y))
-    return jnp.where(empty, impossible_logit(logits.dtype), logits)
+    logits = jax.nn.logsumexp(log_kernel[:, :, None], axis=1, b=jnp.where(empty[None], 1, y)[None])
+    return jnp.where(empty[None], impossible_logit(logits.dtype), logits)
 
 
 def attention(

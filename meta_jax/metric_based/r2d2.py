@@ -4,8 +4,9 @@ from meta_jax import registry
 from meta_jax.core import MetaLearner, Network, Objective
 from meta_jax.metric_based.heads import ridge_head
 from meta_jax.metric_based.learner import metric_learner
-from meta_jax.metric_based.primitives import RidgeForm, check_positive, check_ridge_form
+from meta_jax.metric_based.primitives import RidgeForm, check_ridge_form
 from meta_jax.objectives import cross_entropy
+from meta_jax.ranges import Positive
 
 
 def default_scale(network: Network | None, objective: Objective) -> float:
@@ -21,8 +22,8 @@ def r2d2(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    penalty: float = 1.0,
-    scale: float | None = None,
+    penalty: Positive = 1.0,
+    scale: Positive | None = None,
     learned: bool = True,
     form: RidgeForm = "auto",
     joint_encoding: bool = True,
@@ -68,8 +69,6 @@ def r2d2(
     """
     if scale is None:
         scale = default_scale(network, objective)
-    check_positive("penalty", penalty)
-    check_positive("scale", scale)
     check_ridge_form(form)
     head = ridge_head(penalty=penalty, scale=scale, learned=learned, form=form)
     return metric_learner(network, head, objective, joint_encoding=joint_encoding)

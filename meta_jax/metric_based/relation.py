@@ -29,6 +29,7 @@ from meta_jax.networks.normalisation import (
 )
 from meta_jax.networks.relation_network import init_relation_module, relation_module
 from meta_jax.objectives import check_kind, check_outputs, cross_entropy, masked_mean
+from meta_jax.ranges import PositiveInt
 
 Padding = Literal["SAME", "VALID"]
 
@@ -205,7 +206,7 @@ def relation(
     *,
     objective: Objective = cross_entropy,
     loss: Literal["squared_error", "cross_entropy"] = "squared_error",
-    features: int = 64,
+    features: PositiveInt = 64,
     padding: Padding = "SAME",
     joint_encoding: bool | None = None,
 ) -> MetaLearner:

@@ -34,7 +34,7 @@ def pair_logits(params: PyTree, a: Array, b: Array) -> Array:
     """
     check_vectors("a", a)
     check_vectors("b", b)
-    return abs(a[:, None] - b) @ params["weight"] + params["bias"]
+    return abs(a[:, None] - b[None]) @ params["weight"] + params["bias"]
 
 
 def pair_cross_entropy(logits: Array, same: Array, mask: Array | None = None) -> Array:
@@ -112,7 +112,7 @@ def pairwise_head(*, objective: Objective = cross_entropy, init_scale: float = 0
         logits = pair_logits(params, z, fitted.z)
         pairs = None
         if mask is not None or fitted.mask is not None:
-            pairs = _real(y, mask)[:, None] & _real(fitted.y, fitted.mask)
+            pairs = _real(y, mask)[:, None] & _real(fitted.y, fitted.mask)[None]
         value = pair_cross_entropy(logits, y @ fitted.y.T, pairs)
         # A tie between the best pairs is wrong, not the class that happens to come first.
         _, metrics = objective.loss(best_pair(logits, fitted.y, fitted.mask), y, mask)

@@ -18,6 +18,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
@@ -55,6 +56,7 @@ from meta_jax.objectives import (
     target_kind,
     tree_rows,
 )
+from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
 from meta_jax.shapes import take_rows
 
 Reader = Literal["mean", "cross_attention", "target_masked", "snail"]
@@ -99,12 +101,12 @@ def in_context(
     objective: Objective = cross_entropy,
     reader: Reader = "target_masked",
     label_code: LabelCode = "one_hot",
-    width: int = 64,
-    layers: int = 4,
-    heads: int = 4,
-    latent: int = 0,
-    least_scale: float = 0.01,
-    nca_weight: float = 0.0,
+    width: PositiveInt = 64,
+    layers: PositiveInt = 4,
+    heads: PositiveInt = 4,
+    latent: NotNegativeInt = 0,
+    least_scale: Positive = 0.01,
+    nca_weight: NotNegative = 0.0,
 ) -> MetaLearner:
     """Builds a learner that reads the support set in context, with no update of its own.
 
@@ -207,8 +209,6 @@ def in_context(
 
 def _check_settings(objective: Objective, label_code: LabelCode, latent: int) -> None:
     target_kind(objective)
-    if latent < 0:
-        raise UsageError(f"the latent vector cannot have a size below 0: latent={latent}")
     if label_code not in get_args(LabelCode):
         codes = ", ".join(get_args(LabelCode))
         raise UsageError(f"unknown label_code '{label_code}': choose one of {codes}")
@@ -304,8 +304,7 @@ def _training_loss(
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        check_batch(support, "support")
-        check_batch(query, "query")
+        check_episode(episode)
         check_size(objective, params, support.y)
         embed_key, latent_key = jax.random.split(key)
         z_support, z, state = embed(

@@ -14,6 +14,7 @@ from meta_jax.model_based.sequence import Cell, EvaluationProtocol, sequence_lea
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.lstm import init_lstm, lstm_gates
 from meta_jax.objectives import check_kind, cross_entropy
+from meta_jax.ranges import Decay, NotNegative, Positive, PositiveInt
 
 
 class MannCarry(NamedTuple):
@@ -44,8 +45,6 @@ def mann_cell(
         raise UsageError(
             f"{num_heads} heads do not fit {num_slots} memory slots: use 1 to {num_slots} heads"
         )
-    if not 0 <= usage_decay < 1:
-        raise UsageError(f"usage_decay {usage_decay} is outside [0, 1): use for example 0.95")
     # The backward pass keeps one copy of the memory for each step and works out the rest again: on
     # a CPU this halves the time that the memory takes, most of which is traffic.
     remembered_access = jax.checkpoint(
@@ -70,7 +69,7 @@ def mann_cell(
 
     def input_projection(params: PyTree, z: Array, y: Array) -> Array:
         kernel = params["lstm"]["kernel"][:-recurrent]
-        return jnp.concatenate([z, y], 1) @ kernel + params["lstm"]["bias"]
+        return jnp.concatenate([z, y], 1) @ kernel + params["lstm"]["bias"][None]
 
     def step(params: PyTree, carry: MannCarry, projected: Array) -> tuple[MannCarry, Array]:
         back = jnp.concatenate([carry.read_vectors, carry.hidden])
@@ -95,14 +94,14 @@ def mann(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    hidden_size: int = 100,
-    num_slots: int = 32,
-    slot_size: int = 40,
-    num_heads: int = 4,
-    usage_decay: float = 0.95,
-    key_strength: float = 10.0,
+    hidden_size: PositiveInt = 100,
+    num_slots: PositiveInt = 32,
+    slot_size: PositiveInt = 40,
+    num_heads: PositiveInt = 4,
+    usage_decay: Decay = 0.95,
+    key_strength: Positive = 10.0,
     write_values: bool = True,
-    nca_weight: float = 1.0,
+    nca_weight: NotNegative = 1.0,
     protocol: EvaluationProtocol = "few_shot",
 ) -> MetaLearner:
     """Builds a Memory-Augmented Neural Network: an LSTM with an external memory.
@@ -176,7 +175,7 @@ def lstm_cell(hidden_size: int) -> Cell:
         return zeros, zeros
 
     def input_projection(params: PyTree, z: Array, y: Array) -> Array:
-        return jnp.concatenate([z, y], 1) @ params["kernel"][:-hidden_size] + params["bias"]
+        return jnp.concatenate([z, y], 1) @ params["kernel"][:-hidden_size] + params["bias"][None]
 
     def step(
         params: PyTree, carry: tuple[Array, Array], projected: Array
@@ -199,8 +198,8 @@ def lstm_learner(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    hidden_size: int = 200,
-    nca_weight: float = 1.0,
+    hidden_size: PositiveInt = 200,
+    nca_weight: NotNegative = 1.0,
     protocol: EvaluationProtocol = "few_shot",
 ) -> MetaLearner:
     """Builds the baseline of Santoro et al.: the same sequences, an LSTM and no external memory.

@@ -32,11 +32,17 @@ def _check(**arrays: tuple[Array, tuple[str, ...]]) -> None:
 
 
 class Memory(NamedTuple):
-    """A memory between two steps."""
+    """A memory between two steps.
 
-    rows: Array  # [slots, slot_size] what is remembered
-    read_weights: Array  # [heads, slots] where each head read last, sums to 1
-    usage: Array  # [slots] decayed sum of all read and write weights
+    Attributes:
+      rows: What is remembered, [slots, slot_size].
+      read_weights: Where each head read last, [heads, slots]; rows sum to 1.
+      usage: Decayed sum of all read and write weights, [slots].
+    """
+
+    rows: Array
+    read_weights: Array
+    usage: Array
 
 
 def empty_memory(
@@ -83,9 +89,9 @@ def content_address(
     _check(keys=(keys, ("heads", "slot_size")), rows=(rows, ("slots", "slot_size")))
     if mask is not None:
         _check(rows=(rows, ("slots", "slot_size")), mask=(mask, ("slots",)))
-    cosines = (keys * _inverse_norm(keys)[:, None]) @ rows.T * _inverse_norm(rows)
+    cosines = (keys * _inverse_norm(keys)[:, None]) @ rows.T * _inverse_norm(rows)[None]
     if mask is not None:
-        cosines = jnp.where(mask, cosines, jnp.finfo(cosines.dtype).min / (2 * key_strength))
+        cosines = jnp.where(mask[None], cosines, jnp.finfo(cosines.dtype).min / (2 * key_strength))
     return jax.nn.softmax(key_strength * cosines)
 
 

@@ -45,19 +45,28 @@ from meta_jax.objectives import (
     cross_entropy,
     cross_entropy_loss,
 )
+from meta_jax.ranges import Positive, PositiveInt
 
 _UNITS = 20  # of the meta-networks
 _K = 7  # of the preprocessing: gradients below e^-7 are small
 
 
 class FastWeightMemory(NamedTuple):
-    """A support set absorbed."""
+    """A support set absorbed.
 
-    keys: Array  # r'_i [n, hidden], representations of the support inputs
-    values: PyTree  # W*_i, the base learner's fast weights, leaves [n, ...]
-    mask: Array | None  # bool [n], False for padding
-    embedding: PyTree  # Q*, the embedding's fast weights
-    state: PyTree  # empty
+    Attributes:
+      keys: Representations r'_i of the support inputs, [n, hidden].
+      values: Fast weights W*_i of the base learner, leaves [n, ...].
+      mask: Mask of the support inputs, bool [n], False for padding.
+      embedding: Fast weights Q* of the embedding.
+      state: State of the learner, which is empty.
+    """
+
+    keys: Array
+    values: PyTree
+    mask: Array | None
+    embedding: PyTree
+    state: PyTree
 
 
 def preprocess_gradient(gradient: Array) -> Array:
@@ -83,11 +92,11 @@ def preprocess_gradient(gradient: Array) -> Array:
 def meta_networks(
     *,
     objective: Objective = cross_entropy,
-    features: int = 64,
-    hidden: int = 64,
-    blocks: int = 5,
-    fast_scale: float = 0.01,
-    key_strength: float = 10.0,
+    features: PositiveInt = 64,
+    hidden: PositiveInt = 64,
+    blocks: PositiveInt = 5,
+    fast_scale: Positive = 0.01,
+    key_strength: Positive = 10.0,
 ) -> MetaLearner:
     """Builds a Meta Network, which answers with fast weights from a memory.
 
@@ -128,9 +137,6 @@ def meta_networks(
       (2, 4)
     """
     check_kind(objective, "classification", "meta_networks")
-    if blocks < 1:
-        raise UsageError(f"meta_networks needs at least 1 convolution: blocks={blocks}")
-
     adapt = functools.partial(_adapt, fast_scale)
     predict = functools.partial(_predict, key_strength)
     return MetaLearner(

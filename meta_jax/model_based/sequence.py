@@ -26,6 +26,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     check_mask,
     supervised_evaluate,
     with_loss,
@@ -56,25 +57,41 @@ class CellInit(Protocol):
 
 
 class Cell(NamedTuple):
-    """A recurrent cell, for one task."""
+    """A recurrent cell, for one task.
+
+    Attributes:
+      init: Function (key, inputs, ways) -> params.
+      start: Function params -> the carry before the first step.
+      input_projection: Function (params, z [n, inputs], y [n, ways]) -> [n, ...]: all that does
+        not depend on the carry.
+      step: Function (params, carry, row of the projection) -> (carry, output [F]).
+      outputs: Number F of outputs.
+    """
 
     init: CellInit
-    start: Callable[[PyTree], PyTree]  # params -> the carry before the first step
-    # (params, z [n, inputs], y [n, ways]) -> [n, ...]: all that does not depend on the carry
+    start: Callable[[PyTree], PyTree]
     input_projection: Callable[[PyTree, Array, Array], Array]
-    # (params, carry, row of the projection) -> carry, output [F]
     step: Callable[[PyTree, PyTree, Array], tuple[PyTree, Array]]
-    outputs: int  # F
+    outputs: int
 
 
 class SequenceAdapted(NamedTuple):
-    """A support set that was read."""
+    """A support set that was read.
 
-    carry: PyTree  # the cell's, after the last input
-    label: Array  # [ways], the last label, which comes with the next input
-    logits: Array  # [n, ways], what was answered to each input before its label was shown
-    state: PyTree  # the network's
-    support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
+    Attributes:
+      carry: Carry of the cell after the last input.
+      label: The last label, [ways], which comes with the next input.
+      logits: What was answered to each input before its label was shown, [n, ways].
+      state: State of the network.
+      support: The support set, where queries are embedded beside it, in the mode `one_at_a_time`;
+        else None.
+    """
+
+    carry: PyTree
+    label: Array
+    logits: Array
+    state: PyTree
+    support: Batch | None
 
 
 # ---- Sequences of labelled examples.
@@ -90,8 +107,7 @@ def as_sequence(key: Array, episode: Episode) -> Batch:
       episode: Inputs may be pytrees, leaves [n, ...].
     """
     support, query = episode
-    check_batch(support, "support")
-    check_batch(query, "query")
+    check_episode(episode)
     x = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), support.x, query.x)
     y = jnp.concatenate([support.y, query.y])
     rank = jax.random.uniform(key, y.shape[:1])
@@ -147,7 +163,7 @@ def instance_accuracy(logits: Array, y: Array, count: int, mask: Array | None = 
     """
     check_outputs(logits, y)
     right = jax.vmap(lambda a, b: cross_entropy_loss(a[None], b[None])[1]["accuracy"])(logits, y)
-    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)
+    at = instance_numbers(y, mask)[:, None] == jnp.arange(1, count + 1)[None]
     return jnp.where(at, right[:, None], 0).sum(0) / at.sum(0).astype(right.dtype)
 
 
@@ -191,10 +207,10 @@ def nca_loss(z: Array, y: Array, mask: Array | None = None) -> Array:
         raise ValueError(f"z must be embeddings [{y.shape[0]}, D], as y has it, not {z.shape}")
     z, y = without_padding(as_real(z), mask), without_padding(y, mask)
     squares = (z * z).sum(-1)
-    distances = squares[:, None] + squares - 2 * z @ z.T
+    distances = squares[:, None] + squares[None] - 2 * z @ z.T
     others = ~jnp.eye(y.shape[0], dtype=bool)
     if mask is not None:
-        others &= mask
+        others &= mask[None]
     same = (y @ y.T > 0) & others
     counts = same.any(-1)
     # All are neighbours of what does not count: it loses 0, and its gradient is 0. Where there are
@@ -365,6 +381,8 @@ def _init(network: Network, cell: Cell, key: Array, episode: Episode) -> tuple[P
 
 def _sequence_loss(network: Network, cell: Cell, objective: Objective, nca_weight: float) -> Loss:
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
+        check_targets(episode.support.y, "support.y")
+        check_targets(episode.query.y, "query.y")
         order_key, network_key = jax.random.split(key)
         sequence = as_sequence(order_key, episode)
         _, y, mask = sequence

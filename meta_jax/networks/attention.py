@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
+from meta_jax.shapes import with_rank
 
 
 def attend(query: Array, keys: Array, values: Array, seen: Array | None = None) -> Array:
@@ -79,7 +80,8 @@ def layer_norm(params: PyTree, x: Array) -> Array:
     """Layer normalisation over the last axis (Ba et al. 2016)."""
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred**2).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + 1e-5) * params["scale"] + params["offset"]
+    scale, offset = (with_rank(params[name], x) for name in ("scale", "offset"))
+    return centred * jax.lax.rsqrt(variance + 1e-5) * scale + offset
 
 
 def init_transformer_layer(key: Array, width: int, hidden: int) -> PyTree:

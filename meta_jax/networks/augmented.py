@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
 from meta_jax.networks.convolution import convolve, max_pool
+from meta_jax.shapes import with_rank
 
 
 def init_augmented(
@@ -78,7 +79,8 @@ def _augmented(
 
 def _convolution(name: str, weights: PyTree, x: Array) -> Array:
     layer = weights["conv"][name]
-    return convolve(x, layer["kernel"]) + layer["bias"]
+    y = convolve(x, layer["kernel"])
+    return y + with_rank(layer["bias"], y)
 
 
 def _hidden(weights: PyTree, x: Array) -> Array:

@@ -13,18 +13,21 @@ from meta_jax.networks.convolution import is_known
 from meta_jax.networks.layers import (
     Block,
     apply_conv_blocks,
-    check_at_least_one,
     init_conv_block,
     is_fused,
 )
 from meta_jax.networks.normalisation import check_mode
+from meta_jax.ranges import PositiveInt
 
 _NAMES = ("block1", "block2", "block3", "block4")
 
 
 @registry.network("conv4")
 def conv4(
-    features: int = 64, *, normalisation: Normalisation = "running", mesh: Mesh | None = None
+    features: PositiveInt = 64,
+    *,
+    normalisation: Normalisation = "running",
+    mesh: Mesh | None = None,
 ) -> Network:
     """Builds conv4: 4 x [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], flattened.
 
@@ -59,7 +62,7 @@ def conv4(
 
 @registry.network("strided_conv4")
 def strided_conv4(
-    features: int = 64,
+    features: PositiveInt = 64,
     *,
     normalisation: Normalisation = "batch",
     mean: bool = True,
@@ -87,7 +90,7 @@ def strided_conv4(
 
 @registry.network("flat_strided_conv4")
 def flat_strided_conv4(
-    features: int = 64, *, normalisation: Normalisation = "batch", mesh: Mesh | None = None
+    features: PositiveInt = 64, *, normalisation: Normalisation = "batch", mesh: Mesh | None = None
 ) -> Network:
     """Builds strided conv4 with its last block flattened, as Nichol et al. (2018) have it.
 
@@ -127,7 +130,6 @@ def _network(
     mean: bool,
 ) -> Network:
     check_mode(normalisation)
-    check_at_least_one(name, features=features)
     form = _Form(features, stride, pool, mean, normalisation)
     return Network(partial(_init, form), partial(_apply, form, mesh), normalisation)
 

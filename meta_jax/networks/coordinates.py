@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from meta_jax.backend import on_cpu
 from meta_jax.core import Array, PyTree
 from meta_jax.networks.lstm import lstm_gates
+from meta_jax.shapes import with_rank
 
 _CHUNK = 512
 
@@ -54,7 +55,8 @@ def map_chunks(network: Callable[..., PyTree], *arrays: PyTree) -> PyTree:
 
 def linear_across(params: PyTree, x: Array) -> Array:
     """`linear` on columns: x [..., inputs, coordinates] -> [..., outputs, coordinates]."""
-    return jnp.einsum("io,...ic->...oc", params["kernel"], x) + params["bias"][:, None]
+    y = jnp.einsum("io,...ic->...oc", params["kernel"], x)
+    return y + with_rank(params["bias"][:, None], y)
 
 
 def lstm_across(params: PyTree, x: Array, h: Array, c: Array) -> tuple[Array, Array]:

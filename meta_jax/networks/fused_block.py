@@ -34,6 +34,7 @@ from meta_jax.networks.convolution import (
     small_patches,
 )
 from meta_jax.networks.normalisation import EPSILON, Moments, used_moments
+from meta_jax.shapes import with_rank
 
 _PREPARED_BYTES = 1 << 18  # inputs of one chunk; they stay in a core's own cache
 _CHUNK_BYTES = 4 << 20  # convolution output of one chunk; about a core's share of the cache
@@ -168,7 +169,8 @@ def _used(
 def _normalised(params: PyTree, y: Array, used: Moments) -> Array:
     scale, offset = params["normalisation"]["scale"], params["normalisation"]["offset"]
     factor = scale / jnp.sqrt(used.var + EPSILON)
-    return jax.nn.relu((y + (params["conv"]["bias"] - used.mean)) * factor + offset)
+    bias = with_rank(params["conv"]["bias"] - used.mean, y)
+    return jax.nn.relu((y + bias) * with_rank(factor, y) + with_rank(offset, y))
 
 
 # ---- Convolution, pooling and moments.
@@ -293,7 +295,7 @@ def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
     # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.
     wide = y.astype(_wide(y.dtype))
     centre = lax.stop_gradient(wide[0].mean((0, 1)))
-    away = wide - centre
+    away = wide - with_rank(centre, wide)
     first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
     moments = Moments(centre + first, second - first**2)
     return signed_pool(y, sign, pool), _as_type(moments, y.dtype)
@@ -301,7 +303,10 @@ def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
 
 def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
     """2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0; y itself without `pool`."""
-    return sign * max_pool(sign * y) if pool else y
+    if not pool:
+        return y
+    sign = with_rank(sign, y)
+    return sign * max_pool(sign * y)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -324,8 +329,9 @@ def _moments_by_patches(unfolded: Array, kernel: Array, weight: Array | None) ->
         weight = jnp.ones((unfolded.shape[0], 1, 1, 1), unfolded.dtype)
     count = weight.sum() * unfolded.shape[1] * unfolded.shape[2]
     mean = (weight * unfolded).sum((0, 1, 2)) / count
-    centred = (unfolded - mean).reshape(-1, mean.size)
-    weighted = (weight * (unfolded - mean)).reshape(-1, mean.size)
+    away = unfolded - with_rank(mean, unfolded)
+    centred = away.reshape(-1, mean.size)
+    weighted = (weight * away).reshape(-1, mean.size)
     covariance = centred.T @ weighted / count
     return Moments(mean @ kernel, (kernel * (covariance @ kernel)).sum(0))
 

@@ -8,7 +8,8 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
-from meta_jax.networks.layers import check_at_least_one, linear
+from meta_jax.networks.layers import linear
+from meta_jax.ranges import PositiveInt
 
 # Side of the window, features, whether 2x2 max-pooling follows.
 _BLOCKS = ((10, 64, True), (7, 128, True), (4, 128, True), (4, 256, False))
@@ -16,7 +17,7 @@ _SMALLEST = 65  # pixels a side that leave one place behind the last convolution
 
 
 @registry.network("koch")
-def koch(outputs: int = 4096) -> Network:
+def koch(outputs: PositiveInt = 4096) -> Network:
     """Builds Koch's network: 4 unpadded convolutions with ReLU, then a sigmoid layer.
 
     10x10 to 64 channels, 7x7 to 128, 4x4 to 128, 4x4 to 256, the first three max-pooled; no
@@ -41,7 +42,6 @@ def koch(outputs: int = 4096) -> Network:
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))  # and 4097 of the pairwise head
       38947648
     """
-    check_at_least_one("koch", outputs=outputs)
     return Network(partial(_init, outputs), _apply)
 
 

@@ -12,6 +12,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
 from meta_jax.networks.fused_block import deferred_conv_block, fused_conv_block
 from meta_jax.networks.normalisation import BATCH_MODES, init_normalisation, normalise
+from meta_jax.shapes import with_rank
 
 
 def check_at_least_one(component: str, **settings: float) -> None:
@@ -37,7 +38,8 @@ def init_linear(key: Array, inputs: int, outputs: int) -> PyTree:
 
 def linear(params: PyTree, x: Array) -> Array:
     """x [n, inputs] -> x W + b [n, outputs]."""
-    return x @ params["kernel"] + params["bias"]
+    y = x @ params["kernel"]
+    return y + with_rank(params["bias"], y)
 
 
 def init_conv_block(
@@ -112,7 +114,7 @@ def conv_block(
     y, stats = normalise(
         params.get("normalisation", {}),
         stats,
-        y + params["conv"]["bias"],
+        y + with_rank(params["conv"]["bias"], y),
         mode=normalisation,
         moments=moments,
         mask=mask,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
+from meta_jax.shapes import with_rank
 
 
 def init_lstm(key: Array, inputs: int, hidden: int, *, recurrent: int | None = None) -> PyTree:
@@ -36,7 +37,8 @@ def lstm(params: PyTree, x: Array, h: Array, c: Array) -> tuple[Array, Array]:
     Returns:
       The output and the cell [..., hidden].
     """
-    return lstm_gates(jnp.concatenate([x, h], axis=-1) @ params["kernel"] + params["bias"], c)
+    gates = jnp.concatenate([x, h], axis=-1) @ params["kernel"]
+    return lstm_gates(gates + with_rank(params["bias"], gates), c)
 
 
 def lstm_gates(gates: Array, c: Array) -> tuple[Array, Array]:

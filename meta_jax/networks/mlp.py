@@ -11,6 +11,7 @@ from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
+from meta_jax.ranges import PositiveInts
 
 Activation = Callable[[Array], Array]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -25,7 +26,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 @registry.network("mlp")
 def mlp(
-    widths: tuple[int, ...] = (40, 40),
+    widths: PositiveInts = (40, 40),
     *,
     activation: Literal["relu", "tanh", "sigmoid", "elu", "gelu", "silu"] | Activation = "relu",
 ) -> Network:
@@ -45,11 +46,8 @@ def mlp(
       UsageError: no width is given, a width is below one, or an unknown activation.
     """
     widths = tuple(widths)
-    if not widths or min(widths) < 1:
-        raise UsageError(
-            f"mlp needs at least one layer, each of at least one unit, not widths {widths}: give "
-            "for example (40, 40)"
-        )
+    if not widths:
+        raise UsageError("mlp without a layer: give widths, for example (40, 40)")
     if isinstance(activation, str):
         if activation not in _ACTIVATIONS:
             raise UsageError(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array, Batch, MomentsUse, Network, Normalisation, PyTree, check_mask
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import row_mask
+from meta_jax.shapes import with_rank
 
 MODES: tuple[Normalisation, ...] = get_args(Normalisation)
 BATCH_MODES = ("batch", "running", "support", "one_at_a_time")  # one structure of parameters
@@ -376,7 +377,7 @@ def batch_moments(x: Array, mask: Array | None = None) -> Moments:
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         mean = x.mean(axes)
-        return Moments(mean, ((x - mean) ** 2).mean(axes))
+        return Moments(mean, ((x - with_rank(mean, x)) ** 2).mean(axes))
     check_mask(mask, x.shape[0])
     weight = mask.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     places = x[0, ..., 0].size
@@ -384,7 +385,7 @@ def batch_moments(x: Array, mask: Array | None = None) -> Moments:
     # Not a product with zero: what stands in padding may be infinite.
     real = jnp.where(weight > 0, x, 0)
     mean = real.sum(axes) / count
-    away = jnp.where(weight > 0, real - mean, 0)
+    away = jnp.where(weight > 0, real - with_rank(mean, real), 0)
     return Moments(mean, (away**2).sum(axes) / count)
 
 
@@ -417,15 +418,16 @@ def used_moments(
 
 def scaled(params: PyTree, x: Array, used: Moments) -> Array:
     """scale (x - mean) / sqrt(var + 1e-5) + offset."""
-    return (x - used.mean) * (params["scale"] * jax.lax.rsqrt(used.var + EPSILON)) + params[
-        "offset"
-    ]
+    factor = with_rank(params["scale"], used.var) * jax.lax.rsqrt(used.var + EPSILON)
+    offset = with_rank(params["offset"], x)
+    return (x - with_rank(used.mean, x)) * with_rank(factor, x) + offset
 
 
 def _blended(params: PyTree, support: Moments, own: Moments, count: Array) -> Moments:
     """Moments of a mixture, a of the support's and 1 - a of each example's own (equations 6, 7)."""
     a = jax.nn.sigmoid(params["slope"] * count + params["intercept"])
-    mean = a * support.mean + (1 - a) * own.mean
-    var = a * (support.var + (support.mean - mean) ** 2)
+    theirs = Moments(*(with_rank(moment, own.mean) for moment in support))
+    mean = a * theirs.mean + (1 - a) * own.mean
+    var = a * (theirs.var + (theirs.mean - mean) ** 2)
     var += (1 - a) * (own.var + (own.mean - mean) ** 2)
     return Moments(mean, var)

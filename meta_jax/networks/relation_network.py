@@ -15,13 +15,13 @@ from meta_jax.networks.fused_block import finish_block, pool_moments, scale_sign
 from meta_jax.networks.layers import (
     Block,
     apply_conv_blocks,
-    check_at_least_one,
     conv_block,
     init_conv_block,
     is_fused,
     linear,
 )
 from meta_jax.networks.normalisation import check_mode, normalise
+from meta_jax.ranges import PositiveInt
 
 _HIDDEN = 8  # units between the relation module's convolutions and its output
 _BLOCKS = {
@@ -33,7 +33,9 @@ _BLOCKS = {
 
 
 @registry.network("relation_encoder")
-def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batch") -> Network:
+def relation_encoder(
+    features: PositiveInt = 64, *, normalisation: Normalisation = "batch"
+) -> Network:
     """Builds the encoder of Relation Networks: 4 x [3x3 convolution, normalisation, ReLU].
 
     The first two blocks are unpadded and max-pooled 2x2.
@@ -61,7 +63,6 @@ def relation_encoder(features: int = 64, *, normalisation: Normalisation = "batc
       (2, 5, 5, 64)
     """
     check_mode(normalisation)
-    check_at_least_one("relation_encoder", features=features)
     init = partial(_init_encoder, features, normalisation)
     return Network(init, partial(_apply_encoder, normalisation), normalisation)
 
@@ -209,7 +210,7 @@ def _first_block(
     kernel, channels = params["conv"]["kernel"], classes.shape[-1]
     of_class = convolve(classes, kernel[:, :, :channels], padding=padding)
     of_query = convolve(queries, kernel[:, :, channels:], padding=padding)
-    x = of_query[:, None] + of_class
+    x = of_query[:, None] + of_class[None]
     x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     if is_fused(normalisation, mask):
         x, batch = pool_moments(x, scale_sign(params), pool=True)

@@ -15,6 +15,7 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
 from meta_jax.networks.layers import check_at_least_one
 from meta_jax.networks.normalisation import check_mode, init_normalisation, normalise
+from meta_jax.ranges import Decay, PositiveInt, PositiveInts
 
 _LAYERS = ("layer1", "layer2", "layer3")
 _SLOPE = 0.1  # of the leaky ReLU below zero
@@ -23,10 +24,10 @@ _IN_SQUARES = 2  # the last blocks, whose features DropBlock drops in squares
 
 @registry.network("resnet12")
 def resnet12(
-    widths: tuple[int, ...] = (64, 160, 320, 640),
+    widths: PositiveInts = (64, 160, 320, 640),
     *,
-    drop_rate: float = 0.1,
-    drop_block: int = 5,
+    drop_rate: Decay = 0.1,
+    drop_block: PositiveInt = 5,
     mean: bool = True,
     normalisation: Normalisation = "running",
 ) -> Network:
@@ -62,13 +63,8 @@ def resnet12(
     """
     widths = tuple(widths)
     check_mode(normalisation)
-    if not widths or min(widths) < 1:
-        raise UsageError(
-            f"resnet12 needs at least one block, each of at least one channel, not widths "
-            f"{widths}: give for example (64, 160, 320, 640)"
-        )
-    check_at_least_one("resnet12", drop_block=drop_block)
-    _check_rate("resnet12", "drop_rate", drop_rate)
+    if not widths:
+        raise UsageError("resnet12 without a block: give widths, for example (64, 160, 320, 640)")
     form = _Form(widths, drop_rate, drop_block, mean, normalisation)
     return Network(partial(_init, form), partial(_apply, form), normalisation)
 

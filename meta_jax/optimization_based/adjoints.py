@@ -46,13 +46,20 @@ class Run(Protocol):
 
 
 class Adjoint(NamedTuple):
-    """How an inner loop is run and differentiated."""
+    """How an inner loop is run and differentiated.
+
+    Attributes:
+      run: Function that runs the loop and differentiates it its way.
+      name: Name by which flags and records call it, as `as_adjoint` reads it.
+      is_implicit: Whether the loop's end is taken for a minimum of the problem, wherever the loop
+        began.
+      is_first_order: Whether the inner gradients of all steps are constants.
+    """
 
     run: Run
-    name: str = ""  # how flags and records call it, as `as_adjoint` reads it
-    # Whether the loop's end is taken for a minimum of the problem, wherever the loop began.
+    name: str = ""
     is_implicit: bool = False
-    is_first_order: bool = False  # whether the inner gradients of all steps are constants
+    is_first_order: bool = False
 
 
 def _second_order(problem: Problem) -> Differentiated:
@@ -83,9 +90,9 @@ def _scan(
     return Adjoint(run, name, is_first_order=is_first_order)
 
 
-# Back-propagation through every step, all intermediate values kept.
+#: Back-propagation through every step, all intermediate values kept.
 UNROLLED = _scan(_second_order, "unrolled")
-# Inner gradients are constants (Finn et al. 2017, section 5.2): no second derivatives.
+#: Inner gradients are constants (Finn et al. 2017, section 5.2): no second derivatives.
 FIRST_ORDER = _scan(_first_order, "first_order", is_first_order=True)
 
 
@@ -113,8 +120,8 @@ def _concatenate(first: PyTree, last: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, last)
 
 
-# As unrolled, but the backward pass runs the steps again: segments of about sqrt(steps) steps keep
-# what they began with, and so does every step of the segment that is being differentiated.
+#: As `UNROLLED`, but the backward pass runs the steps again: segments of about sqrt(steps) steps
+#: keep what they began with, and so does every step of the segment that is being differentiated.
 CHECKPOINTED = Adjoint(_run_checkpointed, "checkpointed")
 
 
@@ -284,9 +291,9 @@ def _mixed_mode(problem: Problem) -> Differentiated:
     return differentiated
 
 
-# As unrolled, but Hessian products are taken forwards over backwards: of a step its start is kept,
-# and nothing of it runs twice but its gradient (Kemaev et al. 2025, arXiv:2505.00793). Not for
-# networks with a custom_vjp, as the library's convolutions have: ValueError.
+#: As `UNROLLED`, but Hessian products are taken forwards over backwards: of a step its start is
+#: kept, and nothing of it runs twice but its gradient (Kemaev et al. 2025, arXiv:2505.00793). Not
+#: for networks with a custom_vjp, as the library's convolutions have: ValueError.
 MIXED_MODE = _scan(_mixed_mode, "mixed_mode")
 
 
@@ -379,7 +386,7 @@ def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
 
 
-# Those without a setting of their own, by name.
+#: The adjoints without a setting of their own, by name.
 ADJOINTS = {adjoint.name: adjoint for adjoint in (UNROLLED, CHECKPOINTED, MIXED_MODE, FIRST_ORDER)}
 
 

@@ -8,6 +8,7 @@ from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.adjoints import Adjoint
 from meta_jax.optimization_based.learner import Reduction, default_by_task, head_only
 from meta_jax.optimization_based.maml import maml
+from meta_jax.ranges import NotNegativeInt, Positive
 
 
 @registry.learner(
@@ -20,10 +21,10 @@ def anil(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
+    inner_lr: Positive | None = None,
     inner_optimizer: optax.GradientTransformation | None = None,
-    steps: int = 5,
-    eval_steps: int | None = None,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt | None = None,
     adjoint: Adjoint | str = "unrolled",
     reduction: Reduction = "mean",
 ) -> MetaLearner:

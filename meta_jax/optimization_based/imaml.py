@@ -15,6 +15,7 @@ from meta_jax.optimization_based.learner import (
     resolved,
 )
 from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
 
 
 @registry.learner(
@@ -30,12 +31,12 @@ def imaml(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
-    proximity: float | None = None,
-    cg_steps: int = 2,
-    damping: float = 10.0,
-    steps: int = 5,
-    eval_steps: int | None = None,
+    inner_lr: Positive | None = None,
+    proximity: Positive | None = None,
+    cg_steps: PositiveInt = 2,
+    damping: NotNegative = 10.0,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt | None = None,
     adjoint: Adjoint | str | None = None,
     mask: Mask | None = all_but_normalisation,
     reduction: Reduction = "mean",

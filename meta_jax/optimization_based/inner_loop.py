@@ -17,13 +17,21 @@ Observe = Callable[[PyTree, PyTree, Array], PyTree]
 
 
 class InnerLoopResult(NamedTuple):
-    """Where an inner loop ended, and what was seen on the way."""
+    """Where an inner loop ended, and what was seen on the way.
+
+    Attributes:
+      params: Parameters after the last step.
+      state: State of the problem.
+      rule_state: State of the update rule.
+      losses: Loss before each step, [steps].
+      observed: What `observe` returned after each step, with a leading axis [steps].
+    """
 
     params: PyTree
-    state: PyTree  # the problem's
-    rule_state: PyTree  # the update rule's
-    losses: Array  # [steps], before each step
-    observed: PyTree  # what `observe` returned after each step, with a leading axis [steps]
+    state: PyTree
+    rule_state: PyTree
+    losses: Array
+    observed: PyTree
 
 
 def partition(params: PyTree, mask: Mask) -> tuple[PyTree, PyTree]:

@@ -48,11 +48,17 @@ MakeHead = Callable[[Array, Array], PyTree]
 
 
 class GradientAdapted(NamedTuple):
-    """A learner after its inner loop."""
+    """A learner after its inner loop.
 
-    params: PyTree  # the adapted parameters {'network', 'head'}
-    state: PyTree  # the network's state
-    support: Batch | None = None  # where queries are normalised beside the support set
+    Attributes:
+      params: Adapted parameters, {'network', 'head'}.
+      state: State of the network.
+      support: The support set, where queries are normalised beside it; else None.
+    """
+
+    params: PyTree
+    state: PyTree
+    support: Batch | None = None
 
 
 # ---- Which leaves are adapted.
@@ -368,6 +374,7 @@ def _adapt(
 
     learner = params["learner"]
     if parts.make_head is not None:
+        check_targets(support.y, "support.y")
         z, _ = embed(learner["network"], state, head_key)
         head = parts.make_head(z, without_padding(support.y, support.mask))
         learner = {**learner, "head": head}

@@ -30,6 +30,7 @@ from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.adjoints import Adjoint, as_adjoint
 from meta_jax.optimization_based.learner import gradient_learner
 from meta_jax.optimization_based.update_rules import UpdateRule, ValueFn, log_and_sign
+from meta_jax.ranges import Decay, NotNegativeInt, PositiveInt
 
 
 class MetaLSTMState(NamedTuple):
@@ -186,10 +187,10 @@ def lstm_meta_learner(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    steps: int = 12,
-    eval_steps: int | None = None,
-    hidden_size: int = 20,
-    momentum: float = 0.95,
+    steps: NotNegativeInt = 12,
+    eval_steps: NotNegativeInt | None = None,
+    hidden_size: PositiveInt = 20,
+    momentum: Decay = 0.95,
     adjoint: Adjoint | str = "first_order",
 ) -> MetaLearner:
     """Builds an LSTM Meta-Learner, whose inner optimizer is an LSTM.

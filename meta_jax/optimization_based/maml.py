@@ -14,6 +14,7 @@ from meta_jax.optimization_based.learner import (
     gradient_learner,
     rule_from,
 )
+from meta_jax.ranges import NotNegativeInt, Positive
 
 _INNER_LR = default_by_task(normalised=0.4, plain=0.1, regression=0.01)
 
@@ -25,10 +26,10 @@ def maml(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
+    inner_lr: Positive | None = None,
     inner_optimizer: optax.GradientTransformation | None = None,
-    steps: int = 1,
-    eval_steps: int | None = None,
+    steps: NotNegativeInt = 1,
+    eval_steps: NotNegativeInt | None = None,
     adjoint: Adjoint | str = "unrolled",
     mask: Mask | None = all_but_normalisation,
     reduction: Reduction = "mean",
@@ -87,10 +88,10 @@ def first_order_maml(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
+    inner_lr: Positive | None = None,
     inner_optimizer: optax.GradientTransformation | None = None,
-    steps: int = 1,
-    eval_steps: int | None = None,
+    steps: NotNegativeInt = 1,
+    eval_steps: NotNegativeInt | None = None,
     mask: Mask | None = all_but_normalisation,
     reduction: Reduction = "mean",
 ) -> MetaLearner:

@@ -18,6 +18,7 @@ from meta_jax.core import (
     Network,
     Objective,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
@@ -46,6 +47,7 @@ from meta_jax.optimization_based.learner import (
     with_reduction,
 )
 from meta_jax.optimization_based.update_rules import UpdateRule, per_step_sgd
+from meta_jax.ranges import NotNegativeInt, Positive
 
 _FLOOR = 0.03  # of a step's weight, in shares of 1 / steps
 
@@ -206,7 +208,7 @@ def _multi_step_loss(
 ) -> tuple[Array, PyTree, Metrics]:
     """(sum_t w_t L_B(theta_t), the network's new state, the metrics after the last step)."""
     support, (x, y, mask) = task
-    check_batch(Batch(x, y, mask), "query")
+    check_episode(task)
     loop_key, observe_key = jax.random.split(key)
 
     def query_loss(learner: PyTree, stats: PyTree, step: Array) -> tuple[Array, Metrics]:
@@ -249,11 +251,11 @@ def maml_plus_plus(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
-    steps: int = 5,
-    eval_steps: int | None = None,
-    multi_step_steps: int = 0,
-    first_order_steps: int = 0,
+    inner_lr: Positive | None = None,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt | None = None,
+    multi_step_steps: NotNegativeInt = 0,
+    first_order_steps: NotNegativeInt = 0,
     per_step_normalisation: bool = True,
     adjoint: Adjoint | str = "unrolled",
     mask: Mask | None = all_but_normalisation,
@@ -379,11 +381,6 @@ def _check_settings(
     check_steps(steps, eval_steps)
     if steps < 1:
         raise UsageError("maml_plus_plus has rates for every inner step: give at least one step")
-    if min(multi_step_steps, first_order_steps) < 0:
-        raise UsageError(
-            f"multi_step_steps {multi_step_steps} and first_order_steps {first_order_steps} must "
-            "not be negative"
-        )
     if adjoint.is_implicit:
         raise UsageError("maml_plus_plus has no proximal term: the implicit adjoint is imaml's")
     if first_order_steps and adjoint is not UNROLLED:

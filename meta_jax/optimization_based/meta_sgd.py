@@ -12,6 +12,7 @@ from meta_jax.optimization_based.learner import (
     resolved,
 )
 from meta_jax.optimization_based.update_rules import learned_sgd
+from meta_jax.ranges import NotNegativeInt, Positive
 
 
 @registry.learner(
@@ -24,9 +25,9 @@ def meta_sgd(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
-    steps: int = 1,
-    eval_steps: int | None = None,
+    inner_lr: Positive | None = None,
+    steps: NotNegativeInt = 1,
+    eval_steps: NotNegativeInt | None = None,
     adjoint: Adjoint | str = "unrolled",
     mask: Mask | None = None,
     reduction: Reduction = "mean",

@@ -16,6 +16,7 @@ from meta_jax.optimization_based.learner import (
     resolved,
 )
 from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.ranges import NotNegativeInt, Positive
 
 
 def prototype_linear_head(z: Array, y: Array) -> PyTree:
@@ -51,9 +52,9 @@ def protomaml(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float | None = None,
-    steps: int = 1,
-    eval_steps: int | None = None,
+    inner_lr: Positive | None = None,
+    steps: NotNegativeInt = 1,
+    eval_steps: NotNegativeInt | None = None,
     adjoint: Adjoint | str = "unrolled",
     mask: Mask | None = all_but_normalisation,
     reduction: Reduction = "mean",

@@ -19,9 +19,9 @@ from meta_jax.core import (
     Objective,
     Predict,
     PyTree,
+    check_episode,
     supervised_evaluate,
 )
-from meta_jax.lookup import UsageError
 from meta_jax.objectives import check_batch, cross_entropy, tree_rows
 from meta_jax.optimization_based.adjoints import FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import run_inner_loop
@@ -35,6 +35,7 @@ from meta_jax.optimization_based.learner import (
     support_problem,
 )
 from meta_jax.optimization_based.update_rules import from_optax
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 
 def minibatches(key: Array, rows: int, batch_size: int, steps: int) -> Array:
@@ -105,11 +106,6 @@ def adam_without_momentum(learning_rate: float) -> optax.GradientTransformation:
     return optax.rmsprop(learning_rate, 0.999, 1e-8, eps_in_sqrt=False, bias_correction=True)
 
 
-def _check_batch_sizes(*sizes: int | None) -> None:
-    if any(size is not None and size < 1 for size in sizes):
-        raise UsageError(f"inner mini-batches of {sizes} examples: give at least one")
-
-
 def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Loss:
     """Builds Reptile's loss 1/2 ||phi - stop_gradient(U(phi))||^2, of gradient phi - U(phi).
 
@@ -122,7 +118,7 @@ def interpolation_loss(adapt: Adapt, predict: Predict, objective: Objective) -> 
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array, /) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_batch(Batch(x, y, mask), "query")
+        check_episode(task)
         start = jax.lax.stop_gradient(params)
         adapted = adapt(start, state, support, adapt_key, train=True)
         outputs, state = predict(start, adapted, x, predict_key, train=True, mask=mask)
@@ -144,12 +140,12 @@ def reptile(
     network: Network,
     *,
     objective: Objective = cross_entropy,
-    inner_lr: float = 1e-3,
+    inner_lr: Positive = 1e-3,
     inner_optimizer: optax.GradientTransformation | None = None,
-    steps: int = 5,
-    eval_steps: int = 50,
-    batch_size: int | None = 10,
-    eval_batch_size: int | None = 5,
+    steps: NotNegativeInt = 5,
+    eval_steps: NotNegativeInt = 50,
+    batch_size: PositiveInt | None = 10,
+    eval_batch_size: PositiveInt | None = 5,
     carry: bool = True,
 ) -> MetaLearner:
     """Builds a Reptile learner, which moves towards what training on a task makes of it.
@@ -188,7 +184,6 @@ def reptile(
       UsageError: a number of steps below zero or a mini-batch without an example.
     """
     check_steps(steps, eval_steps)
-    _check_batch_sizes(batch_size, eval_batch_size)
     rule = from_optax(inner_optimizer or adam_without_momentum(inner_lr))
 
     def init(key: Array, episode: Episode) -> tuple[PyTree, PyTree]:

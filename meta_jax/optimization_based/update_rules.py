@@ -37,10 +37,17 @@ class Update(Protocol):
 
 
 class UpdateRule(NamedTuple):
-    """An inner optimizer whose own parameters may be meta-learned."""
+    """An inner optimizer whose own parameters may be meta-learned.
 
-    init_meta: Callable[[Array, PyTree], PyTree]  # (key, params) -> meta-parameters
-    init: Callable[[PyTree, PyTree], PyTree]  # (meta-parameters, params) -> state
+    Attributes:
+      init_meta: Function (key, params) -> meta-parameters.
+      init: Function (meta-parameters, params) -> state.
+      update: Function from meta-parameters, gradient, state and parameters to updates, which are
+        added to the parameters, and the new state.
+    """
+
+    init_meta: Callable[[Array, PyTree], PyTree]
+    init: Callable[[PyTree, PyTree], PyTree]
     update: Update
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Discrete, Environment, SampleTask
 from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
@@ -18,7 +19,7 @@ _WORSE_ARM = {"easy": 0.1, "medium": 0.25, "hard": 0.4}  # its probability; the 
 
 
 @environment_tasks("bandit")
-def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
+def bandit(*, arms: PositiveInt = 5, pulls: PositiveInt = 10) -> Environment:
     """Builds Bernoulli bandits (Duan et al. 2016, table 1).
 
     A task is a probability for each arm, p_i ~ U[0, 1]. One pull is one episode, and nothing is
@@ -40,13 +41,13 @@ def bandit(*, arms: int = 5, pulls: int = 10) -> Environment:
       >>> float(environment.regret(task, (), jnp.array(2))), environment.episodes
       (0.5, 10)
     """
-    if min(arms, pulls) < 1:
-        raise UsageError(f"a bandit needs at least 1 arm and 1 pull: arms={arms}, pulls={pulls}")
     return _environment(functools.partial(_uniform_arms, arms), arms, pulls)
 
 
 @environment_tasks("dependent_bandit")
-def dependent_bandit(*, difficulty: Difficulty = "uniform", pulls: int = 100) -> Environment:
+def dependent_bandit(
+    *, difficulty: Difficulty = "uniform", pulls: PositiveInt = 100
+) -> Environment:
     """Builds bandits of two arms that pay with probabilities p and 1 - p (Wang et al. 2016, 3.1).
 
     What one arm pays tells of the other, which strategies for independent arms do not use. Pulls
@@ -73,8 +74,6 @@ def dependent_bandit(*, difficulty: Difficulty = "uniform", pulls: int = 100) ->
             f"difficulty '{difficulty}' of a dependent bandit must be one of "
             f"{', '.join(get_args(Difficulty))}"
         )
-    if pulls < 1:
-        raise UsageError(f"a bandit needs at least 1 pull: pulls={pulls}")
     sample = functools.partial(_dependent_arms, _WORSE_ARM.get(difficulty))
     return _environment(sample, 2, pulls)
 

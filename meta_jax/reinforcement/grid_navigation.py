@@ -9,6 +9,7 @@ import numpy as np
 
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Discrete, Environment
 from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
@@ -30,7 +31,9 @@ class Visit(NamedTuple):
 
 
 @environment_tasks("grid_navigation")
-def grid_navigation(*, size: int = 5, episodes: int = 4, horizon: int = 15) -> Environment:
+def grid_navigation(
+    *, size: PositiveInt = 5, episodes: PositiveInt = 4, horizon: PositiveInt = 15
+) -> Environment:
     """Builds the grid navigation (GridNavi) of Zintgraf et al. (2020), section 5.1.
 
     An episode begins in the corner (0, 0). The goal is a cell of its own in each task, uniform
@@ -59,9 +62,6 @@ def grid_navigation(*, size: int = 5, episodes: int = 4, horizon: int = 15) -> E
     """
     if size < 3:
         raise UsageError(f"size={size} of the grid must be at least 3: all cells touch the start")
-    for name, number in (("episodes", episodes), ("horizon", horizon)):
-        if number < 1:
-            raise UsageError(f"{name}={number} of the grid navigation must be at least 1")
     return Environment(
         functools.partial(_sample, size),
         functools.partial(_reset, size),

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, import_extra
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Actions, Continuous, Discrete, Environment
 from meta_jax.reinforcement.source import environment_tasks
 
@@ -26,8 +27,8 @@ def gymnax_environment(
     name: str,
     /,
     *,
-    episodes: int = 2,
-    horizon: int | None = None,
+    episodes: PositiveInt = 2,
+    horizon: PositiveInt | None = None,
     sample_parameters: SampleParameters | None = None,
 ) -> Environment:
     """Builds an environment of gymnax 1.0 or later.
@@ -77,12 +78,7 @@ def gymnax_environment(
 
 def _make(name: str) -> tuple[Any, Any]:
     """An environment of gymnax and its usual parameters."""
-    try:
-        import gymnax  # pyrefly: ignore[missing-import]
-    except ImportError as error:
-        raise UsageError(
-            f"{name} needs gymnax, which is not installed: pip install 'meta_jax[gymnax]'"
-        ) from error
+    gymnax = import_extra("gymnax", "gymnax", name)
     version = metadata.version("gymnax")
     if int(version.split(".")[0]) < 1:
         raise UsageError(

@@ -22,8 +22,8 @@ from meta_jax.core import (
 )
 from meta_jax.inner_loop import Adjoint, UpdateRule, as_adjoint, from_optax, learned_sgd
 from meta_jax.lookup import UsageError
-from meta_jax.networks.layers import check_at_least_one
 from meta_jax.objectives import check_kind, trial_return
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt, Share
 from meta_jax.reinforcement.advantages import standardised
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.reinforcement.policies import log_probability, sample_action
@@ -56,22 +56,22 @@ def maml_rl(
     network: Network,
     *,
     objective: Objective = trial_return,
-    inner_lr: float = 0.1,
-    later_lr: float | None = None,
+    inner_lr: Positive = 0.1,
+    later_lr: Positive | None = None,
     inner_rule: Literal["sgd", "learned_sgd"] = "sgd",
     adapted: Part = "all",
-    steps: int = 1,
-    eval_steps: int = 3,
-    trajectories: int = 20,
-    eval_trajectories: int = 20,
+    steps: NotNegativeInt = 1,
+    eval_steps: NotNegativeInt = 3,
+    trajectories: PositiveInt = 20,
+    eval_trajectories: PositiveInt = 20,
     adjoint: Adjoint | str = "unrolled",
-    discount: float = 0.99,
-    gae_lambda: float = 1.0,
+    discount: Share = 0.99,
+    gae_lambda: Share = 1.0,
     surrogate: Surrogate = "dice",
-    initial_scale: float = 1.0,
+    initial_scale: Positive = 1.0,
     outer: Literal["gradient", "ppo"] = "gradient",
-    epochs: int = 5,
-    clip: float = 0.2,
+    epochs: PositiveInt = 5,
+    clip: Positive = 0.2,
 ) -> MetaLearner:
     """Builds a MAML learner of policies (Finn, Abbeel and Levine 2017, section 5.3).
 
@@ -116,16 +116,6 @@ def maml_rl(
       UsageError: tasks of another kind, a network with normalisation, or numbers that do not fit.
     """
     check_kind(objective, "control", "maml_rl")
-    check_at_least_one(
-        "maml_rl",
-        trajectories=trajectories,
-        eval_trajectories=eval_trajectories,
-        epochs=epochs,
-    )
-    if min(steps, eval_steps) < 0:
-        raise UsageError(f"steps must be at least 0: steps={steps}, eval_steps={eval_steps}")
-    if not initial_scale > 0:
-        raise UsageError(f"initial_scale={initial_scale} must be above 0")
     if network.normalisation != "none":
         raise UsageError("maml_rl needs a network without normalisation, such as mlp")
     parts = Adaptation(

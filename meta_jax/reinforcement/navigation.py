@@ -9,6 +9,7 @@ import numpy as np
 
 from meta_jax.core import Array
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Continuous, Environment
 from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.reinforcement.source import environment_tasks
@@ -43,7 +44,9 @@ class Point(NamedTuple):
 
 
 @environment_tasks("navigation")
-def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed") -> Environment:
+def navigation(
+    *, episodes: PositiveInt = 1, horizon: PositiveInt = 100, start: Start = "fixed"
+) -> Environment:
     """Builds the 2-D navigation tasks of Finn et al. (2017), section 5.3.
 
     The goal is uniform in [-0.5, 0.5]^2. An action is a move, each coordinate clipped to ±0.1; the
@@ -69,9 +72,6 @@ def navigation(*, episodes: int = 1, horizon: int = 100, start: Start = "fixed")
       >>> round(float(environment.optimal_return(task)), 4)  # 0.1 after one step, 0 after two
       -0.1
     """
-    for name, number in (("episodes", episodes), ("horizon", horizon)):
-        if number < 1:
-            raise UsageError(f"{name}={number} of the navigation must be at least 1")
     if start not in get_args(Start):
         raise UsageError(
             f"start '{start}' of the navigation must be one of {', '.join(get_args(Start))}"

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meta_jax import registry
 from meta_jax.core import Array, LossAux, MetaLearner, Metrics, Objective, PyTree, Sample, with_loss
 from meta_jax.lookup import UsageError
-from meta_jax.networks.layers import check_at_least_one
 from meta_jax.networks.sequences import (
     SequenceNetwork,
     causal_transformer,
@@ -21,6 +20,7 @@ from meta_jax.networks.sequences import (
     snail,
 )
 from meta_jax.objectives import check_kind, trial_return
+from meta_jax.ranges import NotNegative, Positive, PositiveInt, Share
 from meta_jax.reinforcement.environment import Environment
 from meta_jax.reinforcement.ppo import (
     PolicyGradient,
@@ -59,18 +59,18 @@ def rl2(
     *,
     objective: Objective = trial_return,
     memory: Memory = "gru",
-    hidden_size: int = 64,
-    layers: int = 2,
+    hidden_size: PositiveInt = 64,
+    layers: PositiveInt = 2,
     inputs: Inputs = "steps",
     algorithm: Literal["ppo", "a2c"] = "ppo",
     reward: Reward = "sampled",
-    discount: float = 0.99,
-    gae_lambda: float = 0.9,
-    entropy_weight: float = 0.01,
-    value_weight: float = 0.5,
-    clip: float = 0.2,
-    epochs: int = 3,
-    minibatches: int = 20,
+    discount: Share = 0.99,
+    gae_lambda: Share = 0.9,
+    entropy_weight: NotNegative = 0.01,
+    value_weight: NotNegative = 0.5,
+    clip: Positive = 0.2,
+    epochs: PositiveInt = 3,
+    minibatches: PositiveInt = 20,
 ) -> MetaLearner:
     """Builds an RL^2 learner: a policy whose memory lasts over a whole trial.
 
@@ -121,7 +121,6 @@ def rl2(
       ['loss', 'regret', 'return']
     """
     check_kind(objective, "control", "rl2")
-    check_at_least_one("rl2", epochs=epochs, minibatches=minibatches)
     policy = TrialPolicy(_MEMORIES[memory](hidden_size, layers), inputs)
     settings = PolicyGradient(reward, discount, gae_lambda, entropy_weight, value_weight, clip)
     update = functools.partial(_update, settings, policy, epochs, minibatches)

@@ -60,11 +60,13 @@ def environment_tasks(
     """
 
     def decorate(factory: Callable[P, Environment]) -> Callable[P, Environment]:
+        checked = registry.with_ranges(factory, name)
+
         @functools.wraps(factory)
         def source(*args: P.args, **kwargs: P.kwargs) -> TaskSource:
-            return source_from_environment(factory(*args, **kwargs))
+            return source_from_environment(checked(*args, **kwargs))
 
         registry.tasks(name, run=run)(source)
-        return factory
+        return checked
 
     return decorate

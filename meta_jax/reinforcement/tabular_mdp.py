@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array
-from meta_jax.lookup import UsageError
+from meta_jax.ranges import PositiveInt
 from meta_jax.reinforcement.environment import Discrete, Environment
 from meta_jax.reinforcement.source import environment_tasks
 
@@ -41,7 +41,11 @@ class Place(NamedTuple):
 
 @environment_tasks("tabular_mdp")
 def tabular_mdp(
-    *, states: int = 10, actions: int = 5, episodes: int = 10, horizon: int = 10
+    *,
+    states: PositiveInt = 10,
+    actions: PositiveInt = 5,
+    episodes: PositiveInt = 10,
+    horizon: PositiveInt = 10,
 ) -> Environment:
     """Builds random decision processes (Duan et al. 2016, table 2).
 
@@ -66,14 +70,6 @@ def tabular_mdp(
       >>> task.transitions.shape, task.action_values.shape
       ((3, 2, 3), (4, 3, 2))
     """
-    for name, number in (
-        ("states", states),
-        ("actions", actions),
-        ("episodes", episodes),
-        ("horizon", horizon),
-    ):
-        if number < 1:
-            raise UsageError(f"{name}={number} of a tabular MDP must be at least 1")
     return Environment(
         functools.partial(_sample, states, actions, horizon),
         functools.partial(_reset, states),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from meta_jax.backend import use_backend
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
 from meta_jax.serving.inputs import InputForm, prepare
+from meta_jax.version import __version__
 
 _PROGRAM, _RECORD, _README = "classifier.bin", "classifier.json", "README.md"
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -107,7 +107,7 @@ def write_exported(
     record = {
         "classes": list(classes),
         "input": form._asdict() | {"example": None},
-        "version": importlib.metadata.version("meta_jax"),
+        "version": __version__,
         "jax": jax.__version__,
         "sha256": hashlib.sha256(written).hexdigest(),
     }

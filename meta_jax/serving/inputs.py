@@ -18,12 +18,19 @@ ValueRange = Literal["0..1", "0..255"]
 
 
 class InputForm(NamedTuple):
-    """How a learner's inputs look."""
+    """How a learner's inputs look.
 
-    example: PyTree  # one input, leaves with shape and dtype
-    preprocessing: Mapping[str, Any] | None  # the record of images; None for other inputs
-    value_range: ValueRange | None = None  # of float images; told from the images if None
-    polarity: Ink | None = None  # of the images that come; told from each image if None
+    Attributes:
+      example: One input, leaves with shape and dtype.
+      preprocessing: Record of how images must look; None for other inputs.
+      value_range: Range of float images; told from the images if None.
+      polarity: Polarity of the images that come; told from each image if None.
+    """
+
+    example: PyTree
+    preprocessing: Mapping[str, Any] | None
+    value_range: ValueRange | None = None
+    polarity: Ink | None = None
 
 
 def prepare(inputs: Any, form: InputForm) -> tuple[PyTree, InputForm]:

@@ -51,11 +51,17 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds.
 
-    leaves: dict[str, jax.Array]  # by path, such as 'params/conv/kernel'
+    Attributes:
+      leaves: Arrays by path, such as 'params/conv/kernel'.
+      metadata: What else was written, such as the step.
+      config: Settings of the learner; None where none were recorded.
+    """
+
+    leaves: dict[str, jax.Array]
     metadata: dict[str, Any]
-    config: Config | None  # settings of the learner; None where none were recorded
+    config: Config | None
 
 
 def save(
@@ -118,7 +124,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], contents: dict[str, Any]) 
         _swap_in(path)
     # tensorstore reports a full disk as ValueError; what is not about space is raised as it was.
     except (OSError, ValueError, RuntimeError) as error:
-        reason = _full_disk(error)
+        reason = _full_disk(error) or _lack_of_space(path.parent, size)
         if reason is None:
             raise
         raise CheckpointError(
@@ -599,6 +605,14 @@ def _damaged(path: Path, how: str) -> DamagedCheckpointError:
     return DamagedCheckpointError(
         f"checkpoint {path} is damaged: {how}; remove it, or restore it from a copy"
     )
+
+
+def _lack_of_space(folder: Path, size: int) -> str | None:
+    """Why the disk takes no more, by what is left of it: a thread may fail for what another met."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < size:
+            return _FULL[errno.ENOSPC]
+    return None
 
 
 def _full_disk(error: BaseException | None) -> str | None:

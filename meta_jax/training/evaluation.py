@@ -33,7 +33,12 @@ _MEMORY = 6 * 10**9
 
 
 class MeanCI(NamedTuple):
-    """A mean over episodes and the half-width of its 95 % confidence interval."""
+    """A mean over episodes and the half-width of its 95 % confidence interval.
+
+    Attributes:
+      mean: Mean over the episodes.
+      ci95: Half-width of the interval.
+    """
 
     mean: float
     ci95: float

@@ -17,11 +17,17 @@ from meta_jax.training.record import read_config, task_like
 
 
 class LearnedRule(NamedTuple):
-    """An update rule and what it learned."""
+    """An update rule and what it learned.
+
+    Attributes:
+      rule: The update rule.
+      meta: Its meta-parameters.
+      config: Record of what it was trained on, the contents of config.json.
+    """
 
     rule: UpdateRule
-    meta: PyTree  # its meta-parameters
-    config: Config  # what it was trained on, the contents of config.json
+    meta: PyTree
+    config: Config
 
     def to_optax(self) -> optax.GradientTransformationExtraArgs:
         """Converts the rule to an optax optimizer: see `to_optax`."""

@@ -18,10 +18,16 @@ from meta_jax.core import Config, Objective, PyTree
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.training import checkpoints, processes
 from meta_jax.training.checkpoints import CheckpointError
+from meta_jax.training.lock import lock_workdir
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import SoFar, TrainLoop, TrainState
-from meta_jax.training.workdir import only_writer
-from meta_jax.training.writers import MetricsWriter, Progress, as_history, read_metrics
+from meta_jax.training.writers import (
+    MetricsWriter,
+    OnMetrics,
+    Progress,
+    as_history,
+    read_metrics,
+)
 
 # train state -> metrics; the parameters are the averaged ones, where the optimizer averages them
 Validate = Callable[[TrainState], Mapping[str, float]]
@@ -97,12 +103,18 @@ class _Run(NamedTuple):
     """What stays the same during a run."""
 
     config: LoopConfig
-    folder: Path  # of the checkpoints
+    workdir: Path
     validate: Validate | None
     objective: Objective | None
     learner_config: Config | None
     keep_state: bool
     say: Callable[[str], None]
+    on_metrics: OnMetrics | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.workdir / "checkpoints"
 
 
 def fit(
@@ -118,6 +130,7 @@ def fit(
     learner_config: Config | None = None,
     keep_state: bool = True,
     say: Callable[[str], None] = print,
+    on_metrics: OnMetrics | None = None,
 ) -> FitResult:
     """Trains from the newest intact checkpoint of a workdir, or from `train_state`.
 
@@ -125,9 +138,12 @@ def fit(
     optimizer state and metrics as one that was not. The workdir gets `metrics.jsonl`,
     `tensorboard/` and `checkpoints/` with the latest two steps and, where there is validation,
     `best`; `config.json`, which `meta_jax.load` needs, is written by `write_config`. SIGTERM and
-    Ctrl-C, in any of several processes, end the run after the compiled call under way, with a
-    checkpoint; a call takes about two seconds, or one step where that takes longer. Of several
-    processes the first one writes, and all of them call this.
+    Ctrl-C, or interrupting the cell of a notebook, end the run after the compiled call under way,
+    with a checkpoint and the last state as the result; a call takes about two seconds, or one step
+    where that takes longer.
+
+    Of several processes all call this, and the first one writes and says what is said. A signal to
+    any of them ends the run in all.
 
     Args:
       train_state: The state before the first step; the caller may go on using it.
@@ -142,13 +158,16 @@ def fit(
       learner_config: Settings of the learner, `learner.config`, which go into the checkpoints.
       keep_state: Whether the best checkpoint holds the learner's state beside its parameters.
       say: Takes lines meant for the user.
+      on_metrics: Function that is called with (step, 'train' or 'val', metrics) whenever some were
+        measured, to draw or to log them; metrics are floats by name. What it raises ends the run,
+        which the same call resumes from its last checkpoint.
 
     Returns:
       The last state, the time it took, whether the run came to its end, and all its metrics.
 
     Raises:
       UsageError: the numbers of `config` do not fit, `validate` does not give the objective's
-        metric, or another run writes the workdir.
+        metric, or another process is training in the workdir.
       TrainingDivergedError: a loss or a gradient is not finite, and the last good checkpoint stays;
         or no validation was finite.
       CheckpointError: nothing intact to resume from, checkpoints of another learner, or the disk is
@@ -160,11 +179,10 @@ def fit(
             "validate is given without an objective: say which metric selects the best"
         )
     workdir, say = local_path(workdir), say if processes.is_writer() else _say_nothing
-    folder = workdir / "checkpoints"
-    run = _Run(config, folder, validate, objective, learner_config, keep_state, say)
-    with _stop_signals() as stopped, only_writer(workdir, say):
-        reached = _start(run, workdir, train_state)
-        with _output(run, workdir, int(reached.train_state.step), tasks_per_step) as output:
+    run = _Run(config, workdir, validate, objective, learner_config, keep_state, say, on_metrics)
+    with _stop_signals() as stopped, lock_workdir(workdir):
+        reached = _start(run, train_state)
+        with _output(run, int(reached.train_state.step), tasks_per_step) as output:
             reached = _go_on(run, reached, train_loop, data, output, stopped)
         history = processes.from_writer(lambda: as_history(read_metrics(workdir)))
     step = int(reached.train_state.step)
@@ -191,11 +209,9 @@ class _Reached(NamedTuple):
     seconds: float  # duration of the training, over all its sessions
 
 
-def _start(run: _Run, workdir: Path, train_state: TrainState) -> _Reached:
+def _start(run: _Run, train_state: TrainState) -> _Reached:
     """Where a run begins. The state is ours to donate."""
-    restored, best = processes.from_writer(
-        functools.partial(_read_workdir, run, workdir, train_state)
-    )
+    restored, best = processes.from_writer(functools.partial(_read_workdir, run, train_state))
     state, so_far, seconds = train_state, SoFar(0, {}), 0.0
     if restored is not None:
         state, metadata, warnings = restored
@@ -212,13 +228,13 @@ def _start(run: _Run, workdir: Path, train_state: TrainState) -> _Reached:
 
 
 def _read_workdir(
-    run: _Run, workdir: Path, like: TrainState
+    run: _Run, like: TrainState
 ) -> tuple[tuple[TrainState, dict[str, Any], list[str]] | None, float | None]:
     """The newest checkpoint, and the best validation so far; left-overs of a kill are removed."""
     checkpoints.tidy(run.folder)
     restored = checkpoints.restore_latest(run.folder, like, config=run.learner_config)
     step = int(like.step) if restored is None else int(restored[0].step)
-    return restored, _best_so_far(run, step, read_metrics(workdir))
+    return restored, _best_so_far(run, step, read_metrics(run.workdir))
 
 
 def _go_on(
@@ -322,13 +338,13 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _output(run: _Run, workdir: Path, step: int, tasks_per_step: int) -> Iterator[_Output]:
+def _output(run: _Run, step: int, tasks_per_step: int) -> Iterator[_Output]:
     if not processes.is_writer():
         yield _Output(None, None)
         return
     shown = ("loss",) if run.objective is None else ("loss", run.objective.metric)
     with (
-        MetricsWriter(workdir, step) as writer,
+        MetricsWriter(run.workdir, step, run.on_metrics) as writer,
         Progress(run.config.steps, step, tasks_per_step, shown) as progress,
     ):
         yield _Output(writer, progress)

@@ -15,6 +15,7 @@ import optax
 from meta_jax import registry
 from meta_jax.core import Array, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import Decay, NotNegative, NotNegativeInt, Positive, PositiveInt
 from meta_jax.training.outer_step import TrainState
 
 Schedule = Literal["constant", "linear", "cosine", "step"]
@@ -24,15 +25,15 @@ Schedule = Literal["constant", "linear", "cosine", "step"]
 def adam(
     steps: int,
     *,
-    learning_rate: float = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    learning_rate: Positive = 1e-3,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds Adam (Kingma and Ba 2015).
 
@@ -55,8 +56,6 @@ def adam(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("b1", b1)
-    _check_decay("b2", b2)
     return _assembled(
         lambda rate: optax.adam(rate, b1, b2),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -70,15 +69,15 @@ def adam(
 def adamw(
     steps: int,
     *,
-    learning_rate: float = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    learning_rate: Positive = 1e-3,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 1e-4,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 1e-4,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds Adam with decoupled weight decay (Loshchilov and Hutter 2019).
 
@@ -101,9 +100,6 @@ def adamw(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("b1", b1)
-    _check_decay("b2", b2)
-    _check_weight_decay(weight_decay)
     return _assembled(
         lambda rate: optax.adamw(rate, b1, b2, weight_decay=weight_decay),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -116,13 +112,13 @@ def adamw(
 def sgd(
     steps: int,
     *,
-    learning_rate: float = 1.0,
+    learning_rate: Positive = 1.0,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds plain gradient descent, the outer optimizer of Reptile.
 
@@ -157,15 +153,15 @@ def sgd(
 def momentum(
     steps: int,
     *,
-    learning_rate: float = 0.1,
-    decay: float = 0.9,
+    learning_rate: Positive = 0.1,
+    decay: Decay = 0.9,
     nesterov: bool = False,
     schedule: Schedule = "constant",
-    halve_every: int | None = None,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    ema: float = 0.0,
+    halve_every: PositiveInt | None = None,
+    warmup_steps: NotNegativeInt = 0,
+    weight_decay: NotNegative = 0.0,
+    clip_norm: Positive | None = None,
+    ema: Decay = 0.0,
 ) -> optax.GradientTransformation:
     """Builds gradient descent with momentum.
 
@@ -188,7 +184,6 @@ def momentum(
     Raises:
       UsageError: a setting is out of range.
     """
-    _check_decay("decay", decay)
     return _assembled(
         lambda rate: optax.sgd(rate, decay, nesterov),
         learning_rate_schedule(steps, learning_rate, schedule, halve_every, warmup_steps),
@@ -264,14 +259,10 @@ def _assembled(
     ema: float,
 ) -> optax.GradientTransformation:
     """An optimizer behind clipping and an L2 penalty, and before averages of what it makes."""
-    _check_weight_decay(weight_decay)
-    _check_decay("ema", ema)
     parts = [make(rate)]
     if weight_decay:
         parts.insert(0, optax.add_decayed_weights(weight_decay))
     if clip_norm is not None:
-        if not clip_norm > 0:
-            raise UsageError(f"clip_norm={clip_norm} must be greater than 0")
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     if ema:
         parts.append(average_params(ema))
@@ -283,21 +274,21 @@ def _check_decay(name: str, value: float) -> None:
         raise UsageError(f"{name}={value} must be at least 0 and below 1")
 
 
-def _check_weight_decay(value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise UsageError(f"weight_decay={value} must be at least 0")
-
-
 # ---- Averages of the parameters.
 
 _FIELD = "average_of_params"  # by which a checkpoint's leaves are known
 
 
 class AverageState(NamedTuple):
-    """What `average_params` carries."""
+    """What `average_params` carries.
 
-    count: Array  # int32 scalar, updates averaged
-    average_of_params: PyTree  # in float32 at least; the initial parameters before any update
+    Attributes:
+      count: Number of updates averaged, an int32 scalar.
+      average_of_params: Average, in float32 at least; before any update the initial parameters.
+    """
+
+    count: Array
+    average_of_params: PyTree
 
 
 def average_params(decay: float) -> optax.GradientTransformation:

@@ -271,14 +271,15 @@ def make_outer_step(
         tasks, its gradient, and the loss as a function of the parameters.
       sample: Draws one task.
       task_batch: Tasks in a step.
-      task_chunk: Tasks vmapped at a time; by default `default_task_chunk`.
+      task_chunk: Tasks vmapped at a time, on all devices together; raised to the next number that
+        they share evenly. By default `default_task_chunk`.
       mesh: Devices that share the tasks, from `task_mesh`.
 
     Raises:
-      ValueError: the task batch or the chunk is below one, the chunk does not divide the task
-        batch, or the devices not the chunk.
+      ValueError: the task batch or the chunk is below one, or the chunk or the number of devices
+        does not divide the task batch.
     """
-    chunk = _check_chunk(task_batch, task_chunk, 1 if mesh is None else mesh.size)
+    chunk = shared_chunk(task_batch, task_chunk, 1 if mesh is None else mesh.size)
     optimizer = optax.with_extra_args_support(optimizer)
     if learner.update is not None:
         return functools.partial(_own_step, learner.update, optimizer, sample, task_batch, mesh)
@@ -326,8 +327,21 @@ def _own_step(
     return TrainState(step + 1, params, state, opt_state, key), metrics
 
 
-def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
-    """The task chunk, which divides the batch and is divided by the devices."""
+def shared_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
+    """The task chunk that devices share: the one asked for, or the next that they share evenly.
+
+    Args:
+      task_batch: Tasks in a step.
+      task_chunk: Tasks vmapped at a time; None for `default_task_chunk`.
+      devices: Number of devices.
+
+    Raises:
+      ValueError: a number is below one, or does not divide the task batch.
+
+    Examples:
+      >>> shared_chunk(8, 1, 4)  # every device takes a task
+      4
+    """
     for name, value in (("task_batch", task_batch), ("task_chunk", task_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -335,9 +349,12 @@ def _check_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
         task_chunk = default_task_chunk(task_batch, devices)
     if task_batch % task_chunk:
         raise ValueError(f"task chunk {task_chunk} must divide the task batch {task_batch}")
-    if task_chunk % devices:
-        raise ValueError(f"{devices} devices must divide the task chunk {task_chunk}")
-    return task_chunk
+    if task_batch % devices:
+        raise ValueError(f"{devices} devices must divide the task batch {task_batch}")
+    # A device takes one task at a time at least.
+    share = task_batch // devices
+    least = -(-task_chunk // devices)
+    return devices * next(n for n in range(least, share + 1) if share % n == 0)
 
 
 def _loss_function(
@@ -447,8 +464,9 @@ def make_train_loop(outer_step: OuterStep) -> CompiledLoop:
     Returns:
       A function (train state, data, steps, so_far=None) -> (train state, mean metrics, finite). It
       runs `steps` more steps and donates the train state it is given. The means take in the steps
-      of `so_far`, a `SoFar`: several calls give bitwise the state and the means of one. Where a
-      loss or a gradient is not finite, it stops behind that step and `finite` is False.
+      of `so_far`, their number and their means: several calls give bitwise the state and the means
+      of one. Where a loss or a gradient is not finite, it stops behind that step and `finite` is
+      False.
     """
     return CompiledLoop(outer_step)
 

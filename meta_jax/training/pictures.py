@@ -1,21 +1,22 @@
 """Pictures of a run: its learning curve, and an episode with what the learner says of it.
 
 matplotlib is imported where it is used, and figures are made without pyplot, so nothing global
-changes and no display is needed.
+changes and no display is needed. Each function returns a figure, which a notebook shows, and writes
+it only where a path is given.
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from meta_jax.core import Array, Batch, Episode, Objective
 from meta_jax.objectives import Gaussian, row_mask
 from meta_jax.training.evaluation import MeanCI
+from meta_jax.training.figures import finish_axes, finish_figure, new_figure
 from meta_jax.training.writers import as_history
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class _Examples(NamedTuple):
 
 
 def learning_curve(
-    metrics: Sequence[dict[str, Any]], path: Path | str, *, objective: Objective
-) -> None:
+    metrics: Sequence[dict[str, Any]], path: Path | str | None = None, *, objective: Objective
+) -> "Figure":
     """Draws a run over its outer steps: training loss, validation loss and the objective's metric.
 
     The training loss is the method's own and has a panel to itself: it may be of another kind than
@@ -46,8 +47,11 @@ def learning_curve(
 
     Args:
       metrics: Lines of `read_metrics`: 'step', 'split' and scalars.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
       objective: Says which metric is drawn, and whether in per cent.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -71,7 +75,7 @@ def learning_curve(
             )
         axes.set(xlabel="outer step", ylabel=label)
         finish_axes(axes)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 # Split -> (steps, values).
@@ -103,8 +107,8 @@ def _panels(metrics: Sequence[dict[str, Any]], objective: Objective) -> dict[str
 
 
 def episode_picture(
-    episode: Episode, predictions: Array | Gaussian | None, path: Path | str
-) -> None:
+    episode: Episode, predictions: Array | Gaussian | None, path: Path | str | None = None
+) -> "Figure":
     """Draws one episode, beside what a learner predicts of its queries.
 
     Images (support.x [n, H, W, C], C 1 or 3): one row for each class, its support set on the
@@ -119,7 +123,10 @@ def episode_picture(
       predictions: What the learner says of the queries, in their order: logits or probabilities
         [q, ways], means [q, 1], or a `Gaussian`, of which a band of two scales is drawn; None draws
         the task alone.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: the inputs are neither images nor single numbers nor pixels.
@@ -127,16 +134,14 @@ def episode_picture(
     shape = getattr(episode.support.x, "shape", ())
     if _is_function(episode):
         function = DrawnFunction(episode, predictions)
-        functions_picture([function], path)
-        return
+        return functions_picture([function], path)
     if _is_completion(episode):
-        write_figure(_draw_completion(episode, predictions), path)
-        return
+        return finish_figure(_draw_completion(episode, predictions), path)
     if len(shape) != 4 or shape[-1] not in (1, 3):
         raise ValueError(f"an episode with inputs of shape {shape} cannot be drawn")
     predicted = None if predictions is None else np.asarray(predictions, np.float32)
     support, query = _examples(episode.support), _examples(episode.query)
-    write_figure(_draw_images(support, query, predicted), path)
+    return finish_figure(_draw_images(support, query, predicted), path)
 
 
 def _is_function(episode: Episode) -> bool:
@@ -199,7 +204,9 @@ class DrawnFunction(NamedTuple):
     exact: Array | Gaussian | None = None
 
 
-def functions_picture(functions: Sequence[DrawnFunction], path: Path | str) -> None:
+def functions_picture(
+    functions: Sequence[DrawnFunction], path: Path | str | None = None
+) -> "Figure":
     """Draws functions side by side: support points, the queried curve, the predicted one.
 
     Where a prediction says how sure it is, a band shows two scales on either side of its mean; two
@@ -207,7 +214,10 @@ def functions_picture(functions: Sequence[DrawnFunction], path: Path | str) -> N
 
     Args:
       functions: The functions.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw, or inputs or targets are not single numbers.
@@ -229,7 +239,7 @@ def functions_picture(functions: Sequence[DrawnFunction], path: Path | str) -> N
         handles, labels = panels[0].get_legend_handles_labels()
         labels = [label.partition(" (")[0] for label in labels]
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 def _draw_function(axes: "Axes", function: DrawnFunction) -> None:
@@ -275,12 +285,17 @@ def _examples(batch: Batch) -> _Examples:
     return _Examples(x, y, np.asarray(row_mask(batch)))
 
 
-def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:
+def instance_curve(
+    curves: Mapping[str, Sequence[MeanCI]], path: Path | str | None = None
+) -> "Figure":
     """Draws the accuracy at the 1st, 2nd, ... instance of a class, one curve for each name.
 
     Args:
       curves: By name, accuracies in per cent at the first instance, at the second, and so on.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -301,26 +316,34 @@ def instance_curve(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> 
         )
     axes.set(xlabel="instance of a class", ylabel="accuracy (%)", ylim=(0, 100))
     finish_axes(axes)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 class Curve(NamedTuple):
-    """A metric over the outer steps of one run."""
+    """A metric over the outer steps of one run.
 
-    steps: np.ndarray  # [n], ascending
-    values: np.ndarray  # [n]
+    Attributes:
+      steps: Outer steps, [n], ascending.
+      values: Values of the metric, [n].
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 def validation_curves(
-    panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path | str
-) -> None:
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path | str | None = None
+) -> "Figure":
     """Draws the validations of several runs, one panel for each metric.
 
     Args:
       panels: By the label of a metric, and by the name of a run, the curve of each of its seeds:
         their mean is drawn, and a band from the lowest to the highest. Names without a curve are
         left out.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -346,7 +369,7 @@ def validation_curves(
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="outer step", ylabel=f"validation {label}")
         finish_axes(axes)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 def _at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
@@ -361,12 +384,15 @@ def _at_common_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return common, np.stack([curve.values[np.isin(curve.steps, common)] for curve in curves])
 
 
-def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> None:
+def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str | None = None) -> "Figure":
     """Draws losses of optimizers over their steps, each with its interval as a band.
 
     Args:
       curves: By name, losses after the first step, after the second, and so on.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -384,7 +410,7 @@ def loss_curves(curves: Mapping[str, Sequence[MeanCI]], path: Path | str) -> Non
         axes.fill_between(steps, low, mean + ci95, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     finish_axes(axes)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 def _draw_images(support: _Examples, query: _Examples, predicted: np.ndarray | None) -> "Figure":
@@ -456,31 +482,3 @@ def _draw_image(axes: "Axes", image: np.ndarray, corner: tuple[float, float], co
     axes.add_patch(
         Rectangle((left, top), side, side, fill=False, edgecolor=colour, linewidth=width)
     )
-
-
-def finish_axes(axes: "Axes") -> None:
-    """Gives axes a grid, a legend, and no frame."""
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-
-
-def new_figure(
-    width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> "Figure":
-    """A figure of a size in inches, without pyplot."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout=layout)
-
-
-def write_figure(figure: "Figure", path: Path | str) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,10 +9,11 @@ import numpy as np
 
 from meta_jax.data.images import open_image
 from meta_jax.data.pixels import to_eight_bits
-from meta_jax.training.pictures import new_figure, write_figure
+from meta_jax.training.figures import finish_figure, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SPEAKERS = 4  # support images shown beside a query
 _THUMBNAIL = 128  # pixels
@@ -25,8 +26,8 @@ def evidence_picture(
     support: Sequence[Any],
     labels: Sequence[str],
     influence: np.ndarray,
-    path: Path | str,
-) -> None:
+    path: Path | str | None = None,
+) -> "Figure":
     """Draws each query beside the support images that speak most for its answer.
 
     Args:
@@ -35,7 +36,10 @@ def evidence_picture(
       support: Paths or Pillow images of the support set.
       labels: Class of each support image.
       influence: How much each support image speaks for each query's answer, [queries, support].
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -50,7 +54,7 @@ def evidence_picture(
         order = np.argsort(-values, kind="stable")
         for axes, index in zip(row[1:], order, strict=False):
             _draw(axes, support[index], f"{labels[index]}  {values[index]:+.2f}", "#c5ccd3")
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 def _draw(axes: "Axes", image: Any, title: str, colour: str) -> None:
@@ -71,13 +75,18 @@ def _short(text: str) -> str:
     return text if len(text) <= 26 else text[:12] + "…" + text[-13:]
 
 
-def confusion_picture(counts: np.ndarray, classes: Sequence[str], path: Path | str) -> None:
+def confusion_picture(
+    counts: np.ndarray, classes: Sequence[str], path: Path | str | None = None
+) -> "Figure":
     """Draws a confusion matrix, true classes down and predicted ones across.
 
     Args:
       counts: Numbers of queries [true, predicted].
       classes: Names of the classes.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
     """
     n = len(classes)
     figure = new_figure(1.6 + 0.45 * n, 1.4 + 0.45 * n)
@@ -92,4 +101,4 @@ def confusion_picture(counts: np.ndarray, classes: Sequence[str], path: Path | s
         for (i, j), count in np.ndenumerate(counts):
             colour = "white" if shares[i, j] > 0.6 else "black"
             axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color=colour)
-    write_figure(figure, path)
+    return finish_figure(figure, path)

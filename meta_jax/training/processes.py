@@ -52,13 +52,24 @@ def from_writer(function: Callable[[], T]) -> T:
     outcome, error = None, None
     if is_writer():
         try:
-            outcome = jax.tree.map(_to_send, function())
+            outcome = function()
         except Exception as raised:
             error = raised
-    outcome, raised = pickle.loads(_broadcast(pickle.dumps((outcome, error))))
+    outcome, raised = unpack(_broadcast(pack((outcome, error))))
     if raised is not None:
         raise raised if error is None else error
-    return jax.tree.map(_received, outcome, is_leaf=lambda leaf: isinstance(leaf, _Sent))
+    return outcome
+
+
+def pack(tree: PyTree) -> bytes:
+    """A pytree of arrays, random keys and of what `pickle` takes, as a message."""
+    return pickle.dumps(jax.tree.map(_to_send, tree))
+
+
+def unpack(message: bytes) -> PyTree:
+    """What `pack` packed, with arrays on the default device."""
+    sent = pickle.loads(message)
+    return jax.tree.map(_received, sent, is_leaf=lambda leaf: isinstance(leaf, _Sent))
 
 
 def _broadcast(message: bytes) -> bytes:

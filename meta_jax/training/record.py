@@ -4,7 +4,6 @@ It names the learner, the network and all their settings, the tasks' objective a
 that what was trained is built again from its folder alone.
 """
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from meta_jax.objectives import check_several_ways
 from meta_jax.reinforcement.environment import Problem
 from meta_jax.training import checkpoints
 from meta_jax.training.writers import write_text
+from meta_jax.version import __version__
 
 CONFIG_FILE = "config.json"
 _ANY_SIZE = EpisodeSize(1, 1, 1)  # a trial has its own
@@ -60,7 +60,7 @@ def make_config(
     if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
         check_several_ways(y)
     config = {
-        "version": importlib.metadata.version("meta_jax"),
+        "version": __version__,
         "learner": learner.config,
         "tasks": {
             **(source or {}),
@@ -111,8 +111,14 @@ _RECORDED: dict[str, dict[type, str]] = {
     "learner.name": {str: "a string"},
     "tasks": {dict: "an object"},
     "tasks.objective": {str: "a string"},
+    "optimizer": {dict: "an object", _NULL: "null"},
     "run": {dict: "an object", _NULL: "null"},
     "example": {dict: "an object", str: "a string", _NULL: "null"},
+}
+# What it may hold beside that.
+_IF_THERE: dict[str, dict[type, str]] = {
+    "history": {list: "an array"},
+    **{f"run.{name}": {int: "a whole number"} for name in ("steps", "seed", "seeds")},
 }
 
 
@@ -124,10 +130,10 @@ def _check_config(path: Path, config: Any) -> None:
     """
     if not isinstance(config, dict):
         raise UsageError(f"{path} is damaged: it holds no object; restore it from a copy")
-    for place, kinds in _RECORDED.items():
+    for place, kinds in {**_RECORDED, **_IF_THERE}.items():
         parent, _, name = place.rpartition(".")
         within = config[parent] if parent else config
-        if within is None:
+        if within is None or (place in _IF_THERE and name not in within):
             continue
         if name not in within or not isinstance(within[name], tuple(kinds)):
             found = json.dumps(within[name])[:80] if name in within else "missing"

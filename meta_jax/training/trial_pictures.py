@@ -11,15 +11,15 @@ from meta_jax.reinforcement.environment import Problem
 from meta_jax.reinforcement.evaluation import Trials
 from meta_jax.reinforcement.rollout import Trajectory
 from meta_jax.training.evaluation import confidence_interval
-from meta_jax.training.pictures import finish_axes, new_figure, write_figure
+from meta_jax.training.figures import finish_axes, finish_figure, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 
 def trial_picture(
-    problem: Problem, trajectories: Mapping[str, Trajectory], path: Path | str
-) -> None:
+    problem: Problem, trajectories: Mapping[str, Trajectory], path: Path | str | None = None
+) -> "Figure":
     """Draws trials of one task side by side, as the environment draws them.
 
     An environment without a `draw` gets its actions and rewards over time.
@@ -27,7 +27,10 @@ def trial_picture(
     Args:
       problem: The task.
       trajectories: Trials by their titles, such as those before and after adaptation.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is no trial.
@@ -42,7 +45,7 @@ def trial_picture(
         found = jax.tree.map(np.asarray, trajectory)
         part.suptitle(f"{title}: return {found.reward.sum():.4g}")
         draw(part, task, found)
-    write_figure(figure, path)
+    return finish_figure(figure, path)
 
 
 def draw_steps(figure: "Figure | SubFigure", task: object, trajectory: Trajectory) -> None:
@@ -68,12 +71,15 @@ def draw_steps(figure: "Figure | SubFigure", task: object, trajectory: Trajector
     below.set_xlabel("step")
 
 
-def regret_curves(trials: Mapping[str, Trials], path: Path | str) -> None:
+def regret_curves(trials: Mapping[str, Trials], path: Path | str | None = None) -> "Figure":
     """Draws the mean regret up to each step, each with its 95 % interval as a band.
 
     Args:
       trials: Trials by the name of who played them; those without regret are left out.
-      path: The PNG to write, in place of an older one.
+      path: The PNG to write, in place of an older one; none by default.
+
+    Returns:
+      The figure, which a notebook shows.
 
     Raises:
       ValueError: there is nothing to draw.
@@ -92,4 +98,4 @@ def regret_curves(trials: Mapping[str, Trials], path: Path | str) -> None:
         )
     axes.set(xlabel="step of the trial", ylabel="regret so far")
     finish_axes(axes)
-    write_figure(figure, path)
+    return finish_figure(figure, path)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: `metrics.jsonl`, TensorBoard and a progress bar."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -15,6 +16,14 @@ from meta_jax.lookup import UsageError
 
 _FILE = "metrics.jsonl"
 _PERIOD = 30.0  # seconds between lines of progress, where there is no bar
+
+
+class OnMetrics(Protocol):
+    """Takes metrics as soon as they are written."""
+
+    def __call__(self, step: int, split: str, metrics: Mapping[str, float], /) -> object:
+        """Takes the outer steps done, 'train' or 'val', and the metrics by name."""
+        ...
 
 
 class MetricsWriter:
@@ -28,7 +37,9 @@ class MetricsWriter:
     installed, under `workdir/tensorboard`.
     """
 
-    def __init__(self, workdir: Path | str, resume_step: int = 0) -> None:
+    def __init__(
+        self, workdir: Path | str, resume_step: int = 0, on_metrics: OnMetrics | None = None
+    ) -> None:
         """Opens the file and drops what a resumed run will write again.
 
         Args:
@@ -36,6 +47,7 @@ class MetricsWriter:
           resume_step: Outer steps done at the checkpoint that the run starts from; lines of later
             steps, and a last line that a kill cut short, are removed. 0 is a run from the start,
             which keeps nothing.
+          on_metrics: Function that is called with each line after it was written.
 
         Raises:
           UsageError: a line before the last is not one that this class writes, or the file is a
@@ -49,6 +61,7 @@ class MetricsWriter:
         write_text(path, "".join(_dump(line) for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(workdir / "tensorboard", resume_step)
+        self._on_metrics = on_metrics
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Appends one line and flushes it.
@@ -67,6 +80,8 @@ class MetricsWriter:
         self._file.write(_dump({"step": int(step), "split": split, **values}))
         self._file.flush()
         self._mirror(step, {f"{split}/{name}": value for name, value in values.items()})
+        if self._on_metrics is not None:
+            self._on_metrics(int(step), split, values)
 
     def write_timing(self, step: int, timing: Mapping[str, float]) -> None:
         """Writes what differs from run to run (steps per second, ...) to TensorBoard alone."""
@@ -141,9 +156,10 @@ def as_history(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.nda
 
 
 class Progress:
-    """A progress bar on stderr: steps/s, tasks/s, chosen metrics and time left.
+    """A progress bar: steps/s, tasks/s, chosen metrics and time left.
 
-    Where stderr is not a terminal (a pipe, a log, a notebook), a line every half minute.
+    On a terminal it is drawn on stderr; in a notebook it is a widget, if ipywidgets is installed.
+    Elsewhere (a pipe, a log) stderr gets a line every half minute.
     """
 
     def __init__(
@@ -168,13 +184,10 @@ class Progress:
         self._clock = clock
         self._total, self._done = total_steps, initial
         self._last = (clock(), initial)  # time and step of the last line
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.1
-            )
+        bar = _bar_class()
+        self._bar = bar and bar(
+            total=total_steps, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.1
+        )
 
     def update(self, steps: int, metrics: Mapping[str, Any]) -> None:
         """Moves the bar on.
@@ -230,6 +243,28 @@ class Progress:
     ) -> None:
         """Ends the bar's line."""
         self.close()
+
+
+def _bar_class() -> Any | None:
+    """The progress bar for where this runs; None where no bar can be drawn."""
+    if _in_notebook():
+        with contextlib.suppress(ImportError):
+            import ipywidgets  # noqa: F401  # pyrefly: ignore[missing-import]
+            from tqdm.notebook import tqdm as notebook_bar
+
+            return notebook_bar
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        return tqdm
+    return None
+
+
+def _in_notebook() -> bool:
+    """Whether this is a cell of a notebook, which a kernel of IPython runs."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")
 
 
 def duration(seconds: float) -> str:

@@ -135,11 +135,9 @@ def test_the_same_key_draws_the_same_episode(seed):
 @pytest.mark.parametrize("spec", [SPECS[2], SPECS[5]])
 def test_jit_draws_what_plain_python_draws(spec):
     key, dataset = jax.random.key(3), labelled_dataset()
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        sampler(spec)(key, dataset),
-        sample_episode(key, dataset, spec),
-    )
+    compiled, plain = sampler(spec)(key, dataset), sample_episode(key, dataset, spec)
+    # A compiled division by a constant may differ in the last bit.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-7), compiled, plain)
 
 
 # The first row of a set is one uniform draw in each episode, so that draws are independent.

@@ -103,7 +103,7 @@ class TestGaussianProcess:
         ("settings", "message"),
         [
             ({"kernel": "cosine"}, "unknown kernel 'cosine': choose one of rbf"),
-            ({"noise": 0.0}, "noise 0.0 must be positive"),
+            ({"noise": 0.0}, "noise=0.0 must be greater than 0"),
             ({"least_length": 2.0}, "length scales from 2.0 to 1.0"),
             ({"least_shots": 0}, "least_shots=0 must be at least 1"),
         ],
@@ -155,7 +155,7 @@ class TestLinearRegression:
         ("settings", "message"),
         [
             ({"dimensions": 0}, "dimensions=0 must be at least 1"),
-            ({"noise": -1.0}, "noise -1.0 must not be negative"),
+            ({"noise": -1.0}, "noise=-1.0 must be at least 0"),
         ],
     )
     def test_mistakes_are_refused(self, settings, message):

@@ -6,7 +6,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from experiments.testing import load_other_source
+from experiments.recorded_tasks import load_other_source
 from meta_jax.data import image_pool
 from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.image_folder import load_image_folder

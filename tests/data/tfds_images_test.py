@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from meta_jax.data import image_pool
 from meta_jax.data.dataset import DataError, class_examples
 from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.data.tfds_images import load_tfds_images
+from meta_jax.lookup import UsageError
 
 _NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -204,6 +206,12 @@ def test_tfrecord_format_is_refused(toy):
     info = toy / "toy" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     _refused(toy, "tfrecord format, which needs TensorFlow")
+
+
+def test_a_missing_tfds_is_named_with_the_extra_that_brings_it(toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UsageError, match=r"toy.* not installed: pip install 'meta_jax\[data\]'"):
+        load_tfds_images("toy", data_dir=toy)
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])

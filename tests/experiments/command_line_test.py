@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import testing
+from experiments import folder_tests, recorded_tasks
+from experiments.testing import Asked
 from meta_jax.lookup import UsageError
 from tests.binaries import QUICK, ROOT, command, process
 
@@ -122,12 +123,12 @@ def test_evaluate_refuses_what_does_not_fit_what_was_trained(trained):
         ({"tasks": {"split_rule": "lake"}}, "glyphs", "no setting 'split_rule'"),
     ):
         with pytest.raises(UsageError, match=culprit):
-            testing.evaluate(workdir, testing.Asked(episodes=2), tasks=tasks, settings=settings)
+            folder_tests.evaluate(workdir, Asked(episodes=2), tasks=tasks, settings=settings)
 
 
 def test_other_tasks_have_inputs_of_the_trained_form(trained):
     # The glyphs are drawn with the 16 pixels that the network was trained on.
-    found = testing.evaluate(trained[0], testing.Asked(episodes=2), tasks="glyphs")
+    found = folder_tests.evaluate(trained[0], Asked(episodes=2), tasks="glyphs")
     assert (found.record["tasks"], found.record["episodes"]) == ("glyphs", 2)
 
 
@@ -159,9 +160,9 @@ def test_a_folder_that_was_moved_is_named_anew_and_another_is_tested_on(trained,
     config = json.loads((workdir / "config.json").read_text())
     config["tasks"]["name"] = f"folder:{tmp_path / 'gone'}"
     (workdir / "config.json").write_text(json.dumps(config))
-    asked = testing.Asked(episodes=40)
+    asked = Asked(episodes=40)
     with pytest.raises(UsageError, match=r"gone does not exist.* give --tasks=folder:NEWPATH"):
-        testing.evaluate(workdir, asked)
+        folder_tests.evaluate(workdir, asked)
     # The same images under the recorded settings: the same result.
     output = tmp_path / "out.json"
     arguments = (f"--tasks=folder:{moved}", "--eval_episodes=40", f"--output={output}")
@@ -179,11 +180,13 @@ def test_a_folder_that_was_moved_is_named_anew_and_another_is_tested_on(trained,
             pixels = generator.integers(0, 256, (30, 20, 3), np.uint8)
             Image.fromarray(pixels).save(coloured / name / f"{example}.png")
     size = {"ways": 2, "shots": 1, "queries": 2}
-    found = testing.evaluate(workdir, asked, tasks=f"folder:{coloured}", size=size).record
+    found = folder_tests.evaluate(workdir, asked, tasks=f"folder:{coloured}", size=size).record
     assert (found["tasks"], found["ways"]) == (f"folder:{coloured}", 2)
     with pytest.raises(UsageError, match=r"do not fit these tasks \(.*\[3, 3, 1, 4\]"):
         settings = {"tasks": {"grey": False}}
-        testing.evaluate(workdir, asked, tasks=f"folder:{coloured}", size=size, settings=settings)
+        folder_tests.evaluate(
+            workdir, asked, tasks=f"folder:{coloured}", size=size, settings=settings
+        )
 
 
 def test_settings_of_a_test_follow_the_record():
@@ -192,14 +195,14 @@ def test_settings_of_a_test_follow_the_record():
         **{"image_size": 16, "grey": None, "rotations": "classes", "split_seed": 3},
         "preprocessing": {"image_size": 16, "channels": 1},
     }
-    kept = testing.recorded_settings(recorded, "folder:b")
+    kept = recorded_tasks.recorded_settings(recorded, "folder:b")
     assert kept.pop("split_fractions") == "0.64,0.16,0.2"  # those of before they were a setting
     assert kept == {"image_size": 16, "grey": True, "rotations": "classes", "split_seed": 3}
     divided = {**recorded, "split_fractions": None}
-    assert testing.recorded_settings(divided, "folder:b")["split_fractions"] is None
-    assert testing.recorded_settings(recorded, "sinusoid") == {}
+    assert recorded_tasks.recorded_settings(divided, "folder:b")["split_fractions"] is None
+    assert recorded_tasks.recorded_settings(recorded, "sinusoid") == {}
     own = {**recorded, "name": "gone.module:tasks"}
-    assert testing.recorded_settings(own, "glyphs") == {"image_size": 16}
+    assert recorded_tasks.recorded_settings(own, "glyphs") == {"image_size": 16}
 
 
 def test_several_seeds_are_one_command_and_each_is_tested_by_its_folder(tmp_path):
@@ -215,9 +218,9 @@ def test_several_seeds_are_one_command_and_each_is_tested_by_its_folder(tmp_path
         *("config.json", "result.json", "seed_3", "seed_4")
     }
     with pytest.raises(UsageError, match=f"2 seeds: name one of them, such as {workdir}/seed_3"):
-        testing.evaluate(workdir, testing.Asked(episodes=4))
-    asked = testing.Asked(episodes=4)
-    again = testing.evaluate(workdir / "seed_4", asked, checkpoint="latest").record["mse"]
+        folder_tests.evaluate(workdir, Asked(episodes=4))
+    asked = Asked(episodes=4)
+    again = folder_tests.evaluate(workdir / "seed_4", asked, checkpoint="latest").record["mse"]
     seeds = json.loads((workdir / "result.json").read_text())["seeds"]
     assert again == pytest.approx(seeds["4"], rel=1e-3)
 

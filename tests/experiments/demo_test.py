@@ -296,7 +296,7 @@ def test_without_gradio_one_line_names_the_extra():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: the demo page needs Gradio, which is not installed: pip install 'meta_jax[demo]'"
+        "error: the demo page needs gradio, which is not installed: pip install 'meta_jax[demo]'"
     ]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from experiments import command_line, compare, records, run_flags, runs, testing
+from experiments import command_line, compare, records, run_flags, runs, seed_reports
 from experiments.command_line import Chosen, read_setting
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, MetaLearner, Network
@@ -449,7 +449,7 @@ class TestHelp:
         assert "--network.widths" not in text
 
 
-@pytest.mark.parametrize("module", [command_line, compare, records, testing])
+@pytest.mark.parametrize("module", [command_line, compare, records, seed_reports])
 def test_the_examples_in_the_docstrings_are_true(module):
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0

@@ -119,7 +119,13 @@ def test_a_folder_without_a_rule_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         load_rule(tmp_path)
     tasks = {"name": "glyphs", "objective": "cross_entropy"}
-    config = {"learner": {"name": "maml"}, "tasks": tasks, "run": {}, "example": None}
+    config = {
+        "learner": {"name": "maml"},
+        "tasks": tasks,
+        "optimizer": None,
+        "run": {},
+        "example": None,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="no learned optimizer"):
         load_rule(tmp_path)

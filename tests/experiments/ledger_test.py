@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from experiments import ledger, returns, testing
+from experiments import folder_tests, ledger, recorded_tasks, returns
 from experiments.benchmark import report
 from experiments.rows import ROWS
+from experiments.testing import Asked
 from meta_jax.data.source import load_source
 from meta_jax.training.record import read_config
 
@@ -100,7 +101,9 @@ def tolerance(row, episodes, answers=1, answers_of_row=1):
 @pytest.mark.parametrize("rows", rows_by_test("classification"), ids=lambda rows: rows[0]["row"])
 def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
     monkeypatch.setattr(
-        testing, "load_source", lambda name, **settings: load_once(name, tuple(settings.items()))
+        recorded_tasks,
+        "load_source",
+        lambda name, **settings: load_once(name, tuple(settings.items())),
     )
     first, weights = ROWS[rows[0]["row"]], ledger.ROOT / rows[0]["weights"]
     episodes = 5 if rows[0]["learner"] == "reptile" else 10  # its inner loops are long
@@ -108,9 +111,9 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
     is_sequence = first.metric.startswith("instance_")
     queries_of_row = first.size().get("queries", read_config(weights)["run"]["queries"])
     queries = min(5, queries_of_row)
-    found = testing.evaluate(
+    found = folder_tests.evaluate(
         weights,
-        testing.Asked(episodes=episodes, seed=1),
+        Asked(episodes=episodes, seed=1),
         size={**first.size(), "queries": 10 - first.shots if is_sequence else queries},
         settings=first.settings(),
         data_dir=str(omniglot_zips),
@@ -129,8 +132,8 @@ def test_weights_give_the_accuracy_again(rows, omniglot_zips, monkeypatch):
 @pytest.mark.parametrize("rows", rows_by_test("control"), ids=lambda rows: rows[0]["row"])
 def test_weights_give_the_return_again(rows):
     trials = 20 if rows[0]["learner"] == "maml_rl" else 100
-    asked = testing.Asked(episodes=trials, seed=1)
-    found = testing.evaluate(ledger.ROOT / rows[0]["weights"], asked)
+    asked = Asked(episodes=trials, seed=1)
+    found = folder_tests.evaluate(ledger.ROOT / rows[0]["weights"], asked)
     for row in rows:
         value = ROWS[row["row"]].score(found.record)["value"]
         assert abs(value - row["value"]) < tolerance(row, trials)
@@ -138,9 +141,9 @@ def test_weights_give_the_return_again(rows):
 
 @pytest.mark.parametrize("rows", rows_by_test("regression"), ids=lambda rows: rows[0]["row"])
 def test_weights_predict_functions_as_well_again(rows):
-    asked = testing.Asked(episodes=50, seed=1)
+    asked = Asked(episodes=50, seed=1)
     size = ROWS[rows[0]["row"]].size()
-    found = testing.evaluate(ledger.ROOT / rows[0]["weights"], asked, size=size)
+    found = folder_tests.evaluate(ledger.ROOT / rows[0]["weights"], asked, size=size)
     for row in rows:
         value = ROWS[row["row"]].score(found.record)["value"]
         assert abs(value - row["value"]) < tolerance(row, 50)

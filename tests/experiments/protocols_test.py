@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import ledger, protocols, testing
+from experiments import folder_tests, ledger, protocols
 from experiments.rows import ROWS
+from experiments.testing import Asked
 from meta_jax.data.source import EpisodeSize, load_source
 from meta_jax.lookup import UsageError
 from tests.binaries import command
@@ -78,7 +79,7 @@ def test_rows_have_the_episodes_of_their_protocol():
 def test_official_trials_count_the_answers(tmp_path, shift, accuracy):
     # A test image is the training image of its class, or with wrong labels that of another.
     path = write_zip(tmp_path / "all_runs.zip", contents(shift=shift))
-    found = testing.evaluate_trials(WEIGHTS, str(path))
+    found = folder_tests.evaluate_trials(WEIGHTS, str(path))
     assert (found.tested.score.mean, found.tested.score.ci95) == (accuracy, 0.0)
     assert found.record["protocol"] == "lake, official trials"
     assert [found.record[key] for key in ("ways", "shots", "queries", "episodes")] == [20, 1, 1, 20]
@@ -90,7 +91,7 @@ def test_trials_on_which_a_learner_cannot_be_tested_are_refused(tmp_path):
     path = str(write_zip(tmp_path / "all_runs.zip", contents()))
     weights = ledger.ROOT / "results/weights/fomaml_omniglot"
     with pytest.raises(UsageError, match="fomaml was trained with parameters that do not fit"):
-        testing.evaluate_trials(weights, path)
+        folder_tests.evaluate_trials(weights, path)
 
 
 def test_the_flags_of_a_protocol(omniglot_zips, tmp_path):
@@ -118,10 +119,10 @@ def test_the_flags_of_a_protocol(omniglot_zips, tmp_path):
 
 
 def test_queries_in_chunks_are_for_learners_that_answer_each_alone():
-    asked, given = testing.Asked(episodes=2, query_chunk=7), {"tasks": "glyphs"}
+    asked, given = Asked(episodes=2, query_chunk=7), {"tasks": "glyphs"}
     for name in ("fomaml_omniglot", "mann_omniglot"):
         with pytest.raises(UsageError, match=r"depend on the other queries.*leave query_chunk out"):
-            testing.evaluate(ledger.ROOT / "results/weights" / name, asked, **given)
+            folder_tests.evaluate(ledger.ROOT / "results/weights" / name, asked, **given)
     given |= {"size": {"ways": 10, "queries": 2}}
-    found = testing.evaluate(WEIGHTS, asked, **given).record
-    assert found == testing.evaluate(WEIGHTS, asked._replace(query_chunk=None), **given).record
+    found = folder_tests.evaluate(WEIGHTS, asked, **given).record
+    assert found == folder_tests.evaluate(WEIGHTS, asked._replace(query_chunk=None), **given).record

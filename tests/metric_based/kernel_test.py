@@ -69,9 +69,9 @@ def test_one_shot_of_the_gaussian_kernel_is_a_prototypical_network(x64):
     ("build", "culprit"),
     [
         (lambda: kernel_learner(IDENTITY, kernel="x"), "unknown kernel 'x': choose one of gauss"),
-        (lambda: kernel_learner(IDENTITY, bandwidth=0), "bandwidth 0 is impossible"),
-        (lambda: r2d2(IDENTITY, penalty=-1.0), "penalty -1.0 is impossible: use a positive one"),
-        (lambda: r2d2(IDENTITY, scale=0), "scale 0 is impossible"),
+        (lambda: kernel_learner(IDENTITY, bandwidth=0), "bandwidth=0 must be greater than 0"),
+        (lambda: r2d2(IDENTITY, penalty=-1.0), "penalty=-1.0 must be greater than 0"),
+        (lambda: r2d2(IDENTITY, scale=0), "scale=0 must be greater than 0"),
         (lambda: r2d2(IDENTITY, form="x"), "unknown form 'x': choose one of auto, primal, dual"),
     ],
 )

@@ -169,8 +169,8 @@ def test_the_order_of_the_support_matters_to_full_context_embeddings_alone(steps
     ("settings", "culprit"),
     [
         ({"similarity": "x"}, "unknown similarity 'x': choose one of cosine, squared_euclidean"),
-        ({"temperature": 0.0}, "temperature 0.0 is impossible: use a positive one"),
-        ({"full_context_steps": 0}, "0 full-context steps are impossible: use at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+        ({"full_context_steps": 0}, "full_context_steps=0 must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, culprit):

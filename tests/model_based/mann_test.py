@@ -458,8 +458,8 @@ def test_what_cannot_be_read_is_refused():
     ("settings", "culprit"),
     [
         ({"num_slots": 3, "num_heads": 4}, "4 heads do not fit 3 memory slots"),
-        ({"num_heads": 0}, "0 heads"),
-        ({"usage_decay": 1.0}, r"usage_decay 1.0 is outside \[0, 1\)"),
+        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"usage_decay": 1.0}, "usage_decay=1.0 must be at least 0 and below 1"),
         ({"protocol": "x"}, "unknown protocol 'x': choose one of few_shot, sequence"),
         ({"objective": squared_error}, "mann is for classification"),
     ],

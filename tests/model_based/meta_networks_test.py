@@ -236,7 +236,7 @@ def test_bfloat16_gives_finite_bfloat16():
 def test_what_it_cannot_serve_is_refused():
     with pytest.raises(UsageError, match="meta_networks is for classification"):
         meta_networks(objective=squared_error)
-    with pytest.raises(UsageError, match="at least 1 convolution: blocks=0"):
+    with pytest.raises(UsageError, match="blocks=0 must be at least 1"):
         meta_networks(blocks=0)
     support, _ = episode()
     for batch, culprit in (

@@ -16,7 +16,7 @@ from meta_jax.networks.attention import (
 
 def inputs(dtype, rows=(3, 5)):
     normal = np.random.default_rng(0).normal
-    return [jnp.asarray(normal(size=(n, 2, 4)), dtype) for n in (rows[0], rows[1], rows[1])]
+    return [normal(size=(n, 2, 4)).astype(jnp.dtype(dtype)) for n in (rows[0], rows[1], rows[1])]
 
 
 def by_hand(query, keys, values, seen):
@@ -37,11 +37,11 @@ def test_it_is_the_weighted_mean_of_the_values_that_are_seen(dtype, atol):
         query, keys, values = inputs(dtype)
         seen = np.random.default_rng(1).random((3, 5)) < 0.6
         seen[:, 0] = True
-        found = attend(query, keys, values, jnp.asarray(seen))
+        found = jax.jit(attend)(query, keys, values, seen)
         assert found.dtype == dtype
         expected = by_hand(query, keys, values, seen)
         np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=atol)
-        everything = attend(query, keys, values)
+        everything = jax.jit(attend)(query, keys, values)
         expected = by_hand(query, keys, values, np.ones((3, 5), bool))
         np.testing.assert_allclose(np.asarray(everything, np.float64), expected, atol=atol)
 
@@ -50,20 +50,28 @@ def test_it_is_the_weighted_mean_of_the_values_that_are_seen(dtype, atol):
 def test_who_sees_nothing_reads_zeros_and_has_a_gradient(x64):
     with jax.enable_x64(x64):
         query, keys, values = inputs("float64" if x64 else "float32")
-        seen = jnp.zeros((1, 5), bool)
-        assert not attend(query, keys, values, seen).any()
-        gradient = jax.grad(lambda *a: attend(*a, seen).sum(), (0, 1, 2))(query, keys, values)
+        seen = np.zeros((1, 5), bool)
+
+        @jax.jit
+        def read_and_gradient(*arguments):
+            gradient = jax.grad(lambda *a: attend(*a, seen).sum(), (0, 1, 2))(*arguments)
+            return attend(*arguments, seen), gradient
+
+        read, gradient = read_and_gradient(query, keys, values)
+        assert not np.asarray(read).any()
         assert all(np.isfinite(leaf).all() for leaf in gradient)
 
 
 def test_a_part_of_a_projection_is_that_part_of_the_whole():
-    layer = init_transformer_layer(jax.random.key(0), 6, 8)
-    z = jax.random.normal(jax.random.key(1), (3, 6))
-    whole = project(layer, z, 2)
+    @jax.jit
+    def projections(key):
+        layer, z = init_transformer_layer(key, 6, 8), jax.random.normal(key, (3, 6))
+        return [project(layer, z, 2, parts) for parts in (slice(0, 3), slice(0, 1), slice(1, 3))]
+
+    whole, first, others = projections(jax.random.key(0))
     assert [part.shape for part in whole] == [(3, 2, 3)] * 3
-    for parts in (slice(0, 1), slice(1, 3)):
-        for found, expected in zip(project(layer, z, 2, parts), whole[parts], strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for found, expected in zip([*first, *others], whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

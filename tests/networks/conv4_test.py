@@ -238,22 +238,19 @@ def test_the_flattened_form_of_the_strided_network():
 @pytest.mark.parametrize("pool", [True, False])
 def test_four_plain_blocks_make_the_network(x64, pool):
     network = (conv4 if pool else strided_conv4)(3, normalisation="batch")
-    x = jax.random.normal(jax.random.key(1), (4, 33 if pool else 13, 32 if pool else 16, 1))
-    params, state = network.init(jax.random.key(0), x)
-    z, new_state = jax.jit(
-        lambda x: network.apply(params, state, x, key=None, train=False, moments="batch")
-    )(x)
-    assert jax.tree.structure(new_state) == jax.tree.structure(state)
-    for name in ("block1", "block2", "block3", "block4"):
-        x = plain_block(
-            params[name],
-            state[name],
-            x,
-            stride=1 if pool else 2,
-            pool=pool,
-            batch_statistics=True,
-        )
-    expected = x.reshape(4, -1) if pool else x.mean((1, 2))
+    settings = {"stride": 1 if pool else 2, "pool": pool, "batch_statistics": True}
+
+    @jax.jit
+    def found_and_expected(key):
+        x = jax.random.normal(key, (4, 33 if pool else 13, 32 if pool else 16, 1))
+        params, state = network.init(key, x)
+        z, new_state = network.apply(params, state, x, key=None, train=False, moments="batch")
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        for name in ("block1", "block2", "block3", "block4"):
+            x = plain_block(params[name], state[name], x, **settings)
+        return z, x.reshape(4, -1) if pool else x.mean((1, 2))
+
+    z, expected = found_and_expected(jax.random.key(1))
     np.testing.assert_allclose(z, expected, atol=1e-10)
 
 
@@ -269,7 +266,7 @@ def test_unknown_modes_and_empty_layers_are_refused(network):
         ValueError, match="unknown normalisation 'group': choose one of none, batch, running"
     ):
         network(normalisation="group")
-    with pytest.raises(ValueError, match="conv4 needs features of at least 1, not 0"):
+    with pytest.raises(ValueError, match="conv4: features=0 must be at least 1"):
         network(0)
 
 

@@ -81,7 +81,7 @@ def test_an_image_that_leaves_no_place_is_refused():
 
 
 def test_no_units_are_refused():
-    with pytest.raises(ValueError, match="koch needs outputs of at least 1, not 0"):
+    with pytest.raises(ValueError, match="koch: outputs=0 must be at least 1"):
         koch(0)
 
 

@@ -43,9 +43,9 @@ def test_the_nonlinearity_may_be_another():
 
 
 def test_no_layer_no_unit_and_no_activation_are_refused():
-    with pytest.raises(ValueError, match="at least one layer"):
+    with pytest.raises(ValueError, match="mlp without a layer"):
         mlp(())
-    with pytest.raises(ValueError, match=r"at least one unit, not widths \(40, 0\)"):
+    with pytest.raises(ValueError, match=r"widths=\(40, 0\) must be at least 1 each"):
         mlp((40, 0))
     with pytest.raises(ValueError, match="unknown activation 'selu': choose one of relu, tanh"):
         mlp(activation="selu")

@@ -135,7 +135,7 @@ def test_inputs_that_are_no_feature_maps_or_too_small_are_refused():
         relation_encoder().init(jax.random.key(0), jnp.zeros((1, 9, 28, 1)))
     with pytest.raises(ValueError, match="unknown normalisation 'group'"):
         relation_encoder(normalisation="group")
-    with pytest.raises(ValueError, match="relation_encoder needs features of at least 1, not 0"):
+    with pytest.raises(ValueError, match="relation_encoder: features=0 must be at least 1"):
         relation_encoder(0)
 
 

@@ -114,10 +114,10 @@ def test_it_drops_features_while_training_alone():
 
 def test_what_cannot_be_is_refused():
     for arguments, message in (
-        ({"widths": ()}, r"at least one channel, not widths \(\)"),
-        ({"widths": (4, 0)}, "at least one channel"),
-        ({"drop_rate": 1.0}, r"drop_rate from 0 to below 1, not 1\.0"),
-        ({"drop_block": 0}, "needs drop_block of at least 1, not 0"),
+        ({"widths": ()}, "without a block"),
+        ({"widths": (4, 0)}, r"widths=\(4, 0\) must be at least 1 each"),
+        ({"drop_rate": 1.0}, r"drop_rate=1\.0 must be at least 0 and below 1"),
+        ({"drop_block": 0}, "drop_block=0 must be at least 1"),
         ({"normalisation": "group"}, "unknown normalisation 'group'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,14 +5,19 @@ import numpy as np
 import optax
 import pytest
 
-from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.objectives import cross_entropy
 from meta_jax.optimization_based.adjoints import UNROLLED
 from meta_jax.optimization_based.anil import anil
 from meta_jax.optimization_based.boil import boil
 from meta_jax.optimization_based.learner import body_only, gradient_learner, head_only
 from meta_jax.optimization_based.update_rules import from_optax
-from tests.optimization_based.tasks import KEY, assert_trees_close, images, loss_and_gradient
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    loss_and_gradient,
+    two_blocks,
+    vectors,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -24,7 +29,7 @@ def with_rates(body, head):
         {"network": "network", "head": "head"},
     )
     return gradient_learner(
-        strided_conv4(2),
+        two_blocks(),
         from_optax(rule),
         steps=2,
         eval_steps=2,
@@ -36,16 +41,16 @@ def with_rates(body, head):
 
 @functools.cache
 def start():
-    learner = anil(strided_conv4(2))
-    return jax.jit(learner.init)(KEY, images())
+    learner = anil(two_blocks())
+    return jax.jit(learner.init)(KEY, vectors())
 
 
 @pytest.mark.parametrize(
     ("method", "rates"), [(anil, {"body": 0.0, "head": 0.4}), (boil, {"body": 0.4, "head": 0.0})]
 )
 def test_it_is_maml_with_a_rate_of_zero(method, rates):
-    ours = method(strided_conv4(2), inner_lr=0.4, steps=2, eval_steps=2)
-    arguments = *start(), images(), KEY
+    ours = method(two_blocks(), inner_lr=0.4, steps=2, eval_steps=2)
+    arguments = *start(), vectors(), KEY
     assert_trees_close(
         loss_and_gradient(ours, *arguments), loss_and_gradient(with_rates(**rates), *arguments)
     )
@@ -62,10 +67,10 @@ def test_the_masks_are_complements():
 
 @pytest.mark.parametrize(("method", "kept"), [(anil, "network"), (boil, "head")])
 def test_one_part_is_kept_and_the_other_adapts(method, kept):
-    learner = method(strided_conv4(2), inner_lr=0.4, steps=2)
+    learner = method(two_blocks(), inner_lr=0.4, steps=2)
     params, state = start()
     adapted = jax.jit(functools.partial(learner.adapt, train=True))(
-        params, state, images().support, KEY
+        params, state, vectors().support, KEY
     )
     jax.tree.map(np.testing.assert_array_equal, adapted.params[kept], params["learner"][kept])
     other = {"network": "head", "head": "network"}[kept]

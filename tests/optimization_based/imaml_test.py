@@ -104,5 +104,5 @@ def test_its_own_settings_follow_the_objective():
 
 @pytest.mark.parametrize("proximity", [0.0, -1.0])
 def test_a_proximity_that_is_not_positive_is_refused(proximity):
-    with pytest.raises(ValueError, match="proximity above zero"):
+    with pytest.raises(ValueError, match=r"proximity=.* must be greater than 0"):
         imaml(mlp(), proximity=proximity)

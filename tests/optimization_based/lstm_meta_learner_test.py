@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from meta_jax.core import Batch, Episode, Network
-from meta_jax.networks.conv4 import conv4, strided_conv4
+from meta_jax.networks.conv4 import conv4
 from meta_jax.networks.normalisation import batch_moments, init_normalisation, normalise
 from meta_jax.optimization_based.adjoints import FIRST_ORDER
 from meta_jax.optimization_based.inner_loop import run_inner_loop
@@ -17,7 +17,14 @@ from meta_jax.optimization_based.lstm_meta_learner import (
     per_task_statistics,
 )
 from meta_jax.optimization_based.update_rules import from_optax, log_and_sign
-from tests.optimization_based.tasks import KEY, assert_trees_close, images, tanh_network, vectors
+from tests.optimization_based.tasks import (
+    KEY,
+    assert_trees_close,
+    images,
+    tanh_network,
+    two_blocks,
+    vectors,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -176,10 +183,10 @@ def test_independent_gradients_leave_no_hessian():
 
 
 def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
-    network = strided_conv4(2, normalisation="support")
+    network = two_blocks("support")
     learner = lstm_meta_learner(network, steps=2, momentum=0.8, hidden_size=2)
-    params, state = jax.jit(learner.init)(KEY, images())
-    _, aux = jax.jit(learner.loss)(params, state, images(), KEY)
+    params, state = jax.jit(learner.init)(KEY, vectors())
+    _, aux = jax.jit(learner.loss)(params, state, vectors(), KEY)
     assert_trees_close(aux.state, state)
     # Saturated at a rate of zero, the parameters stay: each step sees the same statistics.
     still = {**params, "rule": saturated(lstm_rule(2), params["learner"], 1e-300)}
@@ -196,7 +203,7 @@ def test_statistics_begin_anew_in_every_task_and_are_averaged_over_its_steps():
         )
         return adapted.state, wanted, queries, same
 
-    found, wanted, queries, same = adapted_and_wanted(still, *images())
+    found, wanted, queries, same = adapted_and_wanted(still, *vectors())
     assert_trees_close(found, wanted)
     assert_trees_close(same, wanted)
     assert np.isfinite(queries).all()

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.normalisation import is_normalisation
 from meta_jax.optimization_based.adjoints import CHECKPOINTED, FIRST_ORDER
@@ -20,10 +19,10 @@ from meta_jax.optimization_based.update_rules import per_step_sgd
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
-    images,
     loss_and_gradient,
     normalised_network,
     tanh_network,
+    two_blocks,
     vectors,
 )
 
@@ -51,13 +50,13 @@ def test_the_floor_of_the_weights():
 
 @pytest.mark.parametrize("per_step", [False, True])
 def test_constant_rates_and_the_last_loss_are_maml(per_step):
-    network, settings = strided_conv4(2), {"inner_lr": 0.4, "steps": 2}
+    network, settings = two_blocks(), {"inner_lr": 0.4, "steps": 2}
     ours = maml_plus_plus(network, per_step_normalisation=per_step, **settings)
     plain = maml(network, **settings)
-    params, state = jax.jit(plain.init)(KEY, images())
-    value, wanted = loss_and_gradient(plain, params, state, images(), KEY)
-    params, state = jax.jit(ours.init)(KEY, images())
-    found, gradient = loss_and_gradient(ours, params, state, images(), KEY)
+    params, state = jax.jit(plain.init)(KEY, vectors())
+    value, wanted = loss_and_gradient(plain, params, state, vectors(), KEY)
+    params, state = jax.jit(ours.init)(KEY, vectors())
+    found, gradient = loss_and_gradient(ours, params, state, vectors(), KEY)
     np.testing.assert_allclose(found, value, rtol=1e-10)
     if per_step:
         # What shared normalisation gets is the sum of what those of the steps get.
@@ -65,7 +64,7 @@ def test_constant_rates_and_the_last_loss_are_maml(per_step):
             lambda g, w: g.sum(0) if g.ndim > w.ndim else g, gradient["learner"], wanted["learner"]
         )
         offset = gradient["learner"]["network"]["block2"]["normalisation"]["offset"]
-        assert offset.shape == (2, 2)
+        assert offset.shape == (2, 3)
         assert abs(offset).max(1).min() > 1e-5
         assert_trees_close(stacked, wanted["learner"], atol=1e-10)
     else:
@@ -172,13 +171,13 @@ def test_every_leaf_and_step_has_its_rate():
 
 
 def test_tests_use_the_last_step_s_normalisation():
-    learner = maml_plus_plus(strided_conv4(2), inner_lr=0.0, steps=2, eval_steps=3)
-    params, state = jax.jit(learner.init)(KEY, images())
+    learner = maml_plus_plus(two_blocks(), inner_lr=0.0, steps=2, eval_steps=3)
+    params, state = jax.jit(learner.init)(KEY, vectors())
     adapt = jax.jit(functools.partial(learner.adapt, train=False))
-    offsets = params["learner"]["network"]["block4"]["normalisation"]["offset"]
-    params["learner"]["network"]["block4"]["normalisation"]["offset"] = offsets.at[1].add(0.5)
-    adapted = adapt(params, state, images().support, KEY)
-    found = adapted.last.params["network"]["block4"]["normalisation"]["offset"]
+    offsets = params["learner"]["network"]["block2"]["normalisation"]["offset"]
+    params["learner"]["network"]["block2"]["normalisation"]["offset"] = offsets.at[1].add(0.5)
+    adapted = adapt(params, state, vectors().support, KEY)
+    found = adapted.last.params["network"]["block2"]["normalisation"]["offset"]
     np.testing.assert_allclose(found, offsets[1] + 0.5)
 
 
@@ -186,9 +185,9 @@ def test_tests_use_the_last_step_s_normalisation():
     ("settings", "culprit"),
     [
         ({"steps": 0}, "at least one step"),
-        ({"eval_steps": -1}, "must not be negative"),
+        ({"eval_steps": -1}, "eval_steps=-1 must be at least 0"),
         ({"first_order_steps": 1, "adjoint": CHECKPOINTED}, "choose that one"),
-        ({"multi_step_steps": -1}, "must not be negative"),
+        ({"multi_step_steps": -1}, "multi_step_steps=-1 must be at least 0"),
         ({"adjoint": "implicit"}, "is imaml's"),
     ],
 )

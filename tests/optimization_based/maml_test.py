@@ -16,8 +16,8 @@ from meta_jax.optimization_based.maml import first_order_maml, maml
 from tests.optimization_based.tasks import (
     KEY,
     assert_trees_close,
-    images,
     tanh_network,
+    two_blocks,
     vectors,
 )
 
@@ -99,9 +99,9 @@ def test_first_order_is_maml_with_constant_inner_gradients():
 
 
 def test_vmap_over_tasks_equals_a_loop():
-    learner = maml(strided_conv4(2), inner_lr=0.3, steps=2, eval_steps=3)
-    params, state = jax.jit(learner.init)(KEY, images())
-    tasks = [images(seed) for seed in range(3)]
+    learner = maml(two_blocks(), inner_lr=0.3, steps=2, eval_steps=3)
+    params, state = jax.jit(learner.init)(KEY, vectors())
+    tasks = [vectors(seed) for seed in range(3)]
 
     def test_task(episode):
         adapted = learner.adapt(params, state, episode.support, KEY, train=False)
@@ -116,35 +116,35 @@ def test_vmap_over_tasks_equals_a_loop():
 
 
 def test_without_an_inner_rate_the_gradient_is_that_of_the_queries():
-    network = strided_conv4(2)
+    network = two_blocks()
     learner = maml(network, inner_lr=0.0, steps=3)
-    params, state = jax.jit(learner.init)(KEY, images())
+    params, state = jax.jit(learner.init)(KEY, vectors())
 
     def joint(p):
-        x = images().query.x
+        x = vectors().query.x
         z, _ = network.apply(
             p["learner"]["network"], state, x, key=None, train=True, moments="batch"
         )
-        return cross_entropy_loss(linear(p["learner"]["head"], z), images().query.y)[0]
+        return cross_entropy_loss(linear(p["learner"]["head"], z), vectors().query.y)[0]
 
     assert_trees_close(
-        gradient_of(learner)(params, state, images(), KEY), jax.jit(jax.grad(joint))(params)
+        gradient_of(learner)(params, state, vectors(), KEY), jax.jit(jax.grad(joint))(params)
     )
 
 
 def test_normalisation_is_learned_but_not_adapted():
-    learner = maml(strided_conv4(2), inner_lr=0.3, steps=2)
-    params, state = jax.jit(learner.init)(KEY, images())
-    adapted = adapt(learner, params, state, images().support).params
-    gradient = gradient_of(learner)(params, state, images(), KEY)["learner"]
+    learner = maml(two_blocks(), inner_lr=0.3, steps=2)
+    params, state = jax.jit(learner.init)(KEY, vectors())
+    adapted = adapt(learner, params, state, vectors().support).params
+    gradient = gradient_of(learner)(params, state, vectors(), KEY)["learner"]
     for name, before in params["learner"]["network"].items():
         after = adapted["network"][name]
         jax.tree.map(np.testing.assert_array_equal, after["normalisation"], before["normalisation"])
-        assert abs(after["conv"]["kernel"] - before["conv"]["kernel"]).max() > 1e-4
+        assert abs(after["w"] - before["w"]).max() > 1e-4
         for leaf in jax.tree.leaves(gradient["network"][name]["normalisation"]):
             assert abs(leaf).max() > 1e-4
-    everything = maml(strided_conv4(2), inner_lr=0.3, steps=2, mask=None)
-    adapted = adapt(everything, params, state, images().support).params
+    everything = maml(two_blocks(), inner_lr=0.3, steps=2, mask=None)
+    adapted = adapt(everything, params, state, vectors().support).params
     before = params["learner"]["network"]["block1"]["normalisation"]["scale"]
     assert abs(adapted["network"]["block1"]["normalisation"]["scale"] - before).max() > 1e-4
 
@@ -170,7 +170,7 @@ def test_tests_take_their_own_number_of_steps():
 
 @pytest.mark.parametrize("settings", [{"steps": -1}, {"eval_steps": -2}])
 def test_negative_steps_are_refused(settings):
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match=r"steps=-. must be at least 0"):
         maml(mlp(), **settings)
 
 
@@ -188,14 +188,14 @@ def test_regression_adapts_to_the_support():
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_support_statistics_are_those_of_the_adapted_parameters(steps):
-    network = strided_conv4(2, normalisation="support")
+    network = two_blocks("support")
     learner = maml(network, inner_lr=0.5, steps=steps)
-    params, state = jax.jit(learner.init)(KEY, images())
-    adapted = adapt(learner, params, state, images().support)
+    params, state = jax.jit(learner.init)(KEY, vectors())
+    adapted = adapt(learner, params, state, vectors().support)
 
     @jax.jit
     def statistics(body, support):
         return embed_support(network, body, state, support, key=KEY, train=True)[1]
 
-    wanted = statistics(adapted.params["network"], images().support)
+    wanted = statistics(adapted.params["network"], vectors().support)
     assert_trees_close(adapted.state, wanted)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def test_without_steps_it_is_a_prototypical_network():
 
 def test_steps_start_from_the_prototypes():
     learner = protomaml(tanh_network(), inner_lr=0.3, steps=1)
-    params, state = learner.init(KEY, vectors())
+    params, state = jax.jit(learner.init)(KEY, vectors())
     support = vectors().support
 
     def loss(p):
@@ -53,13 +55,15 @@ def test_steps_start_from_the_prototypes():
         return -(support.y * jax.nn.log_softmax(outputs)).sum(1).mean()
 
     body = params["learner"]["network"]
-    z = jnp.tanh(support.x @ body["w"] + body["b"])
-    centres = jnp.stack([z[label::3].mean(0) for label in range(3)])
+    z = np.tanh(np.asarray(support.x) @ body["w"] + body["b"])
+    centres = np.stack([z[label::3].mean(0) for label in range(3)])
     head = {"kernel": 2 * centres.T, "bias": -(centres**2).sum(1)}
-    assert_trees_close(prototype_linear_head(z, support.y), head)
+    assert_trees_close(jax.jit(prototype_linear_head)(z, support.y), head)
     at_prototypes = {"network": body, "head": head}
-    wanted = jax.tree.map(lambda p, g: p - 0.3 * g, at_prototypes, jax.grad(loss)(at_prototypes))
-    assert_trees_close(learner.adapt(params, state, support, KEY, train=True).params, wanted)
+    gradient = jax.jit(jax.grad(loss))(at_prototypes)
+    wanted = jax.tree.map(lambda p, g: np.asarray(p) - 0.3 * np.asarray(g), at_prototypes, gradient)
+    adapt = jax.jit(functools.partial(learner.adapt, train=True))
+    assert_trees_close(adapt(params, state, support, KEY).params, wanted)
 
 
 def test_padding_changes_no_prototype():

@@ -243,7 +243,7 @@ def test_padding_changes_no_answer():
 
 @pytest.mark.parametrize(
     ("settings", "culprit"),
-    [({"steps": -1}, "must not be negative"), ({"batch_size": 0}, "give at least one")],
+    [({"steps": -1}, "steps=-1 must be at least 0"), ({"batch_size": 0}, "batch_size=0 must be")],
 )
 def test_impossible_settings_are_refused(settings, culprit):
     with pytest.raises(ValueError, match=culprit):

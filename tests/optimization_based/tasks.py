@@ -62,6 +62,26 @@ def normalised_network(mode="batch", width=6, *, dropout=0.0):
     return Network(init, apply, mode)
 
 
+def two_blocks(mode="batch", width=3):
+    """Two networks as the one above, one after the other: 'block1' and 'block2'."""
+    blocks = {name: normalised_network(mode, width) for name in ("block1", "block2")}
+
+    def init(key, x):
+        params, state = {}, {}
+        for name, block in blocks.items():
+            params[name], state[name] = block.init(jax.random.fold_in(key, len(params)), x)
+            x = jnp.zeros((x.shape[0], width), x.dtype)
+        return params, state
+
+    def apply(params, state, x, **settings):
+        new = {}
+        for name, block in blocks.items():
+            x, new[name] = block.apply(params[name], state[name], x, **settings)
+        return x, new
+
+    return Network(init, apply, mode)
+
+
 def padded(batch, rows=2, value=7.0):
     """A batch whose last rows are padding, with rubbish in them."""
 

@@ -180,9 +180,9 @@ def test_what_does_not_fit_is_refused():
         learner().init(KEY, pulls.sample(KEY, ()))
     with pytest.raises(UsageError, match="maml_rl is for control"):
         learner(objective=cross_entropy)
-    with pytest.raises(UsageError, match="maml_rl needs trajectories of at least 1, not 0"):
+    with pytest.raises(UsageError, match="maml_rl: trajectories=0 must be at least 1"):
         maml_rl(NETWORK, trajectories=0)
-    with pytest.raises(UsageError, match="steps must be at least 0: steps=-1"):
+    with pytest.raises(UsageError, match="steps=-1 must be at least 0"):
         maml_rl(NETWORK, steps=-1)
 
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused():
         prototypical(mlp((4,)), objective=TASKS.objective)
     with pytest.raises(UsageError, match="8 minibatches must divide the task batch 12"):
         make_outer_step(LEARNER, OPTIMIZER, TASKS.sample, task_batch=12)(start(), ())
-    with pytest.raises(UsageError, match="at least 1 arm and 1 pull: arms=0"):
+    with pytest.raises(UsageError, match="bandit: arms=0 must be at least 1"):
         load_source("bandit", arms=0)
     assert isinstance(TASKS.sample(jax.random.key(0), ()), Problem)
 

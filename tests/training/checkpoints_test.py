@@ -248,6 +248,26 @@ def test_leftovers_of_another_step_are_removed(tmp_path):
     assert entries(tmp_path) == ["step_00000001", "step_00000003"]
 
 
+def test_a_kill_while_an_old_step_is_removed_leaves_no_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoints.save_step(tmp_path, step, small(step), {"step": step})
+    rmtree = shutil.rmtree
+
+    def killed(path, *arguments, **settings):
+        if Path(path).exists() and "step_00000001" in str(path):
+            raise KeyboardInterrupt
+        rmtree(path, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save_step(tmp_path, 3, small(3), {"step": 3})
+    assert "step_00000001" not in entries(tmp_path)
+    checkpoints.tidy(tmp_path)
+    assert entries(tmp_path) == ["step_00000002", "step_00000003"]
+    checkpoints.tidy(tmp_path / "nowhere")
+
+
 _SAVE_FOREVER = """
 import itertools, sys
 import jax.numpy as jnp

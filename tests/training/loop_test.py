@@ -17,7 +17,7 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.flatten import flatten
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy, squared_error
-from meta_jax.training import checkpoints
+from meta_jax.training import checkpoints, loop
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.evaluation import make_validate
 from meta_jax.training.loop import LoopConfig, TrainingDivergedError, fit, is_better
@@ -100,6 +100,12 @@ def assert_same(workdir, result, reference, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.fixture(autouse=True)
+def calls_of_any_length(monkeypatch):
+    """On a slow machine a call would end before the next line of metrics."""
+    monkeypatch.setattr(loop, "_CALL_SECONDS", 1e9)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
@@ -142,6 +148,41 @@ def test_resume_is_bitwise_wherever_it_was_killed(tmp_path, uninterrupted, monke
     result = train(tmp_path)
     assert result.finished
     assert_same(tmp_path, result, *uninterrupted)
+
+
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_signal_between_two_lines_of_metrics_saves_their_mean_so_far(
+    tmp_path, uninterrupted, monkeypatch, at
+):
+    """Calls of one step give bitwise what calls of several gave, stopped anywhere."""
+    monkeypatch.setattr(loop, "_CALL_SECONDS", 0.0)
+    result = train(tmp_path, killing(signal.SIGTERM, at=at))
+    assert int(result.train_state.step) == at + 1
+    assert_same(tmp_path, train(tmp_path), *uninterrupted)
+
+
+def test_a_call_takes_the_steps_that_fit_its_time():
+    pace = loop._Pace()
+    assert pace.fitting(50) == 1
+    pace.measured(1, 100.0)  # compilation says nothing of a step
+    assert pace.fitting(50) == 1
+    pace.measured(1, loop._CALL_SECONDS / 8)
+    assert (pace.fitting(50), pace.fitting(3)) == (8, 3)
+    pace.measured(8, 16 * loop._CALL_SECONDS)
+    assert pace.fitting(50) == 1
+    pace.measured(1, 0.0)
+    assert pace.fitting(50) == 50
+
+
+def test_what_killed_saves_left_is_removed_at_the_next_start(tmp_path):
+    config = CONFIG._replace(steps=2)
+    train(tmp_path, config=config)
+    folder = tmp_path / "checkpoints"
+    left = sorted(path.name for path in folder.iterdir())
+    for name in ("best.saved", "step_00000001.replaced", "step_00000009.saving"):
+        (folder / name / "tree").mkdir(parents=True)
+    train(tmp_path, config=config)
+    assert sorted(path.name for path in folder.iterdir()) == left
 
 
 def killing(number, at, times=1):
@@ -219,6 +260,20 @@ def test_the_history_holds_arrays(uninterrupted):
     assert result.history["val"]["step"].tolist() == [4, 8, 12, 16, 17]
     losses = [line["loss"] for line in read_metrics(workdir) if line["split"] == "train"]
     np.testing.assert_array_equal(result.history["train"]["loss"], losses)
+
+
+def test_a_function_is_given_the_metrics_and_what_it_raises_is_no_loss(tmp_path, uninterrupted):
+    seen = []
+
+    def on_metrics(step, split, metrics):
+        seen.append({"step": step, "split": split, **metrics})
+        if len(seen) == 9:  # the validation at step 12, after the checkpoint of step 8
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, on_metrics=on_metrics)
+    assert seen == read_metrics(uninterrupted[0])[:9]
+    assert_same(tmp_path, train(tmp_path), *uninterrupted)
 
 
 def test_a_finished_run_is_left_as_it_is(uninterrupted):

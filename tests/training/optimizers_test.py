@@ -125,7 +125,7 @@ def test_schedules(settings, rates):
         ({"learning_rate": math.inf}, "learning_rate=inf"),
         ({"schedule": "exponential"}, "unknown schedule 'exponential': choose one of constant"),
         ({"schedule": "step"}, "schedule=step needs halve_every of at least 1, not None"),
-        ({"schedule": "step", "halve_every": 0}, "at least 1, not 0"),
+        ({"schedule": "step", "halve_every": 0}, "halve_every=0 must be at least 1"),
         ({"halve_every": 3}, "halve_every=3 needs schedule=step, not constant"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"warmup_steps": 100}, "warmup_steps=100 .* below steps=100"),

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from meta_jax.core import Batch, Episode, Objective
 from meta_jax.objectives import Gaussian, cross_entropy, squared_error
-from meta_jax.training import pictures
+from meta_jax.training import figures, pictures
 from meta_jax.training.evaluation import MeanCI
 
 GREEN, RED = (0x2A, 0x9D, 0x3F), (0xD6, 0x27, 0x28)
@@ -205,6 +206,19 @@ def test_learning_curve_has_its_panels_side_by_side(tmp_path):
         )
 
 
+def test_a_figure_is_returned_and_written_only_where_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curve = [{"step": 1, "split": "train", "loss": 1.0}]
+    figure = pictures.learning_curve(curve, objective=cross_entropy)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["training loss"]
+    assert list(tmp_path.iterdir()) == []
+    # A notebook shows the same picture.
+    pictures.learning_curve(curve, tmp_path / "curve.png", objective=cross_entropy)
+    np.testing.assert_array_equal(
+        pixels(io.BytesIO(figure._repr_png_())), pixels(tmp_path / "curve.png")
+    )
+
+
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "curve.png"
     path.write_bytes(b"old")
@@ -212,7 +226,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(pictures.os, "replace", refuse)
+    monkeypatch.setattr(figures.os, "replace", refuse)
     with pytest.raises(OSError, match="no space left"):
         pictures.learning_curve(
             [{"step": 1, "split": "train", "loss": 1.0}], path, objective=cross_entropy

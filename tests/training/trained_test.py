@@ -326,6 +326,9 @@ def test_a_task_that_cannot_be_described_is_given_to_load(tmp_path):
         (("example",), {"type": "meta_jax.core:Episode"}, "describes no task"),
         (("example",), {}, "describes no task"),
         (("learner",), None, "was built in Python"),
+        (("optimizer",), 7, "optimizer is 7, where an object or null is"),
+        (("optimizer",), ..., "optimizer is missing"),
+        (("history",), 7, "history is 7, where an array is"),
     ],
 )
 def test_a_record_with_something_else_in_a_place_gets_one_line(tmp_path, place, value, message):
@@ -335,7 +338,7 @@ def test_a_record_with_something_else_in_a_place_gets_one_line(tmp_path, place, 
     within = config
     for parent in parents:
         within = within[parent]
-    del within[name]
+    within.pop(name, None)
     if value is not ...:
         within[name] = value
     write_config(tmp_path, config)

@@ -12,7 +12,7 @@ from meta_jax.reinforcement.navigation import navigation
 from meta_jax.reinforcement.rollout import Agent
 from meta_jax.reinforcement.strategy import random_actions
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
-from meta_jax.training.pictures import new_figure
+from meta_jax.training.figures import new_figure
 from meta_jax.training.trial_pictures import draw_steps, regret_curves, trial_picture
 
 KEY = jax.random.key(0)

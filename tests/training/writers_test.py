@@ -2,6 +2,8 @@ import io
 import json
 import struct
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,20 @@ def test_works_without_tensorboard(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_metrics_are_given_to_a_function_once_they_are_on_disk(tmp_path):
+    seen = []
+
+    def on_metrics(step, split, metrics):
+        seen.append((step, split, metrics, len(read_metrics(tmp_path))))
+
+    with MetricsWriter(tmp_path, on_metrics=on_metrics) as writer:
+        writer.write(3, "train", {"loss": jnp.float32(0.5)})
+        writer.write_timing(3, {"seconds": 1})
+        writer.write(4, "val", {"accuracy": 1})
+    assert seen == [(3, "train", {"loss": 0.5}, 1), (4, "val", {"accuracy": 1.0}, 2)]
+    assert all(type(value) is float for _, _, metrics, _ in seen for value in metrics.values())
+
+
 def test_the_history_is_arrays_by_split(tmp_path):
     run(tmp_path, 1, 3)
     history = as_history(read_metrics(tmp_path))
@@ -172,7 +188,26 @@ def test_progress_on_a_terminal(monkeypatch):
     assert "other" not in last
 
 
-def test_a_short_run_elsewhere_is_silent(capfd):
+def test_progress_in_a_notebook_is_a_widget(monkeypatch):
+    bar = mock.Mock(**{"return_value.format_dict": {"rate": 2.0}})
+    shell = SimpleNamespace(kernel=object())
+    for name, module in {
+        "IPython": SimpleNamespace(get_ipython=lambda: shell),
+        "ipywidgets": SimpleNamespace(),
+        "tqdm.notebook": SimpleNamespace(tqdm=bar),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    show_progress()
+    assert bar.call_args.kwargs["initial"] == 4
+    assert bar.return_value.update.mock_calls == 6 * [mock.call(1)]
+    shown = {"tasks/s": "32", "loss": "0.5", "accuracy": "0.25"}
+    bar.return_value.set_postfix.assert_called_with(shown, refresh=False)
+    bar.return_value.close.assert_called_once_with()
+
+
+@pytest.mark.parametrize("ipython", [None, SimpleNamespace(get_ipython=lambda: None)])
+def test_a_short_run_elsewhere_is_silent(capfd, monkeypatch, ipython):
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     show_progress()
     assert capfd.readouterr() == ("", "")
 

@@ -119,7 +119,7 @@ def _layers(
         query, key, value = _project(heads, layer, z)
         key = jnp.where(mask[:, None, None], key, 0)
         sums.append((jnp.einsum("nhk,nhv->hkv", key, value), key.sum(0)))
-        weights = jnp.einsum("nhk,mhk->hnm", query, key) * seen
+        weights = jnp.einsum("nhk,mhk->hnm", query, key) * seen[None]
         z = _after(layer, z, jnp.einsum("hnm,mhv->nhv", weights, value), weights.sum(-1).T)
     products, keys = map(jnp.stack, zip(*sums, strict=True))
     return layer_norm(params["normalisation"], z), LinearAttentionMemory(products, keys)

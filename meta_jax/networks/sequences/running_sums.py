@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array, PyTree
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.networks.sequences.sequence_network import SequenceNetwork
+from meta_jax.shapes import with_rank
 
 
 def running_sums(width: int = 128) -> SequenceNetwork:
@@ -62,7 +63,7 @@ def _absorb(params: PyTree, xs: Array, mask: Array, steps: int) -> Array:
 
 def _features(params: PyTree, sums: Array, x: Array) -> Array:
     """Features of steps x [..., inputs] by the sums up to them, [..., width]."""
-    sums = jnp.arcsinh(sums + params["summed"]["bias"])
+    sums = jnp.arcsinh(sums + with_rank(params["summed"]["bias"], sums))
     read = jnp.concatenate([sums, linear(params["query"], x) * sums, x], -1)
     hidden = jax.nn.relu(linear(params["hidden"], read))
     return jax.nn.relu(linear(params["output"], hidden))

@@ -132,7 +132,7 @@ def _blocks(key_size: int, params: PyTree, xs: Array) -> tuple[Array, list[PyTre
         else:
             query, keys, values = _projections(key_size, block, x)
             rows.append([keys, values])
-            x = _attend(x, query, keys, values, steps[:, None] >= steps)
+            x = _attend(x, query, keys, values, steps[:, None] >= steps[None])
     return x, rows
 
 

@@ -84,7 +84,7 @@ def positions(steps: Array, width: int) -> Array:
       [[0.0, 0.0, 1.0, 1.0]]
     """
     frequencies = 10_000.0 ** (-jnp.arange(width // 2) / (width // 2))
-    angles = steps[:, None] * frequencies
+    angles = steps[:, None] * frequencies[None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)
 
 
@@ -110,7 +110,7 @@ def _layers(heads: int, params: PyTree, xs: Array) -> tuple[Array, list[tuple[Ar
     """Features of a sequence without padding, and the keys and values of each layer."""
     steps, caches = jnp.arange(len(xs)), []
     z = _embed(params, xs, steps)
-    seen = steps[:, None] >= steps
+    seen = steps[:, None] >= steps[None]
     for layer in params["layers"]:
         query, keys, values = project(layer, z, heads)
         caches.append((keys, values))

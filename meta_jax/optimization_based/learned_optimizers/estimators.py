@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, LossAux, PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.ranges import Positive, PositiveInt
 
 
 class RunInit(Protocol):
@@ -42,7 +43,12 @@ class RunAdvance(Protocol):
 
 
 class Run(NamedTuple):
-    """An inner run that can be continued from any of its states."""
+    """An inner run that can be continued from any of its states.
+
+    Attributes:
+      init: Function that gives the state before the first step.
+      advance: Function that takes some steps from a state.
+    """
 
     init: RunInit
     advance: RunAdvance
@@ -71,11 +77,18 @@ class EstimatorLoss(Protocol):
 
 
 class Estimator(NamedTuple):
-    """How the outer gradient of a run is estimated."""
+    """How the outer gradient of a run is estimated.
+
+    Attributes:
+      init: Function (run, meta, task, key) -> what one task carries into the first outer step.
+      loss: Function (run, meta, carried, task, key) -> (loss, LossAux); the gradient of the loss in
+        `meta` is the estimate.
+      horizon: Steps of a whole run.
+    """
 
     init: EstimatorInit
     loss: EstimatorLoss
-    horizon: int  # steps of a whole run
+    horizon: int
 
 
 class SegmentState(NamedTuple):
@@ -121,7 +134,7 @@ def with_gradient(value: Array, params: PyTree, gradient: PyTree) -> Array:
 
 
 @registry.component("estimator", "full")
-def full_unroll(horizon: int = 100) -> Estimator:
+def full_unroll(horizon: PositiveInt = 100) -> Estimator:
     """Differentiates the mean loss of a whole run through all of its steps.
 
     Args:
@@ -133,8 +146,6 @@ def full_unroll(horizon: int = 100) -> Estimator:
     Raises:
       UsageError: the horizon is less than 1.
     """
-    if horizon < 1:
-        raise UsageError(f"horizon {horizon} must be at least 1")
 
     def loss(
         run: Run, meta: PyTree, carried: PyTree, task: PyTree, key: Array
@@ -147,7 +158,7 @@ def full_unroll(horizon: int = 100) -> Estimator:
 
 
 @registry.component("estimator", "truncated")
-def truncated_gradient(horizon: int = 100, truncation: int = 20) -> Estimator:
+def truncated_gradient(horizon: PositiveInt = 100, truncation: PositiveInt = 20) -> Estimator:
     """Differentiates the mean loss of one segment, back to where the segment began.
 
     Andrychowicz et al. (2016), section 2.1: runs of 100 steps, segments of 20.
@@ -171,7 +182,9 @@ def truncated_gradient(horizon: int = 100, truncation: int = 20) -> Estimator:
 
 
 @registry.component("estimator", "truncated_es")
-def truncated_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.01) -> Estimator:
+def truncated_es(
+    horizon: PositiveInt = 100, truncation: PositiveInt = 20, *, sigma: Positive = 0.01
+) -> Estimator:
     """Estimates the gradient of one segment's mean loss by antithetic evolution strategies.
 
     (L(meta + epsilon) - L(meta - epsilon)) epsilon / (2 sigma^2). Both members of the pair continue
@@ -189,7 +202,6 @@ def truncated_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.0
     Raises:
       UsageError: the truncation does not divide the horizon, or sigma is not positive.
     """
-    _check_sigma(sigma)
 
     def segment(run: Run, meta: PyTree, state: PyTree, key: Array) -> tuple[Array, PyTree, Array]:
         run_key, noise_key = jax.random.split(key)
@@ -205,7 +217,9 @@ def truncated_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.0
 
 
 @registry.component("estimator", "pes")
-def persistent_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.01) -> Estimator:
+def persistent_es(
+    horizon: PositiveInt = 100, truncation: PositiveInt = 20, *, sigma: Positive = 0.01
+) -> Estimator:
     """Estimates the gradient of a whole run by persistent evolution strategies (PES).
 
     (L+ - L-) xi / (2 sigma^2), xi the sum of all perturbations since the run began. The members of
@@ -223,7 +237,6 @@ def persistent_es(horizon: int = 100, truncation: int = 20, *, sigma: float = 0.
     Raises:
       UsageError: the truncation does not divide the horizon, or sigma is not positive.
     """
-    _check_sigma(sigma)
 
     def segment(
         run: Run, meta: PyTree, pair: AntitheticPair, key: Array
@@ -262,7 +275,7 @@ def in_segments(
     Raises:
       UsageError: the truncation does not divide the horizon.
     """
-    if not 1 <= truncation <= horizon or horizon % truncation:
+    if horizon % truncation:
         raise UsageError(
             f"a run of {horizon} steps is not a whole number of segments of {truncation}: choose a "
             "truncation that divides the horizon"
@@ -336,8 +349,3 @@ def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(
         lambda n, o: jnp.where(condition, jnp.asarray(n, jnp.asarray(o).dtype), o), new, old
     )
-
-
-def _check_sigma(sigma: float) -> None:
-    if not sigma > 0:
-        raise UsageError(f"sigma {sigma} must be positive: it is the perturbations' deviation")

@@ -13,19 +13,24 @@ from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.output_layer import with_output_layer
 from meta_jax.objectives import check_batch, tree_rows
+from meta_jax.ranges import PositiveInt
 
 
 class ProblemFamily(NamedTuple):
     """A kind of network to be trained on a task's support set, and how.
 
     The tasks, and what their objective asks of the network, come from a source of tasks.
+
+    Attributes:
+      network: Function from a training set to the network, with its output layer, that is trained
+        on it. The network's initial parameters are drawn, not learned.
+      minibatch: Number of examples drawn, with replacement, for a step; None for all of them.
+      tasks: Name of the source of tasks that it is used with by default.
     """
 
-    # From a training set to the network, with its output layer, that is trained on it. The
-    # network's initial parameters are drawn, not learned.
     network: Callable[[Batch], Network]
-    minibatch: int | None = None  # examples drawn, with replacement, for a step; None: all of them
-    tasks: str = "glyphs"  # name of the source of tasks that it is used with by default
+    minibatch: int | None = None
+    tasks: str = "glyphs"
 
 
 def network_family(network: Network, *, minibatch: int | None = None) -> ProblemFamily:
@@ -51,10 +56,10 @@ def network_family(network: Network, *, minibatch: int | None = None) -> Problem
 @registry.component("family", "mlp")
 def mlp_family(
     *,
-    width: int = 20,
-    depth: int = 1,
+    width: PositiveInt = 20,
+    depth: PositiveInt = 1,
     activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid",
-    minibatch: int | None = 64,
+    minibatch: PositiveInt | None = 64,
 ) -> ProblemFamily:
     """Builds the problems of training multi-layer perceptrons.
 
@@ -72,13 +77,13 @@ def mlp_family(
     Raises:
       UsageError: there is no layer or unit, or the activation is unknown.
     """
-    if min(width, depth) < 1:
-        raise UsageError(f"width {width} and depth {depth} must be at least 1")
     return network_family(mlp((width,) * depth, activation=activation), minibatch=minibatch)
 
 
 @registry.component("family", "convnet")
-def convnet_family(*, features: int = 20, minibatch: int | None = 64) -> ProblemFamily:
+def convnet_family(
+    *, features: PositiveInt = 20, minibatch: PositiveInt | None = 64
+) -> ProblemFamily:
     """Builds the problems of training convolutional networks of four blocks on images.
 
     Args:

@@ -56,7 +56,8 @@ def with_learning_rate(
     return UpdateRule(init_meta, init, update)
 
 
-# By name, without a learning rate; decays are those that Andrychowicz et al. (2016) compare with.
+#: Optimizers by name, without a learning rate; decays are those that Andrychowicz et al.
+#: (2016) compare with.
 HAND_DESIGNED: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": optax.identity,
     "momentum": lambda: optax.trace(0.9),

@@ -12,14 +12,15 @@ from meta_jax.lookup import UsageError
 from meta_jax.networks.layers import init_linear, linear
 from meta_jax.networks.lstm import init_lstm, lstm
 from meta_jax.optimization_based.update_rules import UpdateRule, ValueFn, log_and_sign
+from meta_jax.ranges import Positive, PositiveInts
 
 
 @registry.component("rule", "lstm")
 def coordinatewise_lstm(
-    hidden_sizes: tuple[int, ...] = (20, 20),
+    hidden_sizes: PositiveInts = (20, 20),
     *,
-    preprocessing: float | None = 5.0,
-    output_scale: float = 0.01,
+    preprocessing: Positive | None = 5.0,
+    output_scale: Positive = 0.01,
 ) -> UpdateRule:
     """Builds the coordinatewise LSTM optimizer.
 
@@ -45,15 +46,8 @@ def coordinatewise_lstm(
       >>> sum(leaf.size for leaf in jax.tree.leaves(meta))
       5141
     """
-    if not hidden_sizes or min(hidden_sizes) < 1:
-        raise UsageError(
-            f"hidden_sizes {tuple(hidden_sizes)} must be at least one LSTM, each with at least one "
-            "unit, for example (20,)"
-        )
-    if preprocessing is not None and not preprocessing > 0:
-        raise UsageError(
-            f"preprocessing {preprocessing} must be positive; None stands for plain gradients"
-        )
+    if not hidden_sizes:
+        raise UsageError("an LSTM rule without an LSTM: give hidden_sizes, for example (20,)")
     names = [f"lstm{i + 1}" for i in range(len(hidden_sizes))]
     sizes = [1 if preprocessing is None else 2, *hidden_sizes]
 

@@ -12,6 +12,7 @@ from meta_jax.core import Array, Network, PyTree
 from meta_jax.networks.mlp import mlp
 from meta_jax.networks.output_layer import with_output_layer
 from meta_jax.optimization_based.update_rules import UpdateRule, ValueFn
+from meta_jax.ranges import PositiveInts
 
 _MOMENTA = np.array((0.1, 0.5, 0.9, 0.99, 0.999, 0.9999))
 _TIMES = np.array((1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000), np.int32)
@@ -55,7 +56,7 @@ def over_root_mean_square(features: Array) -> Array:
 
 
 @registry.component("rule", "mlp")
-def mlp_rule(widths: tuple[int, ...] = (32, 32)) -> UpdateRule:
+def mlp_rule(widths: PositiveInts = (32, 32)) -> UpdateRule:
     """Builds an optimizer that is an MLP on one parameter's gradient, value, momenta and the time.
 
     Eight features, each over its root mean square in the leaf, and eleven of time give d and m; the
@@ -110,7 +111,7 @@ def mlp_rule(widths: tuple[int, ...] = (32, 32)) -> UpdateRule:
 
 
 @registry.component("rule", "adafactor_mlp")
-def adafactor_mlp_rule(widths: tuple[int, ...] = (4, 4)) -> UpdateRule:
+def adafactor_mlp_rule(widths: PositiveInts = (4, 4)) -> UpdateRule:
     """Builds an optimizer that is a tiny MLP on Adam's and Adafactor's statistics.
 
     28 features (gradient, value, three momenta, a mean square, momenta over its root, its inverse

@@ -21,6 +21,7 @@ from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import check_outputs, without_padding
 from meta_jax.optimization_based.learned_optimizers.families import ProblemFamily
+from meta_jax.ranges import PositiveInt
 
 Distribution = Literal["normal", "uniform"]
 
@@ -46,6 +47,7 @@ def sum_of_squares_loss(
     return loss, {"squares": loss}
 
 
+#: The objective of `quadratics`: the sum of squared differences.
 sum_of_squares = Objective(
     sum_of_squares_loss,
     "squares",
@@ -84,7 +86,9 @@ def sample_quadratic(
 
 
 @registry.tasks("quadratics")
-def quadratic_tasks(*, dimensions: int = 10, distribution: Distribution = "normal") -> TaskSource:
+def quadratic_tasks(
+    *, dimensions: PositiveInt = 10, distribution: Distribution = "normal"
+) -> TaskSource:
     """Builds the source of random quadratics ||W theta - y||^2.
 
     Every split is drawn alike, and the sizes of an episode mean nothing.

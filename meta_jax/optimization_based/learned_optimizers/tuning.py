@@ -13,15 +13,20 @@ from meta_jax.optimization_based.learned_optimizers.families import ProblemFamil
 from meta_jax.optimization_based.learned_optimizers.hand_designed import with_learning_rate
 from meta_jax.optimization_based.learned_optimizers.learned_optimizer import make_training_curves
 
-# Half decades from 1e-4 to 10.
+#: Learning rates that are tried: half decades from 1e-4 to 10.
 LEARNING_RATES = tuple(float(rate) for rate in 10 ** np.arange(-4, 1.5, 0.5))
 
 
 class Tuned(NamedTuple):
-    """The best of the learning rates tried."""
+    """The best of the learning rates tried.
+
+    Attributes:
+      learning_rate: The best one.
+      losses: Mean last loss by rate; infinite where it is not finite.
+    """
 
     learning_rate: float
-    losses: dict[float, float]  # by rate, the mean last loss; infinite where it is not finite
+    losses: dict[float, float]
 
 
 def tune_learning_rate(

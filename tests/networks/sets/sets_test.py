@@ -35,9 +35,14 @@ SETS = ("mean", "mean_of_products", "cross_attention", "target_masked")
 every_reader = pytest.mark.parametrize("name", READERS)
 
 
+def initial(reader):
+    init = jax.jit(lambda key: reader.init(key, 3, 2, 5))
+    return jax.tree.map(np.asarray, init(jax.random.key(0)))
+
+
 @functools.cache
 def params(name):
-    leaves, treedef = jax.tree.flatten(READERS[name].init(jax.random.key(0), 3, 2, 5))
+    leaves, treedef = jax.tree.flatten(initial(READERS[name]))
     noise = np.random.default_rng(1)
     return treedef.unflatten([leaf + 0.3 * noise.standard_normal(leaf.shape) for leaf in leaves])
 
@@ -67,10 +72,10 @@ def test_the_order_of_a_set_matters_to_sequences_alone(name):
 
 @every_reader
 def test_every_input_and_label_matters(name):
-    gradients = jax.grad(
-        lambda z, y: program(name)(params(name), z, y, None, QUERIES).sum(), (0, 1)
-    )(Z, Y)
-    for gradient in gradients:
+    def total(z, y):
+        return program(name)(params(name), z, y, None, QUERIES).sum()
+
+    for gradient in map(np.asarray, jax.jit(jax.grad(total, (0, 1)))(Z, Y)):
         assert (abs(gradient).max(1) > 1e-9).all()
 
 
@@ -118,13 +123,17 @@ def test_the_mean_of_rows_that_are_all_padding_is_zero():
 
 def test_cross_attention_to_keys_that_are_alike_is_the_mean_of_the_values():
     reader = cross_attention(4, 1, 2, self_attention=0)
-    p = reader.init(jax.random.key(0), 3, 2, 5)
-    p["key"]["kernel"] = jnp.zeros((4, 4))
-    memory = reader.absorb(p, Z, Y, None)
-    read = memory.values.reshape(5, 4).mean(0) @ p["output"]["kernel"] + p["output"]["bias"]
+    p = initial(reader)
+    p["key"]["kernel"] = np.zeros((4, 4))
+    memory = jax.jit(reader.absorb)(p, Z, Y, None)
+    read = (
+        np.asarray(memory.values).reshape(5, 4).mean(0) @ p["output"]["kernel"]
+        + p["output"]["bias"]
+    )
     decoder = p["decoder"][0]
     hidden = np.c_[QUERIES, np.tile(read, (4, 1))] @ decoder["kernel"] + decoder["bias"]
-    np.testing.assert_allclose(reader.answer(p, memory, QUERIES), np.maximum(hidden, 0))
+    answers = jax.jit(reader.answer)(p, memory, QUERIES)
+    np.testing.assert_allclose(answers, np.maximum(hidden, 0), atol=1e-12)
 
 
 def test_the_transformer_is_one_with_a_mask_over_set_and_query():
@@ -135,13 +144,17 @@ def test_the_transformer_is_one_with_a_mask_over_set_and_query():
     p = params("target_masked")
     rows = np.zeros((6, 6))
     rows[:5, :5], rows[5, :3], rows[5, 5] = np.c_[Z, Y], QUERIES[0], 1
-    seen = jnp.asarray(np.tile(np.arange(6) < 5, (6, 1)))
-    rows = feedforward(p["input"], rows)
-    for layer in p["layers"]:
-        query, keys, values = project(layer, rows, 2)
-        rows = after_attention(layer, rows, attend(query, keys, values, seen))
-    expected = layer_norm(p["normalisation"], rows)[5]
-    np.testing.assert_allclose(features("target_masked")[0], expected, atol=1e-12)
+    seen = np.tile(np.arange(6) < 5, (6, 1))
+
+    @jax.jit
+    def last(p, rows):
+        rows = feedforward(p["input"], rows)
+        for layer in p["layers"]:
+            query, keys, values = project(layer, rows, 2)
+            rows = after_attention(layer, rows, attend(query, keys, values, seen))
+        return layer_norm(p["normalisation"], rows)[5]
+
+    np.testing.assert_allclose(features("target_masked")[0], last(p, rows), atol=1e-12)
 
 
 def test_equiangular_codes_are_the_corners_of_a_simplex():

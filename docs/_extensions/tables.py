@@ -1,0 +1,142 @@
+"""Tables that are made from the records at every build: nobody types a result in."""
+
+import inspect
+import json
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+import meta_jax
+from experiments import ledger
+from meta_jax import citations, registry
+from meta_jax.lookup import UsageError
+
+_FAMILIES = {
+    "metric_based": "metric-based",
+    "model_based": "model-based",
+    "optimization_based": "optimization-based",
+    "reinforcement": "reinforcement learning",
+}
+_SETTINGS = {"5w1s": "5-way 1-shot", "5w5s": "5-way 5-shot", "20w1s": "20-way 1-shot"}
+_SETTINGS["20w5s"] = "20-way 5-shot"
+
+
+def methods() -> str:
+    """All learners of the library, family by family, as a Markdown table."""
+    lines = ["| `--learner` | in Python | family | |", "|---|---|---|---|"]
+    for name in registry.names("learner"):
+        found = registry.find("learner", name)
+        family = _FAMILIES[found.factory.__module__.split(".")[1]]
+        python = _public_name(found.factory)
+        lines.append(f"| `{name}` | {{py:obj}}`~{python}` | {family} | {registry.summary(found)} |")
+    return "\n".join(lines)
+
+
+def _public_name(factory: object) -> str:
+    """The public name of a registered factory."""
+    spaces = {"meta_jax": meta_jax, "meta_jax.reinforcement": meta_jax.reinforcement}
+    for space, module in spaces.items():
+        for name in module.__all__:
+            if getattr(module, name) is factory:
+                return f"{space}.{name}"
+    raise UsageError(f"{factory} is registered but not public: list it in a namespace")
+
+
+def accuracies(rows: list[dict]) -> str:
+    """Accuracies on Omniglot by method and setting, the best one first, as a Markdown table."""
+    by_method: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        method, _, test = row["row"].partition("/omniglot_")
+        if row["metric"] == "accuracy" and test in _SETTINGS:
+            by_method.setdefault(method, {})[test] = row
+    best = sorted(by_method, key=lambda name: -_score(by_method[name].get("5w1s")))
+    head = ["method", *_SETTINGS.values(), "queries", "training"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method in best:
+        found = by_method[method]
+        cells = [_accuracy(found.get(test)) for test in _SETTINGS]
+        any_row = next(iter(found.values()))
+        together = "together" if any_row["transductive"] else "one by one"
+        lines.append(
+            f"| `{method}` | {' | '.join(cells)} | {together} | "
+            f"{any_row['train_minutes']:.0f} min |"
+        )
+    return "\n".join(lines)
+
+
+def _score(row: dict | None) -> float:
+    return -1.0 if row is None else row["value"]
+
+
+def _accuracy(row: dict | None) -> str:
+    return "" if row is None else f"{row['value']:.1f} ± {row['ci95']:.1f}"
+
+
+def ledger_rows(kind: str) -> str:
+    """All rows of the ledger of one kind of task, as a Markdown table."""
+    tables = {
+        "classification": ledger.table,
+        "regression": ledger.table_of_functions,
+        "control": ledger.table_of_returns,
+    }
+    return tables[kind]([row for row in ledger.read() if row["kind"] == kind])
+
+
+def speed(name: str) -> str:
+    """Whole training steps beside the fastest peer, from a record of the benchmark."""
+    found = json.loads((ledger.ROOT / "results" / name).read_text(encoding="utf-8"))
+    lines = ["| training step | ours | fastest peer | times as fast |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        peers = {peer: times["median"] for peer, times in row["peers_ms"].items()}
+        fastest = min(peers, key=peers.__getitem__)
+        ours = row["ours_ms"]["median"]
+        lines.append(
+            f"| `{row['work']}` | {ours:.3g} ms | `{fastest}` {peers[fastest]:.3g} ms | "
+            f"{peers[fastest] / ours:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def bibliography() -> str:
+    """The BibTeX of every paper, under the learners that it describes."""
+    parts = []
+    for paper in citations.papers():
+        names = ", ".join(f"`{name}`" for name in paper.learners)
+        parts.append(f"{names}:\n\n```bibtex\n{paper.bibtex}\n```")
+    return "\n\n".join(parts)
+
+
+class Table(SphinxDirective):
+    """`{table-of} NAME`: a table of this file by its name, and its argument if it has one."""
+
+    required_arguments = 1
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Parses the table's Markdown."""
+        for path in (ledger.LEDGER, Path(citations.__file__).with_name("papers.bib")):
+            self.env.note_dependency(str(path))
+        make = TABLES[self.arguments[0]]
+        given = self.arguments[1:] if inspect.signature(make).parameters else []
+        return self.parse_text_to_nodes(make(*given))
+
+
+def _accuracies() -> str:
+    return accuracies(ledger.read())
+
+
+TABLES = {
+    "methods": methods,
+    "accuracies": _accuracies,
+    "ledger": ledger_rows,
+    "speed": speed,
+    "bibliography": bibliography,
+}
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Registers the directive."""
+    app.add_directive("table-of", Table)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

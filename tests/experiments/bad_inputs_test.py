@@ -1,0 +1,51 @@
+"""Wrong input is refused in one line: the list of tests/bad_inputs.py, or a part of it."""
+
+import math
+
+import pytest
+
+from experiments.command_line import read_setting
+from meta_jax import host, registry
+from tests import bad_inputs
+
+MEMORY = 16 * 10**9
+KINDS = ("learner", "network", "tasks", "optimizer", "rule", "family", "estimator")
+# Each of them trains; the figures in docs/faults.md are of all.
+DAMAGES = (*("metrics.jsonl: line b''", "config.json: optimizer 7", "config.json: steps a text"),)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """What fits the memory does not depend on the machine of the tests."""
+    monkeypatch.setattr(host, "available_memory", lambda: MEMORY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_has_a_range_and_a_flag_keeps_it(kind):
+    for name in registry.names(kind):
+        reserved = ("steps",) if kind == "optimizer" else ()
+        for setting in registry.settings(registry.find(kind, name), reserved=reserved).values():
+            if setting.type not in (int, float, tuple):
+                continue
+            assert setting.range is not None, f"{name} has no range of {setting.name}"
+            assert setting.range.least > -math.inf, (name, setting.name)
+            for value in ("nan", "inf", "1e39", "99999999999", f"{setting.range.least - 1:.0f}"):
+                if setting.type is float and value == "99999999999":
+                    continue
+                with pytest.raises(ValueError, match=r"^it (must be|takes)"):
+                    read_setting(setting, value)
+
+
+def test_command_lines_that_are_wrong_get_one_line_and_write_nothing():
+    lines = ((kind, line) for kind, lines in bad_inputs.COMMANDS.items() for line in lines)
+    assert [one for one in bad_inputs.try_commands(lines) if not one.held] == []
+
+
+def test_paths_that_lead_nowhere_get_one_line(tmp_path):
+    lines = (("paths", line) for line in bad_inputs.bad_paths(tmp_path).values())
+    assert [one for one in bad_inputs.try_commands(lines) if not one.held] == []
+
+
+def test_damaged_workdirs_get_one_line_or_go_on():
+    damages = {name: bad_inputs.DAMAGES[name] for name in DAMAGES}
+    assert [one for one in bad_inputs.try_damages(damages) if not one.held] == []
