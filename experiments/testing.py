@@ -144,11 +144,12 @@ def test_exact_answers(tasks: Tasks, asked: Asked) -> dict[str, Tested]:
 
 
 def _with_answers(answered: Sample) -> Sample:
-    """Draws episodes whose queries are their own answers."""
+    """Draws episodes whose queries are their own answers; nothing is learned from the support."""
 
     def sample(key: jax.Array, data: PyTree, /) -> Episode:
-        (support, query), outputs = answered(key, data)
-        return Episode(support, query._replace(x=outputs))
+        (_, query), outputs = answered(key, data)
+        answers = query._replace(x=outputs)
+        return Episode(answers, answers)
 
     return sample
 
