@@ -1,4 +1,4 @@
-"""The reproduction ledger, and README's table, which is generated from it."""
+"""The reproduction ledger, and the tables of `docs/results.md` and README generated from it."""
 
 import importlib.metadata
 import json
@@ -13,13 +13,16 @@ from meta_jax.training.writers import write_text
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "results" / "ledger.json"
 README = ROOT / "README.md"
-# Where a table of README lies; the binary that writes it is named in its first line.
+PAGE = ROOT / "docs" / "results.md"
+# Where a table lies; the binary that writes it is named in its first line.
 RESULTS = "<!-- table of results: written by experiments.reproduce -->"
 SPEED = "<!-- table of speed: written by experiments.benchmark -->"
 FUNCTIONS = "<!-- table of functions: written by experiments.reproduce -->"
 RETURNS = "<!-- table of returns: written by experiments.reproduce -->"
 STRATEGIES = "<!-- table of strategies: written by experiments.strategies -->"
 GPU_SPEED = "<!-- table of speed on a GPU: written by experiments.benchmark -->"
+# The one table of README.
+HEAD = "<!-- head of the table of results: written by experiments.reproduce -->"
 _END = "<!-- end of table -->"
 
 
@@ -83,6 +86,21 @@ def _training(row: dict) -> str:
     return f"{row['train_minutes']:.0f} min | `{row['weights']}`"
 
 
+def head(rows: list[dict], count: int = 8) -> str:
+    """The methods of highest 5-way one-shot accuracy as a short Markdown table."""
+    few_shot = [row for row in rows if row["row"].endswith("/omniglot_5w1s")]
+    best = sorted(few_shot, key=lambda row: -row["value"])[:count]
+    lines = ["| method | accuracy, % | queries normalised | training |", "|---|---|---|---|"]
+    for row in best:
+        method, _, _ = row["row"].partition("/")
+        together = "together" if row["transductive"] else "one by one"
+        lines.append(
+            f"| `{method}` | {row['value']:.2f} ± {row['ci95']:.2f} | {together} | "
+            f"{row['train_minutes']:.0f} min |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 _TABLES = {
     "classification": (RESULTS, table),
     "regression": (FUNCTIONS, table_of_functions),
@@ -91,32 +109,39 @@ _TABLES = {
 
 
 def write_tables(rows: list[dict]) -> None:
-    """Writes README's tables of the ledger, one for each kind of task."""
+    """Writes the page's tables of the ledger, one for each kind of task, and the head in README."""
     for kind, (place, as_table) in _TABLES.items():
-        write_readme(place, as_table([row for row in rows if row["kind"] == kind]))
+        write_table(place, as_table([row for row in rows if row["kind"] == kind]))
+    write_table(HEAD, head(rows), README)
 
 
-def write_readme(place: str, table: str) -> None:
-    """Writes one table of README in its place."""
-    readme = README.read_text(encoding="utf-8")
-    write_text(README, with_table(readme, place, table))
-
-
-def with_table(readme: str, place: str, table: str) -> str:
-    """README's text with one of its tables replaced.
+def write_table(place: str, table: str, path: Path | None = None) -> None:
+    """Writes one table in its place.
 
     Args:
-      readme: The text.
-      place: `RESULTS`, `FUNCTIONS`, `RETURNS`, `STRATEGIES`, `SPEED` or `GPU_SPEED`.
+      place: Line that marks the place.
+      table: The new table, in Markdown.
+      path: File that it is in; the page of results by default.
+    """
+    path = PAGE if path is None else path
+    write_text(path, with_table(path.read_text(encoding="utf-8"), place, table))
+
+
+def with_table(text: str, place: str, table: str) -> str:
+    """A text with one of its tables replaced.
+
+    Args:
+      text: The text.
+      place: `HEAD`, `RESULTS`, `FUNCTIONS`, `RETURNS`, `STRATEGIES`, `SPEED` or `GPU_SPEED`.
       table: The new one, in Markdown.
 
     Raises:
       ValueError: the text has no place marked for the table.
     """
-    before, begin, rest = readme.partition(place)
+    before, begin, rest = text.partition(place)
     _, end, after = rest.partition(_END)
     if not (begin and end):
-        raise ValueError(f"README has no '{place}' ... '{_END}': put the two lines back")
+        raise ValueError(f"there is no '{place}' ... '{_END}': put the two lines back")
     return f"{before}{begin}\n{table}{end}{after}"
 
 

@@ -214,7 +214,7 @@ def _commit() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        # Results and README change with every row that is made.
+        # Results and their tables change with every row that is made.
         changed = git("status", "--porcelain", "--", "meta_jax", "experiments")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""README's table of returns: strategies and learned policies, ours beside the papers'."""
+"""The table of returns: strategies and learned policies, ours beside the papers'."""
 
 import json
 from typing import Any
@@ -84,7 +84,7 @@ def read() -> dict[str, dict[str, Any]]:
 
 
 def record(name: str, result: dict[str, Any]) -> None:
-    """Writes the result of strategies on some tasks in place of an older one, and README's table.
+    """Writes the result of strategies on some tasks in place of an older one, and the table.
 
     Args:
       name: The tasks, a key of `PUBLISHED`.
@@ -96,5 +96,5 @@ def record(name: str, result: dict[str, Any]) -> None:
 
 
 def write_table() -> None:
-    """Writes README's table from the records of strategies and the ledger."""
-    ledger.write_readme(ledger.STRATEGIES, table(read(), ledger.read()))
+    """Writes the table from the records of strategies and the ledger."""
+    ledger.write_table(ledger.STRATEGIES, table(read(), ledger.read()))

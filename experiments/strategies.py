@@ -69,7 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "output", None, "JSON file to write the results to; beside it a picture of regret.", values
     )
     flags.DEFINE_string("weights", None, "Trained policy to test beside them, a folder.", values)
-    flags.DEFINE_bool("record", False, "Whether to write results/strategies and README.", values)
+    flags.DEFINE_bool("record", False, "Whether to write results/strategies and the table.", values)
 
 
 class Row(NamedTuple):
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _published_name(settings: dict[str, Any]) -> str:
-    """The row of README's tables that these tasks are.
+    """The row of the tables that these tasks are.
 
     Raises:
       UsageError: they are in none.

@@ -3,28 +3,36 @@
 import subprocess
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
 import meta_jax as mj
+from docs._extensions import public_api
 
-NAMESPACES = {
-    name: value for name in mj.__all__ if isinstance(value := getattr(mj, name), ModuleType)
-}
-LISTED = {
-    name: module for name, module in {"mj": mj, **NAMESPACES}.items() if hasattr(module, "__all__")
-}
+NAMESPACES = dict(public_api.namespaces(mj, "mj"))
+LISTED = {name: module for name, module in NAMESPACES.items() if hasattr(module, "__all__")}
 
 
-@pytest.mark.parametrize("namespace", LISTED)
-def test_every_public_name_is_documented(namespace):
-    module = LISTED[namespace]
-    for name in module.__all__:
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_public_name_and_field_is_documented(namespace):
+    module = NAMESPACES[namespace]
+    for name in public_api.public_names(module):
         value = getattr(module, name)
         if callable(value):
-            assert value.__doc__, name
-            # NamedTuple's own docstring is the signature, which documents nothing.
-            assert not value.__doc__.startswith(f"{name}("), name
+            assert public_api.is_documented(value, name), name
+        assert not public_api.undocumented_fields(value), name
+
+
+def test_a_name_or_a_field_without_documentation_is_found():
+    class Pair(NamedTuple):
+        left: int
+        right: int
+
+    assert not public_api.is_documented(Pair, "Pair")
+    Pair.__doc__ = "Two numbers.\n\nAttributes:\n  left: The first one."
+    assert public_api.is_documented(Pair, "Pair")
+    assert public_api.undocumented_fields(Pair) == ["right"]
 
 
 @pytest.mark.parametrize("namespace", LISTED)

@@ -1,4 +1,4 @@
-"""README says what is true: its code runs, and the files it names are there."""
+"""README and the site say what is true: their code runs, and the files they name are there."""
 
 import re
 from pathlib import Path
@@ -11,10 +11,19 @@ from photo_folder import make_photos
 import meta_jax as mj
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *(ROOT / "docs").glob("*.md")]
+PAGES += [path for part in ("how_to", "gallery") for path in (ROOT / "docs" / part).glob("*.md")]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 
 
-CLASSIFY, FEW_SHOT, OPTIMIZER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def python_blocks(path):
+    """The blocks of Python in a page, in their order."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+CLASSIFY, FEW_SHOT = python_blocks("README.md")
+(OPTIMIZER,) = python_blocks("docs/how_to/learned_optimizers.md")
 
 
 def run(code, monkeypatch, folder=ROOT):
@@ -50,15 +59,13 @@ def test_the_learned_optimizer_trains_a_flax_model(monkeypatch):
     assert float(names["loss"]) < 0.01  # log 10 = 2.3 before the first step
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"experiments/flagfiles/\w+\.flags", README)))
-)
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"experiments/flagfiles/\w+\.flags", TEXT))))
 def test_flagfiles_exist(path):
     assert (ROOT / path).is_file()
 
 
 def test_binaries_exist():
-    names = set(re.findall(r"python -m (experiments\.\w+)", README))
+    names = set(re.findall(r"python -m (experiments\.\w+)", TEXT))
     assert len(names) >= 3
     for name in names:
         binary = ROOT / name.replace(".", "/")

@@ -1,7 +1,5 @@
 """Tables that are made from the records at every build: nobody types a result in."""
 
-import inspect
-import json
 from pathlib import Path
 
 from docutils import nodes
@@ -74,31 +72,6 @@ def _accuracy(row: dict | None) -> str:
     return "" if row is None else f"{row['value']:.1f} ± {row['ci95']:.1f}"
 
 
-def ledger_rows(kind: str) -> str:
-    """All rows of the ledger of one kind of task, as a Markdown table."""
-    tables = {
-        "classification": ledger.table,
-        "regression": ledger.table_of_functions,
-        "control": ledger.table_of_returns,
-    }
-    return tables[kind]([row for row in ledger.read() if row["kind"] == kind])
-
-
-def speed(name: str) -> str:
-    """Whole training steps beside the fastest peer, from a record of the benchmark."""
-    found = json.loads((ledger.ROOT / "results" / name).read_text(encoding="utf-8"))
-    lines = ["| training step | ours | fastest peer | times as fast |", "|---|---|---|---|"]
-    for row in found["rows"]:
-        peers = {peer: times["median"] for peer, times in row["peers_ms"].items()}
-        fastest = min(peers, key=peers.__getitem__)
-        ours = row["ours_ms"]["median"]
-        lines.append(
-            f"| `{row['work']}` | {ours:.3g} ms | `{fastest}` {peers[fastest]:.3g} ms | "
-            f"{peers[fastest] / ours:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def bibliography() -> str:
     """The BibTeX of every paper, under the learners that it describes."""
     parts = []
@@ -109,18 +82,15 @@ def bibliography() -> str:
 
 
 class Table(SphinxDirective):
-    """`{table-of} NAME`: a table of this file by its name, and its argument if it has one."""
+    """`{table-of} NAME`: a table of this file by its name."""
 
     required_arguments = 1
-    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Parses the table's Markdown."""
         for path in (ledger.LEDGER, Path(citations.__file__).with_name("papers.bib")):
             self.env.note_dependency(str(path))
-        make = TABLES[self.arguments[0]]
-        given = self.arguments[1:] if inspect.signature(make).parameters else []
-        return self.parse_text_to_nodes(make(*given))
+        return self.parse_text_to_nodes(TABLES[self.arguments[0]]())
 
 
 def _accuracies() -> str:
@@ -130,8 +100,6 @@ def _accuracies() -> str:
 TABLES = {
     "methods": methods,
     "accuracies": _accuracies,
-    "ledger": ledger_rows,
-    "speed": speed,
     "bibliography": bibliography,
 }
 

@@ -7,7 +7,7 @@
 With requirements-benchmark.txt installed the peers run too: gradients are compared on the same
 weights and tasks first, then whole steps are timed in alternation. Nothing else should compute on
 the machine meanwhile. Writes results/benchmark_cpu.json (or _gpu, _tpu), and from the former two
-README's tables of speed; with --output only the file named there.
+the tables of speed of docs/results.md; with --output only the file named there.
 """
 
 import gc
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     write_text(Path(output), json.dumps(found, indent=1) + "\n")
     place = {"cpu": ledger.SPEED, "gpu": ledger.GPU_SPEED}.get(backend)
     if place and not FLAGS.output:
-        ledger.write_readme(place, report.table(found))
+        ledger.write_table(place, report.table(found))
 
 
 def _best_gflops(ceiling: measure.Ceiling) -> int:

@@ -17,9 +17,20 @@ from experiments.command_line import run_main
 from meta_jax.lookup import UsageError, local_path
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("before", None, "File that an earlier benchmark wrote.", required=True)
-flags.DEFINE_string("now", None, "File that the benchmark wrote now.", required=True)
-flags.DEFINE_float("most", 1.5, "Growth of a step's relative time that is still no alarm.", 1)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the binary; an import alone leaves those of others as they are."""
+    required = {"required": True, "flag_values": values}
+    flags.DEFINE_string("before", None, "File that an earlier benchmark wrote.", **required)
+    flags.DEFINE_string("now", None, "File that the benchmark wrote now.", **required)
+    flags.DEFINE_float(
+        "most",
+        1.5,
+        "Growth of a step's relative time that is still no alarm.",
+        1,
+        flag_values=values,
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -77,4 +88,5 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    define_flags(FLAGS)
     run_main(main)

@@ -1,4 +1,4 @@
-"""The benchmark's figures as README's table."""
+"""The benchmark's figures as a table."""
 
 
 def table(found: dict) -> str:

@@ -33,10 +33,9 @@ def test_only_what_became_slower_is_an_alarm(tmp_path, capsys, monkeypatch):
 
     def run(**changes):
         values = flags.FlagValues()
-        for name, value in (files | changes).items():
-            flags.DEFINE_string(name, None, "", values)
-            values[name].value = value
-        values.mark_as_parsed()
+        alarm.define_flags(values)
+        given = files | changes
+        values(["alarm", *(f"--{name}={value}" for name, value in given.items())])
         monkeypatch.setattr(alarm, "FLAGS", values)
         alarm.main([])
 

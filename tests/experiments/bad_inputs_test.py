@@ -23,8 +23,10 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_has_a_range_and_a_flag_keeps_it(kind):
     for name in registry.names(kind):
-        reserved = ("steps",) if kind == "optimizer" else ()
-        for setting in registry.settings(registry.find(kind, name), reserved=reserved).values():
+        component, reserved = registry.find(kind, name), ("steps",) if kind == "optimizer" else ()
+        if not component.factory.__module__.startswith("meta_jax."):  # another test's
+            continue
+        for setting in registry.settings(component, reserved=reserved).values():
             if setting.type not in (int, float, tuple):
                 continue
             assert setting.range is not None, f"{name} has no range of {setting.name}"

@@ -22,24 +22,32 @@ KEYS = {
 }
 
 
-def test_readme_tables_are_the_ledger(tmp_path, monkeypatch):
-    copy = tmp_path / "README.md"
-    shutil.copy(ledger.README, copy)
-    monkeypatch.setattr(ledger, "README", copy)
-    before = copy.read_text(encoding="utf-8")
+def test_tables_are_the_ledger(tmp_path, monkeypatch):
+    copies = {name: tmp_path / name for name in ("README", "PAGE")}
+    for name, copy in copies.items():
+        shutil.copy(getattr(ledger, name), copy)
+        monkeypatch.setattr(ledger, name, copy)
+    before = {name: copy.read_text(encoding="utf-8") for name, copy in copies.items()}
     ledger.write_tables(ROWS_IN_LEDGER)
     returns.write_table()
-    assert copy.read_text(encoding="utf-8") == before
+    assert {name: copy.read_text(encoding="utf-8") for name, copy in copies.items()} == before
+
+
+def test_the_head_has_the_best_methods_first():
+    lines = ledger.head(ROWS_IN_LEDGER, count=3).splitlines()[2:]
+    scores = [float(line.split("|")[2].split("±")[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 3
 
 
 @pytest.mark.parametrize(
     ("place", "file"),
     [(ledger.SPEED, "benchmark_cpu.json"), (ledger.GPU_SPEED, "benchmark_gpu.json")],
 )
-def test_readme_tables_of_speed_are_the_benchmarks(place, file):
-    readme = ledger.README.read_text(encoding="utf-8")
+def test_tables_of_speed_are_the_benchmarks(place, file):
+    page = ledger.PAGE.read_text(encoding="utf-8")
     found = json.loads((ledger.ROOT / "results" / file).read_text(encoding="utf-8"))
-    assert ledger.with_table(readme, place, report.table(found)) == readme
+    assert ledger.with_table(page, place, report.table(found)) == page
 
 
 def size_of(folder):
@@ -157,6 +165,6 @@ def test_a_row_takes_the_place_of_its_older_self(tmp_path):
     assert rows == ledger.read(path) == [{"row": "a", "value": 2}, {"row": "b", "value": 3}]
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused():
+def test_a_text_without_a_place_for_the_table_is_refused():
     with pytest.raises(ValueError, match="put the two lines back"):
         ledger.with_table("# meta_jax\n", ledger.RESULTS, "")

@@ -76,9 +76,9 @@ def test_a_learned_policy_stands_beside_strategies(tmp_path):
 
 
 def test_a_result_on_record_is_in_the_table(tmp_path, monkeypatch):
-    copy = tmp_path / "README.md"
-    shutil.copy(ledger.README, copy)
-    monkeypatch.setattr(ledger, "README", copy)
+    copy = tmp_path / "results.md"
+    shutil.copy(ledger.PAGE, copy)
+    monkeypatch.setattr(ledger, "PAGE", copy)
     monkeypatch.setattr(returns, "RESULTS", tmp_path / "new" / "strategies")
     returns.record("bandit_500_50", {"strategies": {"gittins": {"mean": 461.25}}})
     assert "| 500, 50 | - / 249.6 | 461.2 / 463.7 |" in copy.read_text()

@@ -171,7 +171,7 @@ def test_every_leaf_and_step_has_its_rate():
 
 
 def test_tests_use_the_last_step_s_normalisation():
-    learner = maml_plus_plus(two_blocks(), inner_lr=0.0, steps=2, eval_steps=3)
+    learner = maml_plus_plus(two_blocks(), inner_lr=1e-300, steps=2, eval_steps=3)
     params, state = jax.jit(learner.init)(KEY, vectors())
     adapt = jax.jit(functools.partial(learner.adapt, train=False))
     offsets = params["learner"]["network"]["block2"]["normalisation"]["offset"]

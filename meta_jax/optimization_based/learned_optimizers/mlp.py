@@ -13,6 +13,7 @@ from meta_jax.networks.mlp import mlp
 from meta_jax.networks.output_layer import with_output_layer
 from meta_jax.optimization_based.update_rules import UpdateRule, ValueFn
 from meta_jax.ranges import PositiveInts
+from meta_jax.shapes import with_rank
 
 _MOMENTA = np.array((0.1, 0.5, 0.9, 0.99, 0.999, 0.9999))
 _TIMES = np.array((1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000), np.int32)
@@ -297,7 +298,7 @@ def _check_params(params: PyTree, rule: str) -> None:
 
 
 def _average(decay: Array | np.ndarray, old: Array, new: Array) -> Array:
-    decay = jnp.asarray(decay, old.dtype)
+    decay = with_rank(jnp.asarray(decay, old.dtype), old)
     return decay * old + (1 - decay) * new.astype(old.dtype)
 
 

@@ -1,0 +1,42 @@
+"""Tables of the site: made from the records, the best method first."""
+
+import pytest
+
+pytest.importorskip("sphinx")
+pytest.importorskip("docutils")
+
+from docs._extensions import tables
+
+
+def row(name, value, *, transductive=False, metric="accuracy"):
+    return {
+        "row": name,
+        "metric": metric,
+        "value": value,
+        "ci95": 0.25,
+        "transductive": transductive,
+        "train_minutes": 14.6,
+    }
+
+
+def test_accuracies_are_a_row_for_each_method_and_a_column_for_each_setting():
+    rows = [
+        row("b/omniglot_5w1s", 90.0, transductive=True),
+        row("a/omniglot_5w1s", 95.04),
+        row("a/omniglot_20w1s", 80.0),
+        row("c/omniglot_20w5s", 99.0),
+        row("a/omniglot_sequence_2nd", 1.0, metric="instance_2"),
+    ]
+    head, _, *lines = tables.accuracies(rows).splitlines()
+    assert head.count("-way") == 4
+    assert lines == [
+        "| `a` | 95.0 ± 0.2 |  | 80.0 ± 0.2 |  | one by one | 15 min |",
+        "| `b` | 90.0 ± 0.2 |  |  |  | together | 15 min |",
+        "| `c` |  |  |  | 99.0 ± 0.2 | one by one | 15 min |",
+    ]
+
+
+def test_every_learner_is_in_the_table_of_methods():
+    table = tables.methods()
+    for name in tables.registry.names("learner"):
+        assert f"| `{name}` |" in table
