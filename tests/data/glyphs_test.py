@@ -77,7 +77,7 @@ def _undistorted(letters, face):
     """The letters a face has, and their bitmaps without size and position, of unit length."""
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
     font = ImageFont.truetype(path, 48)
-    covered = matplotlib.ft2font.FT2Font(path).get_charmap()
+    covered = matplotlib.ft2font.FT2Font(str(path)).get_charmap()
     rows, bitmaps = [], []
     for row, letter in enumerate(letters):
         if ord(letter) in covered:
