@@ -86,13 +86,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"the file {path} does not exist: correct features:FILE")
     try:
-        archive: Any = np.load(path, allow_pickle=False)
-        arrays = {name: archive[name] for name in getattr(archive, "files", ())}
+        with path.open("rb") as file:  # NumPy leaves a damaged one open
+            archive: Any = np.load(file, allow_pickle=False)
+            arrays = {name: archive[name] for name in getattr(archive, "files", ())}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no .npz file of plain arrays ({error})") from error
     if isinstance(archive, np.ndarray):
         raise DataError(f"{path} holds one array: write it with np.savez(x=..., label=...)")
-    archive.close()
     missing = {"x", "label"} - arrays.keys()
     if missing or not arrays["x"].ndim:
         what = ", ".join(sorted(arrays)) or "nothing"

@@ -39,15 +39,16 @@ def decode(source: bytes | str) -> "Image":
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image.load()
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()  # which leaves a file of several frames open
+            turned = upright(image)
     # PIL reports a broken file as any of these, by format and by where it is broken.
     except (
         *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
         Image.DecompressionBombError,
     ) as error:
         raise ImageError(f"{error}") from error
-    return upright(image)
+    return turned
 
 
 def upright(image: "Image") -> "Image":

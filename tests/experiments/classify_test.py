@@ -75,7 +75,8 @@ def test_every_image_gets_a_class_in_print_and_in_files(photos, prototypes, caps
     out = capsys.readouterr().out
     assert "4 support images of 3 classes" in out
     assert "left out of support/dark: 1 file(s) that are no images, as notes.txt" in out
-    rows = list(csv.DictReader((photos / "predictions" / "predictions.csv").open()))
+    text = (photos / "predictions" / "predictions.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == 6
     for row in rows:
         assert f"/{row['class']}/" in row["image"]
@@ -102,7 +103,8 @@ def test_true_classes_are_counted(photos, prototypes, capsys):
     image(photos / "queries" / "dark" / "wrong.png", 225)  # dark in name alone
     run(f"--weights={prototypes}", "--support=support", "--query=queries", "--evaluate")
     assert "accuracy 85.71 % ± 28.00 (7 images)" in capsys.readouterr().out
-    table = list(csv.reader((photos / "predictions" / "confusion.csv").open()))
+    text = (photos / "predictions" / "confusion.csv").read_text()
+    table = list(csv.reader(text.splitlines()))
     assert table[0] == ["true \\ predicted", "dark", "light ö", "middle"]
     assert table[1:] == [
         ["dark", "2", "1", "0"],

@@ -71,7 +71,7 @@ def test_training_goes_on_as_if_it_had_not_stopped():
     once = loop()(start(), TASKS.data, 3)[0]
     twice = loop()(loop()(start(), TASKS.data, 1)[0], TASKS.data, 2)[0]
     jax.tree.map(np.testing.assert_array_equal, once._replace(key=0), twice._replace(key=0))
-    assert loop()._cache_size() == 1
+    assert loop().programs() == 1
 
 
 def test_a2c_takes_one_step_by_the_gradient_of_the_mean_loss():
