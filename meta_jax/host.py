@@ -9,6 +9,7 @@ from meta_jax.lookup import UsageError
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc")
+_SMALL = 2**24  # bytes that are always there; to find out what is takes longer than an image
 
 
 def usable_cores(*, groups: Path = _CONTROL_GROUPS, process: Path = _PROCESS) -> int:
@@ -77,7 +78,7 @@ def check_memory(what: str, needed: int, remedy: str, *, available: int | None =
       Traceback (most recent call last):
       meta_jax.lookup.UsageError: image_size=100000 needs at least 1000000.0 GB of memory, and ...
     """
-    if available is None:
+    if available is None and needed > _SMALL:
         available = available_memory()
     if available is not None and needed > available:
         raise UsageError(

@@ -88,3 +88,12 @@ def test_what_does_not_fit_is_refused_with_the_number():
     host.check_memory("seeds", 10, "less", available=10)
     with pytest.raises(UsageError, match=r"of 9 needs at least 11\.0 GB of memory, and 2\.0 GB"):
         host.check_memory("size of 9", 11 * 10**9, "choose a smaller one", available=2 * 10**9)
+
+
+def test_memory_is_looked_up_for_what_is_large(monkeypatch):
+    looked_up = []
+    monkeypatch.setattr(host, "available_memory", lambda: looked_up.append(None) or 2**25)
+    host.check_memory("image_size=28", 28**2, "choose a smaller one")  # as for every image
+    assert not looked_up
+    with pytest.raises(UsageError, match="image_size=9000 needs"):
+        host.check_memory("image_size=9000", 9000**2, "choose a smaller one")
