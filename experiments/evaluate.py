@@ -28,6 +28,7 @@ from experiments.testing import Asked
 from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.precision import PRECISIONS
 from meta_jax.training import processes
 from meta_jax.training.record import read_config
 from meta_jax.training.writers import write_text
@@ -58,6 +59,9 @@ flags.DEFINE_integer(
     "Queries of an episode that are answered at a time, which changes memory and time alone; by "
     "default all. For many ways.",
     1,
+)
+flags.DEFINE_enum(
+    "precision", None, PRECISIONS, "Precision in which the network computes, by default the run's."
 )
 for _name, _what in (
     ("ways", "Classes of an episode"),
@@ -129,12 +133,17 @@ def main(arguments: list[str]) -> None:
         settings=settings,
         data_dir=FLAGS.data_dir,
         protocol=FLAGS.protocol,
+        precision=FLAGS.precision,
     )
     record, results = found.record, [found]
     if FLAGS.runs:
         results.append(
             folder_tests.evaluate_trials(
-                weights_folder(named), FLAGS.runs, checkpoint=FLAGS.checkpoint, settings=settings
+                weights_folder(named),
+                FLAGS.runs,
+                checkpoint=FLAGS.checkpoint,
+                settings=settings,
+                precision=FLAGS.precision,
             )
         )
         record = record | {"official_trials": results[-1].record}

@@ -16,6 +16,7 @@ from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import is_transductive
+from meta_jax.precision import Precision
 from meta_jax.training import trained
 from meta_jax.training.evaluation import evaluate_each, in_query_chunks
 from meta_jax.training.record import read_config
@@ -33,6 +34,7 @@ def evaluate(
     settings: Settings | None = None,
     data_dir: str | None = None,
     protocol: str | None = None,
+    precision: Precision | None = None,
 ) -> Result:
     """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
 
@@ -46,6 +48,7 @@ def evaluate(
       data_dir: Where the data lie.
       protocol: Name of a protocol, which chooses the tasks and their settings; the size and number
         of episodes are still the caller's.
+      precision: Precision in which the network computes, where it is not the run's.
 
     Raises:
       UsageError, CheckpointError: what is asked for cannot be had.
@@ -56,7 +59,7 @@ def evaluate(
         tasks, settings = protocols.tasks_of(protocol, tasks, settings)
     wanted = runs.test_size(run)._replace(**(size or {}))
     try:
-        loaded = _load(folder, checkpoint, settings)
+        loaded = _load(folder, checkpoint, settings, precision)
         source = load_other_source(
             loaded.config["tasks"], tasks, settings.get("tasks", {}), data_dir
         )
@@ -108,6 +111,7 @@ def evaluate_trials(
     *,
     checkpoint: Literal["best", "latest"] = "best",
     settings: Settings | None = None,
+    precision: Precision | None = None,
 ) -> Result:
     """Tests the learner of a workdir on the 400 official one-shot trials of Omniglot.
 
@@ -116,6 +120,7 @@ def evaluate_trials(
       path: all_runs.zip, or the folder of its runs.
       checkpoint: 'best' or 'latest'.
       settings: Settings of learner and network that replace the run's.
+      precision: Precision in which the network computes, where it is not the run's.
 
     Returns:
       The result, whose interval is that over the 20 runs.
@@ -126,7 +131,7 @@ def evaluate_trials(
     """
     _tested_run(folder, checkpoint)
     try:
-        loaded = _load(folder, checkpoint, settings or {})
+        loaded = _load(folder, checkpoint, settings or {}, precision)
         form = recorded_settings(loaded.config["tasks"], "omniglot")
         form = {name: form[name] for name in ("image_size", "polarity") if name in form}
         trials = load_trials(path, **form)
@@ -163,13 +168,17 @@ def _tested_run(folder: Path, checkpoint: str) -> Mapping[str, Any]:
 
 
 def _load(
-    folder: Path, checkpoint: Literal["best", "latest"], settings: Settings
+    folder: Path,
+    checkpoint: Literal["best", "latest"],
+    settings: Settings,
+    precision: Precision | None,
 ) -> trained.Trained:
     return trained.load(
         folder,
         checkpoint=checkpoint,
         learner_settings=settings.get("learner"),
         network_settings=settings.get("network"),
+        precision=precision,
     )
 
 

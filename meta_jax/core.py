@@ -361,6 +361,7 @@ RESERVED_METRICS = frozenset(
         "ci95",
         "normalisation",
         "transductive",
+        "with_precision",
         "steps",
         "seed",
         "seconds",

@@ -23,6 +23,7 @@ from meta_jax.citations import cite
 from meta_jax.core import Config, MetaLearner, Network, Objective
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
+from meta_jax.precision import record_precision, recorded_precision, with_precision
 from meta_jax.ranges import Range, check_ranges
 
 __all__ = [
@@ -379,6 +380,9 @@ def build(kind: Kind, config: Config) -> Any:
       UsageError: an unknown name, a setting that it does not have, or one that was given from
         Python and cannot be built again from a record.
     """
+    precision = recorded_precision(config)
+    if kind == "network" and precision != "float32":
+        return with_precision(build(kind, record_precision(config, "float32")), precision)
     found = find(kind, config["name"])
     known = parameters(found.factory)
     passes_others = any(one.kind is one.VAR_KEYWORD for one in known.values())

@@ -79,6 +79,7 @@ COMMANDS: dict[str, list[str]] = {
         "--optimizer.nesterov=true",
         "--learner=meta_networks --network=conv4",
         "--rule=lstm",
+        "--learner=meta_networks --precision=bfloat16",
     ],
     "components that do not fit": [
         *(
@@ -119,6 +120,7 @@ COMMANDS: dict[str, list[str]] = {
             "--network=mlp --network.widths=4,x",
             "--network=mlp --network.widths=,",
             "--init_from=",
+            "--precision=float16",
             "--=3",
         ),
         *("--tasks=folder", "--tasks=folder:", "--tasks=features:", "--tasks=glyphs:x"),

@@ -21,6 +21,7 @@ from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
+from meta_jax.precision import Precision, record_precision
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_path
@@ -155,6 +156,7 @@ def load(
     checkpoint: Literal["best", "latest"] = "best",
     learner_settings: Mapping[str, Any] | None = None,
     network_settings: Mapping[str, Any] | None = None,
+    precision: Precision | None = None,
     learner: MetaLearner | None = None,
     example: Any = None,
 ) -> Trained:
@@ -166,6 +168,7 @@ def load(
       learner_settings: Settings of the learner to change, such as {'eval_steps': 10}.
       network_settings: Settings of the network to change: the mode of normalisation, among
         `BATCH_MODES`.
+      precision: Precision in which the network computes, by default as in training.
       learner: The learner itself, where it was built in Python of parts that have no name; its
         config must be the recorded one.
       example: A task, where the record has none: one whose type is no tuple or dictionary.
@@ -182,8 +185,11 @@ def load(
     folder = local_path(folder)
     config = read_config(folder)
     if learner is None:
-        learner = _build(folder, config["learner"], learner_settings, network_settings)
-    elif learner_settings or network_settings:
+        recorded = config["learner"]
+        if precision is not None:
+            recorded = _in_precision(folder, recorded, precision)
+        learner = _build(folder, recorded, learner_settings, network_settings)
+    elif learner_settings or network_settings or precision:
         raise UsageError("learner is given, so its settings are its own: leave the settings out")
     else:
         checkpoints.check_config(folder, config["learner"], learner.config)
@@ -219,6 +225,21 @@ def _build(
             raise UsageError(f"{recorded['name']} has no network whose settings could change")
         config["network"] = _changed_network(recorded["network"], network_settings)
     return registry.build("learner", config)
+
+
+def _in_precision(folder: Path, recorded: Config | None, precision: Precision) -> Config:
+    """A learner's record with another precision of its network.
+
+    Raises:
+      UsageError: it has no network that could compute in it.
+    """
+    network = (recorded or {}).get("network")
+    if recorded is None or not network:
+        raise UsageError(
+            f"the learner of {folder} has no network of a known name, whose precision could "
+            "change: leave precision out"
+        )
+    return {**recorded, "network": record_precision(network, precision)}
 
 
 @functools.lru_cache(maxsize=8)  # the same functions again, so that nothing is compiled anew
