@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from experiments import protocols, runs
 from experiments.recorded_tasks import check_fit, load_other_source, recorded_settings
@@ -16,6 +17,7 @@ from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import is_transductive
+from meta_jax.objectives import check_several_ways
 from meta_jax.precision import Precision
 from meta_jax.training import trained
 from meta_jax.training.evaluation import evaluate_each, in_query_chunks
@@ -64,6 +66,8 @@ def evaluate(
             loaded.config["tasks"], tasks, settings.get("tasks", {}), data_dir
         )
         drawn = source.tasks(asked.split, wanted, train=False)
+        _check_size(drawn, wanted, size or {})
+        runs.check_episodes("eval_episodes", asked.episodes)
         check_fit(loaded, drawn)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -82,6 +86,19 @@ def evaluate(
         beside=test_exact_answers(drawn, asked),
         notes=_notes(loaded.config["tasks"], source.config or {}, asked.split),
     )
+
+
+def _check_size(tasks: Tasks, wanted: EpisodeSize, given: Mapping[str, int]) -> None:
+    """Refuses the size of an episode that its tasks do not have, or the memory does not hold.
+
+    Raises:
+      UsageError: there are no classes, one class alone, or too much.
+    """
+    if tasks.objective.kind == "classification":
+        check_several_ways(jnp.zeros((1, wanted.ways)))
+    elif "ways" in given:
+        raise UsageError(f"--ways={wanted.ways} is of no use: these tasks have no classes")
+    runs.check_episode_memory(tasks, wanted._asdict())
 
 
 def _in_query_chunks(loaded: trained.Trained, tasks: Tasks, chunk: int | None) -> MetaLearner:

@@ -367,11 +367,24 @@ def check_memory_of_run(
     remedy = "choose fewer units, features or layers"
     check_memory("the learner", params, remedy, available=available)
     for prefix, tasks in (("train_", training), ("", testing)):
-        sizes = ", ".join(f"{prefix}{n}={run[prefix + n]}" for n in EpisodeSize._fields)
-        needed = _bytes(example_task(tasks))
-        check_memory(f"an episode of {sizes}", needed, "choose fewer", available=available)
+        check_episode_memory(tasks, {f"{prefix}{n}": run[prefix + n] for n in EpisodeSize._fields})
     for name in ("task_batch", "val_episodes"):
         check_episodes(name, run[name])
+
+
+def check_episode_memory(tasks: Tasks, sizes: Mapping[str, int]) -> None:
+    """Refuses an episode that the memory does not hold.
+
+    Args:
+      tasks: Its tasks.
+      sizes: Its sizes by the names of their settings, for the message.
+
+    Raises:
+      UsageError: it is too large.
+    """
+    text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    needed = _bytes(example_task(tasks))
+    check_memory(f"an episode of {text}", needed, "choose fewer", available=device_memory())
 
 
 def check_episodes(name: str, number: int) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax import registry
+from meta_jax.concrete import check_finite
 from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree
 from meta_jax.data.polarity import Ink
 from meta_jax.lookup import UsageError, local_path
@@ -351,6 +352,12 @@ def _parameters(
         if name.startswith("params")
     }
     params = checkpoints.unflatten(path, chosen, {"params": params})["params"]
+    try:
+        check_finite(params, "parameters")
+    except ValueError as error:
+        raise checkpoints.CheckpointError(
+            f"parameters of {path} are not finite: take another checkpoint, or train again"
+        ) from error
     if learner.state_scope == "task":
         # One state for each task of training: a new task begins with a new one.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)
