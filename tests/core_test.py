@@ -8,6 +8,8 @@ import pytest
 
 from meta_jax.concrete import check_finite
 from meta_jax.core import Batch, Episode, Tasks, check_batch, check_episode, supervised_evaluate
+from meta_jax.data.arrays import dataset_from_arrays
+from meta_jax.data.dataset import DataError
 from meta_jax.metric_based.baseline import baseline
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.model_based.mann import mann
@@ -140,6 +142,11 @@ def test_a_classifier_of_all_classes_may_be_asked_for_any():
     like = jax.eval_shape(learner.init, KEY, task)
     params, state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     assert np.isfinite(learner.loss(params, state, task, KEY)[0])
+
+
+def test_examples_of_a_dataset_are_finite():
+    with pytest.raises(DataError, match=r"x is not finite in row 1"):
+        dataset_from_arrays(with_value(X, np.nan), [0, 0, 1])
 
 
 def test_data_of_tasks_are_looked_at_before_training_and_before_validation():
