@@ -218,7 +218,7 @@ def _array(array: np.ndarray, example: Any) -> np.ndarray:
             f"inputs are {array.dtype}, and the learner was trained on {example.dtype}"
         )
     try:
-        check_finite(array, "inputs")
+        check_finite(array, "the input array")
     except ValueError as error:
         raise UsageError(str(error)) from error
     return array.astype(example.dtype)

@@ -225,6 +225,14 @@ def test_the_precision_is_that_of_the_training_and_may_change(tmp_path):
         load(tmp_path, precision="bfloat16")
 
 
+def test_parameters_that_are_not_finite_are_not_loaded(tmp_path):
+    original = trained(prototypical(mlp((4,))))
+    params = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), original.params)
+    save_trained(tmp_path, original._replace(params=params))
+    with pytest.raises(CheckpointError, match=r"parameters of .*best are not finite: take another"):
+        load(tmp_path)
+
+
 def test_settings_of_the_learner_may_change(tmp_path):
     original = trained(prototypical(mlp((4,))))
     save_trained(tmp_path, original)
