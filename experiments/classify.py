@@ -39,25 +39,36 @@ from meta_jax.training.prediction_pictures import confusion_picture, evidence_pi
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS
-define_weights_flags(FLAGS, DEFAULT)
-flags.DEFINE_string(
-    "support", None, "Folder with one sub-folder of labelled images for each class."
-)
-flags.DEFINE_list("query", [], "Images to classify: a folder, files, or patterns such as a/*.png.")
-flags.DEFINE_enum(
-    "normalisation",
-    None,
-    list(BATCH_MODES),
-    "Moments that normalise the queries, by default as in training.",
-)
-flags.DEFINE_enum(
-    "polarity",
-    None,
-    ["ink_light", "ink_dark"],
-    "Whether ink is light or dark, for weights trained on characters; each image tells by default.",
-)
-flags.DEFINE_bool("evaluate", False, "Whether the query folder's sub-folders are the true classes.")
-flags.DEFINE_string("output", "predictions", "Folder where predictions are written.")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of this binary."""
+    define_weights_flags(values, DEFAULT)
+    flags.DEFINE_string(
+        "support", None, "Folder with one sub-folder of labelled images for each class.", values
+    )
+    flags.DEFINE_list(
+        "query", [], "Images to classify: a folder, files, or patterns such as a/*.png.", values
+    )
+    flags.DEFINE_enum(
+        "normalisation",
+        None,
+        list(BATCH_MODES),
+        "Moments that normalise the queries, by default as in training.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "polarity",
+        None,
+        ["ink_light", "ink_dark"],
+        "Whether ink is light or dark, for weights trained on characters; each image tells by "
+        "default.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "evaluate", False, "Whether the query folder's sub-folders are the true classes.", values
+    )
+    flags.DEFINE_string("output", "predictions", "Folder where predictions are written.", values)
 
 
 class Found(NamedTuple):
@@ -121,9 +132,10 @@ def find_queries(patterns: Sequence[str], evaluate: bool) -> Found:
     Raises:
       UsageError: there is no such image.
     """
-    if not patterns:
+    if not patterns or not all(patterns):
         raise UsageError(
-            "--query is missing: name a folder, images, or a pattern such as 'a/*.png'"
+            "--query is missing, or a name in it is empty: name a folder, images, or a pattern "
+            "such as 'a/*.png'"
         )
     if evaluate:
         if len(patterns) > 1 or not Path(patterns[0]).is_dir():
@@ -281,4 +293,5 @@ def write_evaluation(
 
 
 if __name__ == "__main__":
+    define_flags(FLAGS)
     run_main(main)

@@ -27,44 +27,68 @@ from experiments.command_line import Chosen, given_settings, run_main
 from experiments.testing import Asked
 from experiments.weights import define_weights_flags, named_weights, weights_folder
 from meta_jax import registry
-from meta_jax.lookup import UsageError, local_path
+from meta_jax.lookup import UsageError
+from meta_jax.precision import PRECISIONS
+from meta_jax.ranges import LARGEST_INT
 from meta_jax.training import processes
 from meta_jax.training.record import read_config
-from meta_jax.training.writers import write_text
+from meta_jax.training.writers import output_file, write_text
 
 FLAGS = flags.FLAGS
-_SELECTIONS = ("workdir", "weights", "tasks", "protocol")
-define_weights_flags(FLAGS)
-flags.DEFINE_string("split", "test", "Split to test on.")
-flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, 2**31 - 1)
-flags.DEFINE_string("output", None, "File to write the result to, as JSON.")
-run_flags.define_test_flags(FLAGS)
-several_processes.define_flags(FLAGS)
-flags.DEFINE_string(
-    "tasks", None, f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}."
-)
-flags.DEFINE_enum(
-    "protocol", None, [*protocols.PROTOCOLS], f"A known test on Omniglot: {protocols.described()}."
-)
-flags.DEFINE_string(
-    "runs",
-    None,
-    "With --protocol=lake: all_runs.zip of the official 400 trials, or the folder of its run01 to "
-    "run20, to test on these too.",
-)
-flags.DEFINE_integer(
-    "query_chunk",
-    None,
-    "Queries of an episode that are answered at a time, which changes memory and time alone; by "
-    "default all. For many ways.",
-    1,
-)
-for _name, _what in (
-    ("ways", "Classes of an episode"),
-    ("shots", "Support examples of each class"),
-    ("queries", "Query examples of each class"),
-):
-    flags.DEFINE_integer(_name, None, f"{_what}, by default as in the run.", 1)
+SELECTIONS = ("workdir", "weights", "tasks", "protocol")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of this binary, but for the settings of its components."""
+    define_weights_flags(values)
+    flags.DEFINE_string("split", "test", "Split to test on.", values)
+    flags.DEFINE_integer("seed", 0, "Seed of the test's episodes.", 0, LARGEST_INT, values)
+    flags.DEFINE_string("output", None, "File to write the result to, as JSON.", values)
+    run_flags.define_test_flags(values)
+    several_processes.define_flags(values)
+    flags.DEFINE_string(
+        "tasks",
+        None,
+        f"Source of the tasks, by default the run's: {run_flags.choices('tasks')}.",
+        values,
+    )
+    flags.DEFINE_enum(
+        "protocol",
+        None,
+        [*protocols.PROTOCOLS],
+        f"A known test on Omniglot: {protocols.described()}.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "runs",
+        None,
+        "With --protocol=lake: all_runs.zip of the official 400 trials, or the folder of its run01 "
+        "to run20, to test on these too.",
+        values,
+    )
+    flags.DEFINE_integer(
+        "query_chunk",
+        None,
+        "Queries of an episode that are answered at a time, which changes memory and time alone; "
+        "by default all. For many ways.",
+        1,
+        LARGEST_INT,
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "precision",
+        None,
+        PRECISIONS,
+        "Precision in which the network computes, by default the run's.",
+        flag_values=values,
+    )
+    for name, what in (
+        ("ways", "Classes of an episode"),
+        ("shots", "Support examples of each class"),
+        ("queries", "Query examples of each class"),
+    ):
+        text = f"{what}, by default as in the run."
+        flags.DEFINE_integer(name, None, text, 1, LARGEST_INT, flag_values=values)
 
 
 def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
@@ -108,15 +132,11 @@ def main(arguments: list[str]) -> None:
     named = named_weights(FLAGS.workdir, FLAGS.weights)
     if named is None:
         raise UsageError("name what to test: --workdir=W of a training run, or --weights=FOLDER")
-    output = local_path(FLAGS.output) if FLAGS.output else None
-    if output and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output={FLAGS.output}: its folder does not exist, make it first")
-    if output and output.is_dir():
-        raise UsageError(f"--output={FLAGS.output} is a folder: name a file")
+    output = output_file(FLAGS.output) if FLAGS.output and processes.is_writer() else None
     if FLAGS.runs and FLAGS.protocol != "lake":
         raise UsageError("--runs are the trials of another protocol: add --protocol=lake")
     sizes = {name: FLAGS[name].value for name in ("ways", "shots", "queries")}
-    chosen = choose({name: FLAGS[name].value for name in _SELECTIONS})
+    chosen = choose({name: FLAGS[name].value for name in SELECTIONS})
     settings: folder_tests.Settings = {
         each.kind: given_settings(FLAGS, each._replace(defaults={})) for each in chosen
     }
@@ -129,24 +149,30 @@ def main(arguments: list[str]) -> None:
         settings=settings,
         data_dir=FLAGS.data_dir,
         protocol=FLAGS.protocol,
+        precision=FLAGS.precision,
     )
     record, results = found.record, [found]
     if FLAGS.runs:
         results.append(
             folder_tests.evaluate_trials(
-                weights_folder(named), FLAGS.runs, checkpoint=FLAGS.checkpoint, settings=settings
+                weights_folder(named),
+                FLAGS.runs,
+                checkpoint=FLAGS.checkpoint,
+                settings=settings,
+                precision=FLAGS.precision,
             )
         )
         record = record | {"official_trials": results[-1].record}
-    if output and processes.is_writer():
-        write_text(output, json.dumps(record, indent=1) + "\n")
     for each in results:
         print(reports.line(each) + reports.beside_text(each.beside))
     for note in found.notes:
         print(f"note: {note}")
     if found.tested.instances:
         print(reports.instance_table({found.tested.objective.metric: found.tested.instances}))
+    if output:  # last: what was found is said even where the disk is full
+        write_text(output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    run_main(main, selections=_SELECTIONS, choose=choose)
+    define_flags(FLAGS)
+    run_main(main, selections=SELECTIONS, choose=choose)

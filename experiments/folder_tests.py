@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from experiments import protocols, runs
 from experiments.recorded_tasks import check_fit, load_other_source, recorded_settings
@@ -16,6 +17,8 @@ from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import is_transductive
+from meta_jax.objectives import check_several_ways
+from meta_jax.precision import Precision
 from meta_jax.training import trained
 from meta_jax.training.evaluation import evaluate_each, in_query_chunks
 from meta_jax.training.record import read_config
@@ -33,6 +36,7 @@ def evaluate(
     settings: Settings | None = None,
     data_dir: str | None = None,
     protocol: str | None = None,
+    precision: Precision | None = None,
 ) -> Result:
     """Tests the learner of a workdir, or of shipped weights, which are a workdir in small.
 
@@ -46,6 +50,7 @@ def evaluate(
       data_dir: Where the data lie.
       protocol: Name of a protocol, which chooses the tasks and their settings; the size and number
         of episodes are still the caller's.
+      precision: Precision in which the network computes, where it is not the run's.
 
     Raises:
       UsageError, CheckpointError: what is asked for cannot be had.
@@ -56,11 +61,13 @@ def evaluate(
         tasks, settings = protocols.tasks_of(protocol, tasks, settings)
     wanted = runs.test_size(run)._replace(**(size or {}))
     try:
-        loaded = _load(folder, checkpoint, settings)
+        loaded = _load(folder, checkpoint, settings, precision)
         source = load_other_source(
             loaded.config["tasks"], tasks, settings.get("tasks", {}), data_dir
         )
         drawn = source.tasks(asked.split, wanted, train=False)
+        _check_size(drawn, wanted, size or {})
+        runs.check_episodes("eval_episodes", asked.episodes)
         check_fit(loaded, drawn)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -79,6 +86,19 @@ def evaluate(
         beside=test_exact_answers(drawn, asked),
         notes=_notes(loaded.config["tasks"], source.config or {}, asked.split),
     )
+
+
+def _check_size(tasks: Tasks, wanted: EpisodeSize, given: Mapping[str, int]) -> None:
+    """Refuses the size of an episode that its tasks do not have, or the memory does not hold.
+
+    Raises:
+      UsageError: there are no classes, one class alone, or too much.
+    """
+    if tasks.objective.kind == "classification":
+        check_several_ways(jnp.zeros((1, wanted.ways)))
+    elif "ways" in given:
+        raise UsageError(f"--ways={wanted.ways} is of no use: these tasks have no classes")
+    runs.check_episode_memory(tasks, wanted._asdict())
 
 
 def _in_query_chunks(loaded: trained.Trained, tasks: Tasks, chunk: int | None) -> MetaLearner:
@@ -108,6 +128,7 @@ def evaluate_trials(
     *,
     checkpoint: Literal["best", "latest"] = "best",
     settings: Settings | None = None,
+    precision: Precision | None = None,
 ) -> Result:
     """Tests the learner of a workdir on the 400 official one-shot trials of Omniglot.
 
@@ -116,6 +137,7 @@ def evaluate_trials(
       path: all_runs.zip, or the folder of its runs.
       checkpoint: 'best' or 'latest'.
       settings: Settings of learner and network that replace the run's.
+      precision: Precision in which the network computes, where it is not the run's.
 
     Returns:
       The result, whose interval is that over the 20 runs.
@@ -126,7 +148,7 @@ def evaluate_trials(
     """
     _tested_run(folder, checkpoint)
     try:
-        loaded = _load(folder, checkpoint, settings or {})
+        loaded = _load(folder, checkpoint, settings or {}, precision)
         form = recorded_settings(loaded.config["tasks"], "omniglot")
         form = {name: form[name] for name in ("image_size", "polarity") if name in form}
         trials = load_trials(path, **form)
@@ -163,13 +185,17 @@ def _tested_run(folder: Path, checkpoint: str) -> Mapping[str, Any]:
 
 
 def _load(
-    folder: Path, checkpoint: Literal["best", "latest"], settings: Settings
+    folder: Path,
+    checkpoint: Literal["best", "latest"],
+    settings: Settings,
+    precision: Precision | None,
 ) -> trained.Trained:
     return trained.load(
         folder,
         checkpoint=checkpoint,
         learner_settings=settings.get("learner"),
         network_settings=settings.get("network"),
+        precision=precision,
     )
 
 

@@ -45,6 +45,7 @@ from meta_jax.optimization_based.learned_optimizers.learned_optimizer import (
 )
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_learning_rate
 from meta_jax.optimization_based.update_rules import UpdateRule
+from meta_jax.ranges import LARGEST_INT
 from meta_jax.registry import Component, Kind
 from meta_jax.training import checkpoints, pictures, processes
 from meta_jax.training.evaluation import MeanCI, confidence_interval
@@ -61,7 +62,7 @@ from meta_jax.training.outer_step import (
     task_mesh,
 )
 from meta_jax.training.record import make_config, read_config
-from meta_jax.training.writers import read_metrics, write_text
+from meta_jax.training.writers import output_file, read_metrics, write_text
 
 FLAGS = flags.FLAGS
 # By kind, what is chosen where neither a flag nor a record says; the tasks follow the family.
@@ -73,7 +74,7 @@ _USUAL: dict[Kind, str] = {
 }
 _RESERVED = {"tasks": ("data_dir",), "optimizer": ("steps",)}
 _PARTS: tuple[Kind, ...] = ("rule", "family", "estimator")  # what a learned optimizer is made of
-_SELECTIONS = (*_USUAL, "tasks", "weights")
+SELECTIONS = (*_USUAL, "tasks", "weights")
 _RUN = ("ways", "shots", "adjoint", "task_batch", "task_chunk", "steps", "log_every")
 _RUN += ("eval_every", "checkpoint_every", "val_tasks", "seed")
 _CHUNK = 32  # training runs of a validation or comparison at a time
@@ -89,7 +90,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, default, text, values)
 
     def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
-        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=values)
+        flags.DEFINE_integer(name, default, text, lower_bound, LARGEST_INT, flag_values=values)
 
     string("workdir", None, "Folder where everything is written; an old one is resumed.")
     string("weights", None, "Folder of a trained rule to compare, instead of training.")
@@ -116,10 +117,10 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
     integer("val_tasks", 256, "Training runs of a validation.")
-    integer("seed", 0, "Seed of the initial rule and of the training runs.", None)
+    integer("seed", 0, "Seed of the initial rule and of the training runs.", 0)
     integer("test_tasks", 1024, "Training runs of the comparison, and of the tuning.", 2)
     integer("test_steps", None, "Inner steps of the comparison, by default the horizon.")
-    integer("test_seed", 0, "Seed of the comparison's problems.", None)
+    integer("test_seed", 0, "Seed of the comparison's problems.", 0)
     several_processes.define_flags(values)
 
 
@@ -131,7 +132,7 @@ def choose(selected: Mapping[str, str | None]) -> list[Chosen]:
     """The components that the flags choose, with the settings that --weights records.
 
     Args:
-      selected: Values of the flags of `_SELECTIONS`.
+      selected: Values of the flags of `SELECTIONS`.
 
     Raises:
       UsageError: an unknown name, or weights that have no record.
@@ -171,8 +172,12 @@ def read_record(folder: Path) -> dict[str, Any]:
       UsageError: there is none, or it is another method's.
     """
     config = read_config(folder)
-    if "rule" not in config["learner"]:
+    if "rule" not in (config["learner"] or {}):
         raise UsageError(f"{folder} holds no learned optimizer: test it with experiments.evaluate")
+    if "eval_every" not in (config["run"] or {}) or "name" not in config["tasks"]:
+        raise UsageError(
+            f"{folder} does not say how its rule was trained: restore its config.json from a copy"
+        )
     return config
 
 
@@ -204,7 +209,7 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
     Raises:
       UsageError: settings that a component does not have, or that do not fit each other.
     """
-    chosen = {each.kind: each for each in choose({n: values[n].value for n in _SELECTIONS})}
+    chosen = {each.kind: each for each in choose({n: values[n].value for n in SELECTIONS})}
     recorded = read_record(Path(values.weights)) if values.weights else {"run": {}, "tasks": {}}
     run = run_record(values, recorded["run"])
     try:
@@ -226,6 +231,7 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         )
         loop = LoopConfig(*(run[name] for name in LoopConfig._fields))
         loop.check()
+        check_size(values, run, learner, tasks)
     except ValueError as error:
         raise UsageError(str(error)) from error
     records = {kind: _record(values, each) for kind, each in chosen.items()}
@@ -240,6 +246,30 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         run=run,
     )
     return Experiment(rule, family, estimator, learner, optimizer, problems, loop, config)
+
+
+def check_size(
+    values: flags.FlagValues, run: Mapping[str, Any], learner: MetaLearner, tasks: Tasks
+) -> None:
+    """Refuses tasks of another kind, sizes that they do not have, and more than the memory holds.
+
+    Args:
+      values: Parsed flags.
+      run: The record of the run.
+      learner: The learner.
+      tasks: Its tasks.
+
+    Raises:
+      UsageError: something does not fit.
+    """
+    shapes, key = runs.initial_shapes(learner, tasks), jax.random.key(0)
+    jax.eval_shape(learner.loss, *shapes, runs.example_task(tasks), key)
+    if tasks.objective.kind != "classification" and values["ways"].present:
+        raise UsageError(f"--ways={values.ways} is of no use: these tasks have no classes")
+    runs.check_episode_memory(tasks, {name: run[name] for name in ("ways", "shots")})
+    for name in ("task_batch", "val_tasks"):
+        runs.check_episodes(name, run[name])
+    runs.check_episodes("test_tasks", values.test_tasks)
 
 
 def run_record(values: flags.FlagValues, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,18 +465,21 @@ def main(arguments: list[str]) -> None:
     if bool(FLAGS.workdir) == bool(FLAGS.weights):
         raise UsageError("give either --workdir, to train in, or --weights, to compare alone")
     folder = local_path(FLAGS.workdir or FLAGS.weights)
+    output = output_file(FLAGS.output) if FLAGS.output and processes.is_writer() else None
     experiment = build_experiment(FLAGS)
     if FLAGS.workdir:
         trained = train(experiment, folder, records.given_flags(FLAGS))
         if trained.finished:
-            report(experiment, folder, averaged_params(trained.train_state))
+            report(experiment, folder, averaged_params(trained.train_state), output)
         return
     if not read_record(folder)["run"]["eval_every"]:
         raise UsageError(f"the run of {folder} had no validation, so it left no best checkpoint")
-    report(experiment, folder, None)
+    report(experiment, folder, None, output)
 
 
-def report(experiment: Experiment, folder: Path, latest: PyTree | None) -> None:
+def report(
+    experiment: Experiment, folder: Path, latest: PyTree | None, output: Path | None
+) -> None:
     """Compares the rule with tuned ones; writes and prints what is found.
 
     Args:
@@ -454,6 +487,7 @@ def report(experiment: Experiment, folder: Path, latest: PyTree | None) -> None:
       folder: The workdir, or the folder of weights.
       latest: The meta-parameters after the last step, which are compared where a run has no
         validation; None for weights.
+      output: File of the result; by default result.json in a workdir, and none beside weights.
     """
     if latest is None or experiment.loop.eval_every:
         meta = processes.from_writer(lambda: _best(experiment, folder))
@@ -463,14 +497,12 @@ def report(experiment: Experiment, folder: Path, latest: PyTree | None) -> None:
     sizes = {"steps": steps, "num_tasks": FLAGS.test_tasks}
     compared = compare(experiment, meta, **sizes, seed=FLAGS.test_seed)
     found = result(experiment, compared, **sizes)
-    path = folder / "result.json" if FLAGS.workdir else None
-    if FLAGS.output:
-        path = local_path(FLAGS.output)
+    print("\n".join(lines(compared, steps)))
+    path = output or (folder / "result.json" if FLAGS.workdir else None)
     if path is not None and processes.is_writer():
         curves = {name: each.scores for name, each in compared.items()}
         pictures.loss_curves(curves, path.with_suffix(".png"))
         write_text(path, json.dumps(found, indent=1) + "\n")
-    print("\n".join(lines(compared, steps)))
 
 
 def _best(experiment: Experiment, folder: Path) -> PyTree:
@@ -487,6 +519,6 @@ def _best(experiment: Experiment, folder: Path) -> PyTree:
     return checkpoints.restore(best, {"params": like}, config=recorded)[0]["params"]
 
 
-define_flags(FLAGS)
 if __name__ == "__main__":
-    run_main(main, selections=_SELECTIONS, choose=choose)
+    define_flags(FLAGS)
+    run_main(main, selections=SELECTIONS, choose=choose)

@@ -16,6 +16,7 @@ from absl import flags
 from meta_jax import registry
 from meta_jax.core import PyTree
 from meta_jax.lookup import UsageError
+from meta_jax.precision import record_precision, recorded_precision
 from meta_jax.shapes import shape_difference
 from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.record import CONFIG_FILE, read_config, write_config
@@ -256,6 +257,9 @@ def as_flags(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _component_flags(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
+    if kind == "network":  # float32 is not recorded
+        found["precision"] = recorded_precision(record)
+        record = record_precision(record, "float32")
     for name, value in record.items():
         if isinstance(value, Mapping) and "name" in value:  # a network in its learner
             found |= _component_flags(name, value)

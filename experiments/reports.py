@@ -10,6 +10,7 @@ from experiments.testing import Asked, Tested
 from meta_jax.core import Objective
 from meta_jax.data.source import EpisodeSize
 from meta_jax.networks.normalisation import is_transductive, support_moments
+from meta_jax.precision import recorded_precision
 from meta_jax.training import trained
 from meta_jax.training.evaluation import MeanCI
 
@@ -51,6 +52,7 @@ def result(
     ways, shots, queries = _reported_size(tested.objective, size or runs.test_size(run))
     _check_finite(tested, asked.split)
     mode = trained.normalisation_of(config["learner"])
+    precision = recorded_precision(config["learner"].get("network"))
     # In a sequence, moments of the support set are those of inputs yet to come.
     peeks = bool(tested.instances) and support_moments(mode, train=False) != "stored"
     record = {
@@ -70,6 +72,7 @@ def result(
         "seconds": round(seconds, 1),
         "metrics": {name: [*map(rounded, score)] for name, score in tested.metrics.items()},
         **({} if protocol is None else {"protocol": protocol}),
+        **({} if precision == "float32" else {"with_precision": precision}),
     }
     return Result(tested, record)
 
@@ -121,6 +124,7 @@ def measured_on(
     if instances:
         size = f"sequences of {record['ways']} classes x {instances} instances"
     on = f"{size}, {record['episodes']} episodes{each}, normalisation {record['normalisation']}"
+    on += f", precision {record['with_precision']}" if "with_precision" in record else ""
     return f"{on}, protocol {record['protocol']}" if "protocol" in record else on
 
 

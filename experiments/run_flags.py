@@ -8,6 +8,7 @@ from experiments.command_line import Chosen, parse
 from meta_jax import registry
 from meta_jax.data.source import find_source
 from meta_jax.lookup import UsageError
+from meta_jax.precision import PRECISIONS
 from meta_jax.ranges import LARGEST_INT
 from meta_jax.registry import Component, Kind
 
@@ -62,6 +63,13 @@ def define_run_flags(values: flags.FlagValues) -> None:
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
     integer("val_episodes", 200, "Episodes of a validation.")
     integer("seed", 0, "Seed of the initial parameters and of the training tasks.", 0)
+    flags.DEFINE_enum(
+        "precision",
+        "float32",
+        PRECISIONS,
+        "Precision in which the network computes; parameters, statistics and losses are float32.",
+        flag_values=values,
+    )
     string(
         "init_from",
         None,

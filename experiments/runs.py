@@ -16,6 +16,7 @@ from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_source
 from meta_jax.host import check_memory, device_memory
 from meta_jax.lookup import UsageError
+from meta_jax.precision import with_precision
 from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
 from meta_jax.training.loop import LoopConfig
@@ -85,6 +86,11 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
             training = all_classes(training)
         check_used(values, training)
         network = fitting_network(values, training)
+        if network is None and values.precision != "float32":
+            raise UsageError(
+                f"{values.learner} has networks of its own, which compute in float32: leave "
+                f"--precision={values.precision} out"
+            )
         body = build_network(values, network) if network else None
         if network and body and values.network:
             check_inputs(body, network.component.name, training)
@@ -267,7 +273,7 @@ def takes(network: Network, x: PyTree) -> bool:
 
 
 def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = None) -> Network:
-    """Builds a network from the flags `--network.*`.
+    """Builds a network from the flags `--network.*` and `--precision`.
 
     Args:
       values: Parsed flags.
@@ -275,7 +281,8 @@ def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = 
       mesh: Devices that share the images of an episode.
     """
     given = given_settings(values, chosen)
-    return chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
+    network = chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
+    return with_precision(network, values.precision)
 
 
 def build_learner(values: flags.FlagValues, network: Network | None, tasks: Tasks) -> MetaLearner:
@@ -360,11 +367,24 @@ def check_memory_of_run(
     remedy = "choose fewer units, features or layers"
     check_memory("the learner", params, remedy, available=available)
     for prefix, tasks in (("train_", training), ("", testing)):
-        sizes = ", ".join(f"{prefix}{n}={run[prefix + n]}" for n in EpisodeSize._fields)
-        needed = _bytes(example_task(tasks))
-        check_memory(f"an episode of {sizes}", needed, "choose fewer", available=available)
+        check_episode_memory(tasks, {f"{prefix}{n}": run[prefix + n] for n in EpisodeSize._fields})
     for name in ("task_batch", "val_episodes"):
         check_episodes(name, run[name])
+
+
+def check_episode_memory(tasks: Tasks, sizes: Mapping[str, int]) -> None:
+    """Refuses an episode that the memory does not hold.
+
+    Args:
+      tasks: Its tasks.
+      sizes: Its sizes by the names of their settings, for the message.
+
+    Raises:
+      UsageError: it is too large.
+    """
+    text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    needed = _bytes(example_task(tasks))
+    check_memory(f"an episode of {text}", needed, "choose fewer", available=device_memory())
 
 
 def check_episodes(name: str, number: int) -> None:

@@ -27,6 +27,7 @@ from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
 from meta_jax.lookup import UsageError, local_path
+from meta_jax.precision import record_precision
 from meta_jax.ranges import LARGEST_INT
 from meta_jax.shapes import shape_difference
 from meta_jax.training import pictures, processes
@@ -311,7 +312,9 @@ def _has_same_network(run: runs.Run, weights: Trained) -> bool:
 
 
 def _network_records(run: runs.Run, weights: Trained) -> list[Any]:
-    return [(config["learner"] or {}).get("network") for config in (weights.config, run.config)]
+    """The records of both networks, whose precision may differ."""
+    found = [(config["learner"] or {}).get("network") for config in (weights.config, run.config)]
+    return [network and record_precision(network, "float32") for network in found]
 
 
 def with_network(untrained: TrainState, weights: Trained) -> Trained:

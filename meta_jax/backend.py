@@ -42,7 +42,12 @@ def on_cpu() -> bool:
     return (_BACKEND.get() or jax.default_backend()) == "cpu"
 
 
-def compiled_when_called(function: F, *, static: tuple[str, ...] = ()) -> F:
+def compiled_when_called(
+    function: F,
+    *,
+    static: tuple[str, ...] = (),
+    check: Callable[..., None] | None = None,
+) -> F:
     """Makes a pure function compile itself where it is called on arrays, outside of any trace.
 
     Operation by operation a method takes seconds at every call, since its loops are compiled anew.
@@ -51,6 +56,8 @@ def compiled_when_called(function: F, *, static: tuple[str, ...] = ()) -> F:
     Args:
       function: The function; its arguments are pytrees of arrays.
       static: Names of keyword arguments that are no arrays, such as 'train'.
+      check: Function of the same arguments that refuses some, which sees their numbers wherever
+        they are not traced.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -67,6 +74,8 @@ def compiled_when_called(function: F, *, static: tuple[str, ...] = ()) -> F:
 
     @functools.wraps(function)
     def call(*arguments: Any, **settings: Any) -> Any:
+        if check is not None:
+            check(*arguments, **settings)
         leaves = jax.tree.leaves((arguments, settings))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return function(*arguments, **settings)

@@ -9,12 +9,15 @@ Every method is an `adapt` (how S is absorbed) and a `predict` (how x is answere
 are pure and written for ONE task, without a task axis: the outer loop maps them over tasks.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from meta_jax.concrete import check_finite, is_concrete
 from meta_jax.lookup import UsageError
 
 Array = jax.Array
@@ -67,12 +70,15 @@ def check_mask(mask: Array, rows: int, name: str = "mask") -> None:
 def check_batch(batch: Batch, name: str) -> None:
     """Refuses a batch whose inputs, targets and mask differ in their number of rows.
 
+    Outside of `jit`, where numbers are at hand, they must be finite too, but for padding.
+
     Args:
       batch: The batch.
       name: Its name in messages, such as 'support'.
 
     Raises:
-      ValueError: the numbers of rows differ, there is no row, or the mask is not bool [n].
+      ValueError: the numbers of rows differ, there is no row, the mask is not bool [n], or an input
+        or a target is NaN or infinite.
     """
     sizes = {
         f"{part}{jax.tree_util.keystr(path)}": leaf.shape[0] if jnp.ndim(leaf) else None
@@ -84,6 +90,8 @@ def check_batch(batch: Batch, name: str) -> None:
         raise ValueError(f"{name} needs the same number of rows, at least one, in: {found}")
     if batch.mask is not None:
         check_mask(batch.mask, batch.mask.shape[0], f"the mask of {name}")
+    check_finite(batch.x, f"{name}.x", batch.mask)
+    check_finite(batch.y, f"{name}.y", batch.mask)
 
 
 class Episode(NamedTuple):
@@ -106,15 +114,17 @@ class ObjectiveLoss(Protocol):
         ...
 
 
-def check_episode(episode: Episode) -> None:
+def check_episode(episode: Episode, objective: "Objective | None" = None) -> None:
     """Refuses an episode whose queries have another form than its support set.
 
     Args:
       episode: The episode.
+      objective: What is asked of it: where that is a class, it must have a support example, which
+        outside of `jit` is checked; None where a class may be new.
 
     Raises:
-      ValueError: a batch is not what `check_batch` asks for, or the examples or the targets of the
-        two differ in structure or shape.
+      ValueError: a batch is not what `check_batch` asks for, the examples or the targets of the two
+        differ in structure or shape, or a query is of a class without support.
     """
     forms = []
     for name, batch in zip(Episode._fields, episode, strict=True):
@@ -127,6 +137,26 @@ def check_episode(episode: Episode) -> None:
                 f"{part} of each example must have one shape in an episode, but for support it is "
                 f"{support}, and for query {query}{remedy}"
             )
+    if objective is not None and objective.kind == "classification":
+        _check_classes(episode)
+
+
+def _check_classes(episode: Episode) -> None:
+    """Refuses a query of a class without support, which no method can answer."""
+    found = []
+    for x, y, mask in episode:
+        del x
+        known = [is_concrete(leaf) for leaf in jax.tree.leaves((y, mask))]
+        if not all(known) or jnp.ndim(y) != 2:
+            return
+        real = np.asarray(y) if mask is None else np.asarray(y)[np.asarray(mask)]
+        found.append((real != 0).any(0))
+    missing = np.flatnonzero(found[1] & ~found[0])
+    if missing.size:
+        raise ValueError(
+            f"a query is of class {missing[0]}, of which support has no example: give one, or "
+            "leave the query out"
+        )
 
 
 class Objective(NamedTuple):
@@ -361,6 +391,7 @@ RESERVED_METRICS = frozenset(
         "ci95",
         "normalisation",
         "transductive",
+        "with_precision",
         "steps",
         "seed",
         "seconds",
@@ -401,7 +432,7 @@ def supervised_loss(adapt: Adapt, predict: Predict, objective: Objective) -> Los
     def loss(params: PyTree, state: PyTree, task: Episode, key: Array) -> tuple[Array, LossAux]:
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_episode(task)
+        check_episode(task, objective)
         adapted = adapt(params, state, support, adapt_key, train=True)
         outputs, state = predict(params, adapted, x, predict_key, train=True, mask=mask)
         value, metrics = objective.loss(outputs, y, mask)
@@ -416,17 +447,36 @@ def supervised_evaluate(adapt: Adapt, predict: Predict, objective: Objective) ->
     Where every query is padding nothing is measured: all metrics are NaN.
     """
 
-    def evaluate(params: PyTree, state: PyTree, task: Episode, key: Array) -> Metrics:
+    return SupervisedEvaluate(adapt, predict, objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedEvaluate:
+    """The test that `supervised_evaluate` builds.
+
+    Attributes:
+      adapt, predict: Those of the learner.
+      objective: What is asked.
+    """
+
+    adapt: Adapt
+    predict: Predict
+    objective: Objective
+
+    def check(self, task: Episode) -> None:
+        """Refuses a task as `check_episode` does."""
+        check_episode(task, self.objective)
+
+    def __call__(self, params: PyTree, state: PyTree, task: Episode, key: Array, /) -> Metrics:
+        """The objective's loss and metrics on the queries."""
         adapt_key, predict_key = jax.random.split(key)
         support, (x, y, mask) = task
-        check_episode(task)
-        adapted = adapt(params, state, support, adapt_key, train=False)
-        outputs, _ = predict(params, adapted, x, predict_key, train=False, mask=mask)
-        loss, metrics = objective.loss(outputs, y, mask)
+        self.check(task)
+        adapted = self.adapt(params, state, support, adapt_key, train=False)
+        outputs, _ = self.predict(params, adapted, x, predict_key, train=False, mask=mask)
+        loss, metrics = self.objective.loss(outputs, y, mask)
         measured = with_loss(loss, metrics)
         if mask is None:
             return measured
         # A mean over nothing is 0, the best mean squared error that there is.
         return {name: jnp.where(mask.any(), value, jnp.nan) for name, value in measured.items()}
-
-    return evaluate

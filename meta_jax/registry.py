@@ -20,9 +20,24 @@ import jax
 
 from meta_jax.backend import compiled_when_called
 from meta_jax.citations import cite
-from meta_jax.core import Config, MetaLearner, Network, Objective
+from meta_jax.concrete import check_finite
+from meta_jax.core import (
+    Array,
+    Batch,
+    Config,
+    Episode,
+    Loss,
+    LossAux,
+    MetaLearner,
+    Network,
+    Objective,
+    PyTree,
+    check_batch,
+    check_episode,
+)
 from meta_jax.lookup import UsageError, load_attribute
 from meta_jax.objectives import as_objective
+from meta_jax.precision import record_precision, recorded_precision, with_precision
 from meta_jax.ranges import Range, check_ranges
 
 __all__ = [
@@ -278,12 +293,47 @@ def _described(value: Any) -> str:
 
 def _compiled_when_called(learner: MetaLearner) -> MetaLearner:
     """A learner whose functions do not run operation by operation in a notebook."""
+    check = functools.partial(_check_task, getattr(learner.evaluate, "check", check_episode))
     return learner._replace(
         init=compiled_when_called(learner.init),
-        adapt=compiled_when_called(learner.adapt, static=("train",)),
-        predict=compiled_when_called(learner.predict, static=("train",)),
-        evaluate=compiled_when_called(learner.evaluate),
+        adapt=compiled_when_called(learner.adapt, static=("train",), check=_check_support),
+        predict=compiled_when_called(learner.predict, static=("train",), check=_check_queries),
+        evaluate=compiled_when_called(learner.evaluate, check=check),
+        loss=_checked_loss(learner.loss),
     )
+
+
+# Numbers are looked at where they come in from Python; in what is compiled there are none.
+
+
+def _check_support(params: PyTree, state: PyTree, support: Any, key: Array, *, train: bool) -> None:
+    del params, state, key, train
+    if isinstance(support, Batch):
+        check_batch(support, "support")
+
+
+def _check_queries(
+    params: PyTree, adapted: Any, x: PyTree, key: Array, *, train: bool, mask: Array | None = None
+) -> None:
+    del params, adapted, key, train
+    check_finite(x, "x", mask)
+
+
+def _checked_loss(loss: Loss) -> Loss:
+    @functools.wraps(loss)
+    def checked(params: PyTree, state: PyTree, task: Any, key: Array) -> tuple[Array, LossAux]:
+        _check_task(check_episode, params, state, task, key)
+        return loss(params, state, task, key)
+
+    return checked
+
+
+def _check_task(
+    check: Callable[[Episode], None], params: PyTree, state: PyTree, task: Any, key: Array
+) -> None:
+    del params, state, key
+    if isinstance(task, Episode):
+        check(task)
 
 
 def _recorded_name(factory: Callable[..., Any], name: str) -> str:
@@ -379,6 +429,9 @@ def build(kind: Kind, config: Config) -> Any:
       UsageError: an unknown name, a setting that it does not have, or one that was given from
         Python and cannot be built again from a record.
     """
+    precision = recorded_precision(config)
+    if kind == "network" and precision != "float32":
+        return with_precision(build(kind, record_precision(config, "float32")), precision)
     found = find(kind, config["name"])
     known = parameters(found.factory)
     passes_others = any(one.kind is one.VAR_KEYWORD for one in known.values())

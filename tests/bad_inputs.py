@@ -2,7 +2,8 @@
 
     python -m tests.bad_inputs
 
-prints the table of `docs/faults.md`. An input is held where it is refused in one line, with exit
+prints the table of `docs/faults.md`, with those of the other binaries, which stand in
+`tests/bad_inputs_of_tests.py`. An input is held where it is refused in one line, with exit
 status 2 and nothing written; a damaged workdir also where the run goes on as if nothing were.
 """
 
@@ -14,9 +15,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 from absl import flags
@@ -28,7 +29,7 @@ HELD = "held"
 _SMALL = "--tasks.image_size=16 --ways=3 --queries=2"
 _CURVES = "--tasks=sinusoid --learner=fomaml --network.widths=4"
 _OMNIGLOT = "--tasks=omniglot --data_dir"
-_LARGE = "99999999999999999999"
+LARGE = "99999999999999999999"
 
 # By what is wrong. What a line does not say is a small run on glyphs.
 COMMANDS: dict[str, list[str]] = {
@@ -40,9 +41,9 @@ COMMANDS: dict[str, list[str]] = {
                 *("task_batch", "task_chunk", "steps", "log_every", "checkpoint_every", "seeds"),
                 *("val_episodes", "eval_episodes", "eval_chunk"),
             )
-            for value in ("0", "-1", "1.5", "many", _LARGE)
+            for value in ("0", "-1", "1.5", "many", LARGE)
         ),
-        *(f"--{name}={value}" for name in ("seed", "eval_every") for value in ("-1", "x", _LARGE)),
+        *(f"--{name}={value}" for name in ("seed", "eval_every") for value in ("-1", "x", LARGE)),
         "--ways=2000",
         "--shots=500",
         "--queries=500",
@@ -79,6 +80,7 @@ COMMANDS: dict[str, list[str]] = {
         "--optimizer.nesterov=true",
         "--learner=meta_networks --network=conv4",
         "--rule=lstm",
+        "--learner=meta_networks --precision=bfloat16",
     ],
     "components that do not fit": [
         *(
@@ -119,6 +121,7 @@ COMMANDS: dict[str, list[str]] = {
             "--network=mlp --network.widths=4,x",
             "--network=mlp --network.widths=,",
             "--init_from=",
+            "--precision=float16",
             "--=3",
         ),
         *("--tasks=folder", "--tasks=folder:", "--tasks=features:", "--tasks=glyphs:x"),
@@ -135,7 +138,7 @@ def wrong_numbers() -> Iterator[str]:
                 if setting.type not in (int, float, tuple) or setting.name == "train_classes":
                     continue
                 least = setting.range.least if setting.range else 0
-                beyond = "1e39" if setting.type is float else _LARGE
+                beyond = "1e39" if setting.type is float else LARGE
                 for value in ("nan", "inf", beyond, f"{least - 1:.0f}"):
                     named = f"{name}:x" if kind == "tasks" and _has_argument(component) else name
                     yield f"--{kind}={named} --{kind}.{setting.name}={value}"
@@ -147,40 +150,58 @@ def _has_argument(component: registry.Component) -> bool:
 
 
 def outcome(arguments: list[str], *, whole: bool = False) -> str:
+    """What a command line of `experiments.train` comes to, in this process.
+
+    Args:
+      arguments: The command line.
+      whole: Whether it may train; else it is stopped where it would begin to.
+
+    Returns:
+      As `ended`.
+    """
+    fit = train.train if whole else mock.Mock(side_effect=_Accepted)
+    stops = (mock.patch.object(train, "train", fit),)
+    return ended(train, arguments, run_flags.SELECTIONS, run_flags.choose, stops)
+
+
+def ended(
+    binary: Any,
+    arguments: list[str],
+    selections: Sequence[str],
+    choose: command_line.Choose | None,
+    stops: Sequence[Any] = (),
+) -> str:
     """What a command line comes to, in this process.
 
     Args:
-      arguments: Those of `experiments.train`.
-      whole: Whether it may train; else it is stopped where it would begin to.
+      binary: Module of the binary.
+      arguments: The command line.
+      selections, choose: As `command_line.run_main` gets them.
+      stops: Patches under which the binary runs, where it need not run whole.
 
     Returns:
       `HELD` where it is refused in one line; 'done' where it ends well, 'accepted' where it was
       stopped; otherwise what went wrong.
     """
     values, errors = flags.FlagValues(), io.StringIO()
-    train.define_flags(values)
-    fit = train.train if whole else mock.Mock(side_effect=_Accepted)
-    with (
-        contextlib.redirect_stderr(errors),
-        contextlib.redirect_stdout(io.StringIO()),
-        mock.patch.object(train, "FLAGS", values),
-        mock.patch.object(train, "train", fit),
-    ):
+    binary.define_flags(values)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for patch in (mock.patch.object(binary, "FLAGS", values), *stops):
+            stack.enter_context(patch)
         try:
             command_line.parse_or_end(
-                values,
-                ["", *arguments],
-                selections=run_flags.SELECTIONS,
-                choose=run_flags.choose,
+                values, ["", *arguments], selections=selections, choose=choose
             )
-            command_line.guarded(train.main, [])
+            command_line.guarded(binary.main, [])
         except SystemExit as error:
             one_line = errors.getvalue().count("\n") == 1
             return HELD if error.code == 2 and one_line else f"status {error.code}"
         except _Accepted:
             return "accepted"
         except Exception as error:
-            return f"traceback: {type(error).__name__}"
+            return f"traceback: {type(error).__name__}: {error}"
     return "done"
 
 
@@ -240,7 +261,7 @@ def _line(number: int, content: bytes) -> Callable[[Path], object]:
     return insert
 
 
-def _record(place: str, value: object) -> Callable[[Path], object]:
+def record(place: str, value: object) -> Callable[[Path], object]:
     """Puts something else into a place of config.json."""
 
     def edit(workdir: Path) -> None:
@@ -294,14 +315,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         for content in (b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe\x00")
     },
     **{
-        f"config.json: {place} {value}": _record(place, value)
+        f"config.json: {place} {value}": record(place, value)
         for place in ("learner", "tasks", "optimizer", "run", "history", "example")
         for value in (7, [])
     },
-    "config.json: empty run": _record("run", {}),
-    "config.json: steps a text": _record("run.steps", "x"),
-    "config.json: unknown optimizer": _record("optimizer", {"name": "x"}),
-    "config.json: tasks without a name": _record("tasks", {"objective": "squared_error"}),
+    "config.json: empty run": record("run", {}),
+    "config.json: steps a text": record("run.steps", "x"),
+    "config.json: unknown optimizer": record("optimizer", {"name": "x"}),
+    "config.json: tasks without a name": record("tasks", {"objective": "squared_error"}),
     **{
         f"cut {name}": _cut(f"checkpoints/{name}")
         for name in ("step_00000004/*", "step_00000004/tree/**/*", "best/*", "*/*", "*/tree/*")
@@ -386,6 +407,10 @@ def all_tried() -> Iterator[Tried]:
         named = bad_paths(Path(folder))
         yield from try_commands(("paths", line) for line in named.values())
     yield from try_damages(DAMAGES)
+    from tests import bad_inputs_of_tests  # which takes much from here
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from bad_inputs_of_tests.all_tried(Path(folder))
 
 
 def main() -> int:

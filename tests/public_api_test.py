@@ -51,6 +51,7 @@ def test_all_lists_what_is_there():
     assert submodules <= {
         "backend",
         "citations",
+        "concrete",
         "core",
         "host",
         "linear_systems",
@@ -58,6 +59,7 @@ def test_all_lists_what_is_there():
         "metric_based",
         "model_based",
         "optimization_based",
+        "precision",
         "ranges",
         "reinforcement",
         "shapes",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meta_jax.concrete import check_finite
 from meta_jax.core import PyTree
 from meta_jax.data.dataset import DataError, Dataset, Split, Splits, lazy_splits, split_from_classes
 from meta_jax.shapes import take_rows
@@ -22,7 +23,8 @@ def dataset_from_arrays(
       groups: Name or integer of each example's group, [n], the same within a class; or None.
 
     Raises:
-      DataError: labels or groups that do not fit the examples, or examples that are no numbers.
+      DataError: labels or groups that do not fit the examples, or examples that are no numbers, or
+        not finite.
 
     Examples:
       >>> data = dataset_from_arrays(np.arange(6.0).reshape(3, 2), ["cat", "ant", "cat"])
@@ -48,6 +50,10 @@ def split_from_arrays(
         if leaf.ndim < 1 or len(leaf) != n:
             where = jax.tree_util.keystr(path)
             raise DataError(f"x{where} has shape {list(leaf.shape)}, and there are {n} labels")
+    try:
+        check_finite(x, "x")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     labels = _names(labels, "labels")
     names, index = np.unique(labels, return_inverse=True)
     if not names.size:

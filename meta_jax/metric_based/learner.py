@@ -107,9 +107,7 @@ def metric_learner(
         )
         return outputs, {"network": network_state, "head": head_state}
 
-    loss = _training_loss(
-        network, head, train_loss or objective.loss, joint_encoding=joint_encoding
-    )
+    loss = _training_loss(network, head, objective, train_loss, joint_encoding=joint_encoding)
     init = functools.partial(_init, network, head)
     return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
 
@@ -125,13 +123,20 @@ def _init(network: Network, head: Head, key: Array, episode: Episode) -> tuple[P
 
 
 def _training_loss(
-    network: Network, head: Head, output_loss: ObjectiveLoss, *, joint_encoding: bool
+    network: Network,
+    head: Head,
+    objective: Objective,
+    train_loss: ObjectiveLoss | None,
+    *,
+    joint_encoding: bool,
 ) -> Loss:
+    output_loss = train_loss or objective.loss
     joint = joint_encoding and may_embed_together(network.normalisation)
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
-        check_episode(episode)
+        # A head with a loss of its own learns the classes of the queries too.
+        check_episode(episode, objective if head.loss is None else None)
         embed = embed_together if joint else embed_apart
         z_support, z, network_state = embed(
             network, params["network"], state["network"], support, query, key=key

@@ -28,6 +28,7 @@ from meta_jax.networks.relation_network import (
     relation_module,
 )
 from meta_jax.networks.resnet12 import drop_block, resnet12
+from meta_jax.precision import with_precision
 
 __all__ = [
     "conv4",
@@ -62,4 +63,5 @@ __all__ = [
     "resnet12",
     "strided_conv4",
     "with_output_layer",
+    "with_precision",
 ]

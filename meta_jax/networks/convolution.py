@@ -242,9 +242,10 @@ def _weight_by_chunks(geometry: _Geometry, x: Array, dy: Array) -> Array:
         return total + _weight_by_patches(geometry, *pair), None
 
     shape = (geometry.window, geometry.window, x.shape[-1], dy.shape[-1])
-    return lax.scan(body, jnp.zeros(shape, x.dtype), (in_chunks(x, chunks), in_chunks(dy, chunks)))[
-        0
-    ]
+    # In bfloat16 a sum would lose what a late chunk adds.
+    zeros = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
+    total, _ = lax.scan(body, zeros, (in_chunks(x, chunks), in_chunks(dy, chunks)))
+    return total.astype(x.dtype)
 
 
 def _patch_chunks(geometry: _Geometry, x: Array) -> int:

@@ -33,7 +33,7 @@ from meta_jax.networks.convolution import (
     patches_times,
     small_patches,
 )
-from meta_jax.networks.normalisation import EPSILON, Moments, used_moments
+from meta_jax.networks.normalisation import EPSILON, Moments, used_moments, wide_type
 from meta_jax.shapes import with_rank
 
 _PREPARED_BYTES = 1 << 18  # inputs of one chunk; they stay in a core's own cache
@@ -170,7 +170,8 @@ def _normalised(params: PyTree, y: Array, used: Moments) -> Array:
     scale, offset = params["normalisation"]["scale"], params["normalisation"]["offset"]
     factor = scale / jnp.sqrt(used.var + EPSILON)
     bias = with_rank(params["conv"]["bias"] - used.mean, y)
-    return jax.nn.relu((y + bias) * with_rank(factor, y) + with_rank(offset, y))
+    # Moments are float32 where y is bfloat16.
+    return jax.nn.relu((y + bias) * with_rank(factor, y) + with_rank(offset, y)).astype(y.dtype)
 
 
 # ---- Convolution, pooling and moments.
@@ -209,13 +210,14 @@ def convolve_pool_moments(
     chunks = _chunks(x, kernel, stride)
     if chunks == 1:
         y, moments = chunk(x, None)
-        return y, _as_type(moments, x.dtype)
+        return y, moments
     n = x.shape[0]
     size = math.ceil(n / chunks)
     chunks = math.ceil(n / size)  # no chunk is all filling
     fill = chunks * size - n
     xs = in_chunks(x, chunks)
-    weight = (jnp.arange(chunks * size) < n).astype(_wide(x.dtype)).reshape(chunks, size, 1, 1, 1)
+    weight = (jnp.arange(chunks * size) < n).astype(wide_type(x.dtype))
+    weight = weight.reshape(chunks, size, 1, 1, 1)
     # The backward pass computes a chunk's output again, which is cheaper than keeping it.
     body = jax.checkpoint(lambda c: chunk(c[0], c[1] if fill else None), prevent_cse=False)
     y, parts = lax.map(body, (xs, weight))
@@ -224,7 +226,7 @@ def convolve_pool_moments(
     mean = (share * parts.mean).sum(0)
     var = (share * (parts.var + (parts.mean - mean) ** 2)).sum(0)
     y = y.reshape(chunks * size, *y.shape[2:])[:n]
-    return y, _as_type(Moments(mean, var), x.dtype)
+    return y, Moments(mean, var)
 
 
 def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME") -> Moments:
@@ -236,8 +238,7 @@ def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME"
       stride: Step between windows, in pixels.
       padding: 'SAME' or 'VALID'.
     """
-    moments = _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
-    return _as_type(moments, x.dtype)
+    return _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
 
 
 def prepared_chunks(x: Array, kernel: Array, *, stride: int, pool: bool) -> int:
@@ -293,12 +294,12 @@ def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
     """
     # One pass over y, forwards and backwards, around a rough mean: E[y^2] - E[y]^2 alone would
     # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.
-    wide = y.astype(_wide(y.dtype))
+    wide = y.astype(wide_type(y.dtype))
     centre = lax.stop_gradient(wide[0].mean((0, 1)))
     away = wide - with_rank(centre, wide)
     first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
     moments = Moments(centre + first, second - first**2)
-    return signed_pool(y, sign, pool), _as_type(moments, y.dtype)
+    return signed_pool(y, sign, pool), moments
 
 
 def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
@@ -309,21 +310,12 @@ def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
     return sign * max_pool(sign * y)
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The type of sums, in which differences of squares stay positive: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _as_type(moments: Moments, dtype: jnp.dtype) -> Moments:
-    return Moments(moments.mean.astype(dtype), moments.var.astype(dtype))
-
-
 def _moments_by_patches(unfolded: Array, kernel: Array, weight: Array | None) -> Moments:
     """Moments of y = p k without y: mean(p) k and the diagonal of k' cov(p) k.
 
     Images are weighted by [n, 1, 1, 1].
     """
-    wide = _wide(unfolded.dtype)
+    wide = wide_type(unfolded.dtype)
     kernel, unfolded = kernel.reshape(-1, kernel.shape[-1]).astype(wide), unfolded.astype(wide)
     if weight is None:
         weight = jnp.ones((unfolded.shape[0], 1, 1, 1), unfolded.dtype)

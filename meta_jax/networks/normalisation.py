@@ -309,6 +309,9 @@ def normalise(
 ) -> tuple[Array, PyTree]:
     """scale (x - mean) / sqrt(var + 1e-5) + offset, with the moments that are asked for.
 
+    Inputs in half precision are normalised in float32, and are in half precision again at the end;
+    the moments keep the type that they have.
+
     Args:
       params, stats: Parameters and moments, from `init_normalisation`.
       x: [n, ..., features].
@@ -341,21 +344,31 @@ def normalise(
             f"normalisation '{mode}' needs inputs with places [n, ..., features], not {x.shape}: "
             "use layer or batch"
         )
-    if mode == "layer":
-        return scaled(params, x, moments_over(x, tuple(range(1, x.ndim)))), stats
-    if mode == "instance":
-        return scaled(params, x, moments_over(x, tuple(range(1, x.ndim - 1)))), stats
-    batch = None if moments == "stored" else batch_moments(x, mask)
+    wide = x.astype(wide_type(x.dtype))
+    if mode in ("layer", "instance"):
+        axes = tuple(range(1, x.ndim if mode == "layer" else x.ndim - 1))
+        return _narrow(scaled(params, wide, moments_over(wide, axes)), x), stats
+    batch = None if moments == "stored" else batch_moments(wide, mask)
     used, new = used_moments(stats, batch, moments)
     if mode == "tasknorm":
         if moments == "replace":
             n = jnp.asarray(x.shape[0]) if mask is None else mask.sum()
             new = {**new, "count": n.astype(stats["count"].dtype)}
-        own = moments_over(x, tuple(range(1, x.ndim - 1)))
+        own = moments_over(wide, tuple(range(1, x.ndim - 1)))
         used = _blended(params, used, own, new["count"])
     if mask is not None and new is not stats:
         new = jax.tree.map(lambda n, old: jnp.where(mask.any(), n, old), new, stats)
-    return scaled(params, x, used), new
+    return _narrow(scaled(params, wide, used), x), new
+
+
+def _narrow(y: Array, x: Array) -> Array:
+    """y in the type of x, where that is half precision."""
+    return y.astype(x.dtype) if x.dtype in (jnp.bfloat16, jnp.float16) else y
+
+
+def wide_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of sums, in which differences of squares stay positive: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def moments_over(x: Array, axes: tuple[int, ...]) -> Moments:
@@ -407,13 +420,10 @@ def used_moments(
         return Moments(stats["mean"], stats["var"]), stats
     if moments == "batch":
         return batch, stats
-    if moments == "replace":
-        return batch, {**stats, "mean": batch.mean, "var": batch.var}
-    averaged = {
-        name: MOMENTUM * stats[name] + (1 - MOMENTUM) * getattr(batch, name)
-        for name in ("mean", "var")
-    }
-    return batch, {**stats, **averaged}
+    new = batch._asdict()
+    if moments == "update":
+        new = {name: MOMENTUM * stats[name] + (1 - MOMENTUM) * new[name] for name in new}
+    return batch, {**stats, **{name: new[name].astype(stats[name].dtype) for name in new}}
 
 
 def scaled(params: PyTree, x: Array, used: Moments) -> Array:

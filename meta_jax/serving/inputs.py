@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from meta_jax.concrete import check_finite
 from meta_jax.core import PyTree
 from meta_jax.data.polarity import Ink, ink_of, paper
 from meta_jax.lookup import UsageError
@@ -216,4 +217,8 @@ def _array(array: np.ndarray, example: Any) -> np.ndarray:
         raise UsageError(
             f"inputs are {array.dtype}, and the learner was trained on {example.dtype}"
         )
+    try:
+        check_finite(array, "the input array")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return array.astype(example.dtype)

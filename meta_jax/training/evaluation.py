@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meta_jax.concrete import check_finite
 from meta_jax.core import (
     Array,
     MetaLearner,
@@ -263,7 +264,11 @@ def make_validate(
 
     Returns:
       A function train state -> metrics.
+
+    Raises:
+      ValueError: the tasks draw from numbers that are NaN or infinite.
     """
+    check_finite(tasks.data, "the tasks' data")
     evaluate = make_evaluate(learner, tasks.sample, episodes=episodes, mesh=mesh, chunk=chunk)
 
     def validate(train_state: TrainState) -> dict[str, float]:

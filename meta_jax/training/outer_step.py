@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meta_jax.concrete import check_finite
 from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, Update, with_loss
 from meta_jax.lookup import UsageError
 from meta_jax.training import processes
@@ -64,8 +65,10 @@ def init_train_state(
 
     Raises:
       UsageError: the learner was built for another objective than that of the tasks.
+      ValueError: the tasks draw from numbers that are NaN or infinite.
     """
     _check_objective(learner, tasks)
+    check_finite(tasks.data, "the tasks' data")
 
     @jax.jit  # operation by operation, a network takes seconds; and no two leaves share a buffer
     def start(key: Array, data: PyTree) -> TrainState:

@@ -115,11 +115,20 @@ _RECORDED: dict[str, dict[type, str]] = {
     "run": {dict: "an object", _NULL: "null"},
     "example": {dict: "an object", str: "a string", _NULL: "null"},
 }
+_COMPONENTS = ("network", "rule", "family", "estimator")  # of a learner
 # What it may hold beside that.
 _IF_THERE: dict[str, dict[type, str]] = {
     "history": {list: "an array"},
-    **{f"run.{name}": {int: "a whole number"} for name in ("steps", "seed", "seeds")},
+    "tasks.name": {str: "a string"},
+    "tasks.preprocessing": {dict: "an object", _NULL: "null"},
+    **{f"learner.{name}": {dict: "an object", _NULL: "null"} for name in _COMPONENTS},
+    **{
+        f"run.{name}": {int: "a whole number"}
+        for name in ("steps", "seed", "seeds", "ways", "shots", "queries")
+    },
 }
+# What must be there where the object is that holds it.
+_WITHIN = {f"learner.{name}.name": {str: "a string"} for name in _COMPONENTS}
 
 
 def _check_config(path: Path, config: Any) -> None:
@@ -130,9 +139,11 @@ def _check_config(path: Path, config: Any) -> None:
     """
     if not isinstance(config, dict):
         raise UsageError(f"{path} is damaged: it holds no object; restore it from a copy")
-    for place, kinds in {**_RECORDED, **_IF_THERE}.items():
-        parent, _, name = place.rpartition(".")
-        within = config[parent] if parent else config
+    for place, kinds in {**_RECORDED, **_IF_THERE, **_WITHIN}.items():
+        *parents, name = place.split(".")
+        within = config
+        for parent in parents:
+            within = (within or {}).get(parent)
         if within is None or (place in _IF_THERE and name not in within):
             continue
         if name not in within or not isinstance(within[name], tuple(kinds)):

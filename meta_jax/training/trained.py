@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from meta_jax import registry
+from meta_jax.concrete import check_finite
 from meta_jax.core import Config, MetaLearner, Normalisation, Objective, PyTree
 from meta_jax.data.polarity import Ink
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.networks.frozen import frozen
 from meta_jax.networks.normalisation import BATCH_MODES, is_transductive
 from meta_jax.objectives import as_objective
+from meta_jax.precision import Precision, record_precision
 from meta_jax.serving.classifier import Classifier, adapt_classifier, form_of
 from meta_jax.training import checkpoints
 from meta_jax.training.optimizers import averaged_path
@@ -155,6 +157,7 @@ def load(
     checkpoint: Literal["best", "latest"] = "best",
     learner_settings: Mapping[str, Any] | None = None,
     network_settings: Mapping[str, Any] | None = None,
+    precision: Precision | None = None,
     learner: MetaLearner | None = None,
     example: Any = None,
 ) -> Trained:
@@ -166,6 +169,7 @@ def load(
       learner_settings: Settings of the learner to change, such as {'eval_steps': 10}.
       network_settings: Settings of the network to change: the mode of normalisation, among
         `BATCH_MODES`.
+      precision: Precision in which the network computes, by default as in training.
       learner: The learner itself, where it was built in Python of parts that have no name; its
         config must be the recorded one.
       example: A task, where the record has none: one whose type is no tuple or dictionary.
@@ -182,8 +186,11 @@ def load(
     folder = local_path(folder)
     config = read_config(folder)
     if learner is None:
-        learner = _build(folder, config["learner"], learner_settings, network_settings)
-    elif learner_settings or network_settings:
+        recorded = config["learner"]
+        if precision is not None:
+            recorded = _in_precision(folder, recorded, precision)
+        learner = _build(folder, recorded, learner_settings, network_settings)
+    elif learner_settings or network_settings or precision:
         raise UsageError("learner is given, so its settings are its own: leave the settings out")
     else:
         checkpoints.check_config(folder, config["learner"], learner.config)
@@ -219,6 +226,21 @@ def _build(
             raise UsageError(f"{recorded['name']} has no network whose settings could change")
         config["network"] = _changed_network(recorded["network"], network_settings)
     return registry.build("learner", config)
+
+
+def _in_precision(folder: Path, recorded: Config | None, precision: Precision) -> Config:
+    """A learner's record with another precision of its network.
+
+    Raises:
+      UsageError: it has no network that could compute in it.
+    """
+    network = (recorded or {}).get("network")
+    if recorded is None or not network:
+        raise UsageError(
+            f"the learner of {folder} has no network of a known name, whose precision could "
+            "change: leave precision out"
+        )
+    return {**recorded, "network": record_precision(network, precision)}
 
 
 @functools.lru_cache(maxsize=8)  # the same functions again, so that nothing is compiled anew
@@ -330,6 +352,12 @@ def _parameters(
         if name.startswith("params")
     }
     params = checkpoints.unflatten(path, chosen, {"params": params})["params"]
+    try:
+        check_finite(params, "parameters")
+    except ValueError as error:
+        raise checkpoints.CheckpointError(
+            f"parameters of {path} are not finite: take another checkpoint, or train again"
+        ) from error
     if learner.state_scope == "task":
         # One state for each task of training: a new task begins with a new one.
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from meta_jax.lookup import UsageError
+from meta_jax.lookup import UsageError, local_path
 
 _FILE = "metrics.jsonl"
 _PERIOD = 30.0  # seconds between lines of progress, where there is no bar
@@ -322,6 +322,34 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def output_file(path: Path | str, name: str = "output") -> Path:
+    """The file that a result will be written to, refused before anything is computed.
+
+    Args:
+      path: Path as somebody gave it.
+      name: Name of the setting in messages.
+
+    Raises:
+      UsageError: it is a folder or a device, or nothing can be written beside it.
+    """
+    found = local_path(path)
+    temporary = found.with_name(found.name + ".new")
+    try:
+        if found.is_dir():
+            raise UsageError(f"--{name}={path} is a folder: name a file")
+        if found.exists() and not found.is_file():
+            raise UsageError(f"--{name}={path} is no plain file, which it would replace: name one")
+        temporary.open("ab").close()
+        if not temporary.stat().st_size:
+            temporary.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--{name}={path} cannot be written ({error.strerror}): name a file in a folder that "
+            "is there"
+        ) from error
+    return found
 
 
 def _summary_writer(folder: Path, resume_step: int) -> Any | None:

@@ -1,4 +1,4 @@
-"""Wrong input is refused in one line: the list of tests/bad_inputs.py, or a part of it."""
+"""Wrong input is refused in one line: the lists of tests/bad_inputs*.py, or a part of them."""
 
 import math
 
@@ -6,12 +6,14 @@ import pytest
 
 from experiments.command_line import read_setting
 from meta_jax import host, registry
-from tests import bad_inputs
+from tests import bad_inputs, bad_inputs_of_tests
 
 MEMORY = 16 * 10**9
 KINDS = ("learner", "network", "tasks", "optimizer", "rule", "family", "estimator")
 # Each of them trains; the figures in docs/faults.md are of all.
 DAMAGES = (*("metrics.jsonl: line b''", "config.json: optimizer 7", "config.json: steps a text"),)
+
+EVERY = 9  # line of the other binaries; the figures are of all
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +53,27 @@ def test_paths_that_lead_nowhere_get_one_line(tmp_path):
 def test_damaged_workdirs_get_one_line_or_go_on():
     damages = {name: bad_inputs.DAMAGES[name] for name in DAMAGES}
     assert [one for one in bad_inputs.try_damages(damages) if not one.held] == []
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    return bad_inputs_of_tests.make_names(tmp_path_factory.mktemp("named"))
+
+
+@pytest.mark.parametrize("binary", bad_inputs_of_tests.BINARIES)
+def test_so_do_those_of_the_other_binaries(binary, names):
+    lines = bad_inputs_of_tests.try_lines(binary, names, EVERY)
+    assert [one for one in lines if not one.held] == []
+    damages = bad_inputs_of_tests.try_damages(binary, names, EVERY)
+    assert [one for one in damages if not one.held] == []
+
+
+def test_what_is_right_is_done(names, tmp_path):
+    """The lists prove something: without what is wrong, each binary comes to its end."""
+    lines = {"evaluate": "--weights={weights}", "learn_optimizer": "--weights={rule}"}
+    lines["classify"] = "--support={images}/support --query={images}/query"
+    for binary, line in lines.items():
+        out = tmp_path / binary
+        arguments = [*line.format(**names).split(), f"--output={out}"]
+        assert bad_inputs_of_tests.BINARIES[binary](arguments) == "done"
+        assert out.exists()

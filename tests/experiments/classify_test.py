@@ -2,6 +2,7 @@
 
 import csv
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -60,14 +61,11 @@ def photos(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    flags.FLAGS.unparse_flags()
-    saved = flags.FLAGS.flag_values_dict()
-    try:
-        flags.FLAGS(["classify", *map(str, arguments)])
+    values = flags.FlagValues()
+    classify.define_flags(values)
+    values(["classify", *map(str, arguments)])
+    with mock.patch.object(classify, "FLAGS", values):
         classify.main([])
-    finally:
-        for name, value in saved.items():
-            flags.FLAGS[name].value = value
 
 
 def test_every_image_gets_a_class_in_print_and_in_files(photos, prototypes, capsys):

@@ -47,6 +47,9 @@ class TestClaimWorkdir:
         network = changed(config, learner={"network": {"name": "mlp", "widths": [8]}})
         with pytest.raises(UsageError, match=r"other settings \(network\.widths\)"):
             records.claim_workdir(tmp_path, network)
+        half = {"name": "mlp", "widths": [4], "with_precision": "bfloat16"}
+        with pytest.raises(UsageError, match=r"other settings \(precision\)"):
+            records.claim_workdir(tmp_path, changed(config, learner={"network": half}))
         assert read_config(tmp_path) == config
 
     def test_its_steps_may_grow(self, tmp_path, config):

@@ -116,7 +116,10 @@ class TestInitFrom:
         assert_equal(started.start.params, params_of(weights, "best"))
 
     def test_another_learner_takes_the_same_network_alone(self, weights, tmp_path, capsys):
-        run, program, _ = build("--learner=in_context", f"--init_from={weights}")
+        run, program, _ = build(
+            "--learner=in_context", "--precision=bfloat16", f"--init_from={weights}"
+        )
+        assert run.config["learner"]["network"]["with_precision"] == "bfloat16"
         found = train.start_from_weights(run, program, [tmp_path]).start.params
         assert_equal(found["network"], params_of(weights, "best")["network"])
         assert_differ(found["network"], program.untrained.params["network"])

@@ -150,6 +150,7 @@ def test_other_inputs_have_the_shape_and_kind_of_training():
     for inputs, form, message in (
         (np.zeros((2, 4)), vectors(), r"shape \[2, 4\]: give \[n, 5\]"),
         (np.zeros((2, 5), np.uint8), vectors(), "inputs are bytes"),
+        (np.full((2, 5), np.nan), vectors(), "the input array is not finite in row 0"),
         (np.zeros((2, 5)), vectors(np.int32), "float64, and the learner was trained on int32"),
         ({"words": np.zeros((2, 3))}, ids, "structure"),
     ):

@@ -15,10 +15,12 @@ import pytest
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, Network, Tasks
 from meta_jax.lookup import UsageError
+from meta_jax.metric_based.nearest_neighbour import nearest_neighbour
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
+from meta_jax.precision import with_precision
 from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, fit
@@ -206,6 +208,29 @@ def test_nothing_else_of_a_network_may(convolutional, settings, culprit):
     with pytest.raises(UsageError, match=culprit) as caught:
         load(convolutional[0], network_settings=settings)
     assert "\n" not in str(caught.value)
+
+
+def test_the_precision_is_that_of_the_training_and_may_change(tmp_path):
+    original = trained(prototypical(with_precision(mlp((4,)), "bfloat16")))
+    save_trained(tmp_path, original)
+    assert load(tmp_path).learner.config == original.learner.config
+    found = load(tmp_path, precision="float32")
+    assert found.config["learner"] == prototypical(mlp((4,))).config
+    assert_equal(found.params, original.params)
+    exact, half = answers(found), answers(original)
+    assert (exact != half).any()
+    np.testing.assert_allclose(half, exact, atol=0.1)
+    save_trained(tmp_path, trained(nearest_neighbour()))
+    with pytest.raises(UsageError, match="has no network of a known name, whose precision"):
+        load(tmp_path, precision="bfloat16")
+
+
+def test_parameters_that_are_not_finite_are_not_loaded(tmp_path):
+    original = trained(prototypical(mlp((4,))))
+    params = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), original.params)
+    save_trained(tmp_path, original._replace(params=params))
+    with pytest.raises(CheckpointError, match=r"parameters of .*best are not finite: take another"):
+        load(tmp_path)
 
 
 def test_settings_of_the_learner_may_change(tmp_path):

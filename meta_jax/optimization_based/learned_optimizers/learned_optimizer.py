@@ -63,8 +63,13 @@ def training_run(
 
     Returns:
       The run. Losses are those after each step: at the minibatch of the next one.
+
+    Raises:
+      UsageError: an unknown adjoint, or the implicit one.
     """
     objective, adjoint = as_objective(objective), as_adjoint(adjoint)
+    if adjoint.is_implicit:
+        raise UsageError("a learned rule reaches no minimum: the implicit adjoint is imaml's")
 
     def init(meta: PyTree, task: Episode, key: Array) -> Training:
         return init_training(family, rule, meta, task.support, key)
@@ -160,7 +165,7 @@ def learned_optimizer(
       by.
 
     Raises:
-      UsageError: there is no test step.
+      UsageError: there is no test step, an unknown adjoint, or the implicit one.
     """
     objective = as_objective(objective)
     run = training_run(family, rule, objective=objective, adjoint=adjoint)
