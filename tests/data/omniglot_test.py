@@ -15,7 +15,6 @@ from meta_jax.data.omniglot import load_omniglot
 from meta_jax.data.source import EpisodeSize, load_source
 
 
-
 @pytest.fixture(scope="module")
 def vinyals(omniglot_zips):
     return load_omniglot(omniglot_zips)
