@@ -81,9 +81,13 @@ def check_memory(what: str, needed: int, remedy: str, *, available: int | None =
         available = available_memory()
     if available is not None and needed > available:
         raise UsageError(
-            f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
-            f"are there: {remedy}"
+            f"{what} needs at least {_amount(needed)} of memory, and {_amount(available)} are "
+            f"there: {remedy}"
         )
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _group_folders(controller: str, groups: Path, process: Path) -> list[Path]:
