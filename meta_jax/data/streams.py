@@ -169,25 +169,16 @@ class EpisodeStream:
         self._first, self._buffer = 0, None
         self._buffers: Any = None  # the next ones, from grain
 
-    def at(self, key: Array, number: int) -> tuple[int, Buffer]:
+    def at(self, bits: np.ndarray, number: int) -> tuple[int, Buffer]:
         """The buffer that holds a group; the next ones are being filled from then on.
 
         Args:
-          key: Key of the run, which every process has.
+          bits: Key of the run, from `key_bits`.
           number: Number of the group.
 
         Returns:
           How many groups of the buffer there are from this one on, and the buffer.
-
-        Raises:
-          UsageError: the key is of a kind that draws differently on each kind of device.
         """
-        if str(jax.random.key_impl(key)) != _KEYS:
-            raise UsageError(
-                f"placement=host needs random keys of the kind {_KEYS}, not "
-                f"{jax.random.key_impl(key)}: set jax_default_prng_impl to it"
-            )
-        bits = np.asarray(jax.random.key_data(key))
         goes_on = self._buffers is not None and bits.tobytes() == self._key
         if not (goes_on and self._first <= number <= self._first + self.groups):
             self._start(bits, number)
@@ -214,6 +205,21 @@ class EpisodeStream:
         send = functools.partial(_gathered, rows, self._sharding)
         examples = jax.tree.map(send, self._data.examples)
         return int(first), Buffer(np.int32(first), _with_examples(self._index, examples))
+
+
+def key_bits(key: Array) -> np.ndarray:
+    """A random key on the host, as `EpisodeStream.at` takes it.
+
+    Raises:
+      UsageError: the key is of a kind that draws differently on each kind of device.
+    """
+    kind = str(jax.random.key_impl(key))
+    if kind != _KEYS:
+        raise UsageError(
+            f"placement=host needs random keys of the kind {_KEYS}, not {kind}: set "
+            "jax_default_prng_impl to it"
+        )
+    return np.asarray(jax.random.key_data(key))
 
 
 def _plan(
