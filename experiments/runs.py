@@ -14,6 +14,7 @@ from experiments.command_line import Chosen, given_settings, resolved_settings
 from meta_jax import registry
 from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_source
+from meta_jax.data.streams import task_shapes
 from meta_jax.host import check_memory, device_memory
 from meta_jax.lookup import UsageError
 from meta_jax.registry import Component
@@ -207,7 +208,7 @@ def example_inputs(tasks: Tasks) -> PyTree | None:
 
 def example_task(tasks: Tasks) -> Any:
     """Shapes of a task."""
-    return jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    return task_shapes(tasks)
 
 
 def check_used(values: flags.FlagValues, tasks: Tasks) -> None:

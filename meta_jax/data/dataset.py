@@ -52,7 +52,7 @@ class Dataset:
             object.__setattr__(self, "largest", int(np.max(self.counts)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class HostDataset(Dataset):
     """A `Dataset` whose examples stay on the host, which may be a file mapped into memory.
 
@@ -61,6 +61,10 @@ class HostDataset(Dataset):
     """
 
     device_bytes: int | None = None  # bytes of a device that gathered episodes may take
+
+    # By identity: what is compiled for one is looked up by it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def gather(self, examples: PyTree) -> Dataset:
         """The dataset that an episode is drawn from whose examples these are, in its order."""

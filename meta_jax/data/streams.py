@@ -116,6 +116,25 @@ class Buffer(NamedTuple):
         return _with_examples(self.data, examples)
 
 
+def tasks_that_fit(sample: Sample, data: HostDataset, most: int) -> int:
+    """How many tasks can be streamed at a time in the memory that data may take, at least 1.
+
+    Args:
+      sample: Draws a task.
+      data: The examples.
+      most: The largest number.
+    """
+    limit = data.device_bytes or _BUFFERS_BYTES
+    return max(1, min(most, limit // _buffered_bytes(sample, data)))
+
+
+def _buffered_bytes(sample: Sample, data: HostDataset) -> int:
+    """Bytes of a task's examples, in all buffers that there are at a time."""
+    rows = jax.eval_shape(_rows_of(sample), jax.random.key(0), _index(data)).size
+    row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(data.examples))
+    return (_AHEAD + 1) * rows * row
+
+
 class EpisodeStream:
     """The tasks of one step after another, gathered on the host while the device computes.
 
@@ -151,14 +170,15 @@ class EpisodeStream:
         """
         self._grain = import_extra("grain", "streams", "placement=host")
         self._sharding, shares = _sharding(tasks, mesh)
-        self._data = data
+        self._data, self.tasks = data, tasks
         read = _rows_of(sample)
-        shapes = jax.eval_shape(read, jax.random.key(0), _index(data))
-        row = sum(leaf[:1].nbytes for leaf in jax.tree.leaves(data.examples))
-        group = (_AHEAD + 1) * tasks // shares * shapes.size * row
+        group = tasks // shares * _buffered_bytes(sample, data)
         if data.device_bytes is not None:
-            what = f"streaming {tasks} tasks of {shapes.size} examples at a time"
-            remedy = "raise tasks.device_memory, or lower task_batch or the size of an episode"
+            what = f"streaming {tasks // shares} tasks at a time"
+            remedy = (
+                "raise --tasks.device_memory, or lower the tasks (--task_batch, --eval_chunk) or "
+                "the size of an episode"
+            )
             check_memory(what, group, remedy, available=data.device_bytes)
         self.groups = max(1, min(most_groups, (data.device_bytes or _BUFFERS_BYTES) // group))
         self._plan = jax.jit(functools.partial(_plan, read, group_keys, self.groups))
@@ -187,10 +207,15 @@ class EpisodeStream:
         assert self._buffer is not None
         return self._first + self.groups - number, self._buffer
 
-    def _start(self, bits: np.ndarray, number: int) -> None:
-        """Fills buffers from a group on, and takes the first."""
+    def close(self) -> None:
+        """Stops filling buffers and drops those that are full; `at` begins anew."""
         if self._buffers is not None:
             self._buffers.close()
+        self._buffers = self._buffer = None
+
+    def _start(self, bits: np.ndarray, number: int) -> None:
+        """Fills buffers from a group on, and takes the first."""
+        self.close()
         self._key = bits.tobytes()
         firsts = self._grain.MapDataset.range(number, LARGEST_INT, self.groups)
         options = self._grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD)

@@ -76,17 +76,16 @@ def init_train_state(
     """
     _check_objective(learner, tasks)
 
-    keys = jax.random.split(jax.random.key(seed), 3)
-
     @jax.jit  # operation by operation, a network takes seconds; and no two leaves share a buffer
-    def start(keys: Array, data: PyTree) -> TrainState:
-        init_key, task_key, run_key = keys
+    def start(key: Array, data: PyTree) -> TrainState:
+        init_key, task_key, run_key = jax.random.split(key, 3)
         params, state = learner.init(init_key, tasks.sample(task_key, data))
         if learner.state_scope == "task":
             state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
         return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key)
 
-    return start(keys, task_data(tasks.sample, tasks.data, keys[1]))
+    task_key = jax.random.split(jax.random.key(seed), 3)[1]
+    return start(jax.random.key(seed), task_data(tasks.sample, tasks.data, task_key))
 
 
 def _check_objective(learner: MetaLearner, tasks: Tasks) -> None:
