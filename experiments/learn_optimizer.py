@@ -30,6 +30,7 @@ from experiments.command_line import (
 )
 from meta_jax import registry
 from meta_jax.core import MetaLearner, PyTree, Tasks
+from meta_jax.data.dataset import HostDataset
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.optimization_based.learned_optimizers.estimators import Estimator
@@ -221,6 +222,8 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         source = _load_source(values, chosen["tasks"], name)
         problems = _problems(source, EpisodeSize(run["ways"], run["shots"], 1))
         tasks = problems("train")
+        if isinstance(tasks.data, HostDataset):
+            raise UsageError("a learned optimizer has no streams: use --tasks.placement=device")
         learner = learned_optimizer(
             family, rule, estimator, objective=tasks.objective, adjoint=run["adjoint"]
         )

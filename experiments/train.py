@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import records, reports, run_flags, runs, seed_reports, several_processes, testing
 from experiments.command_line import run_main
@@ -26,6 +26,8 @@ from experiments.reports import Result
 from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
+from meta_jax.data.dataset import HostDataset
+from meta_jax.data.streams import task_data
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.ranges import LARGEST_INT
 from meta_jax.shapes import shape_difference
@@ -41,6 +43,7 @@ from meta_jax.training.outer_step import (
     make_outer_step,
     make_train_loop,
     place,
+    stream_tasks,
     task_mesh,
 )
 from meta_jax.training.record import read_config
@@ -160,14 +163,24 @@ def build_program(run: runs.Run, asked: Asked) -> Program:
     )
     mesh = mesh or run.image_mesh
     _check_sharing(task_batch, mesh)
-    untrained, data = untrained_state(run, settings["seed"], mesh), run.training.data
+    untrained = untrained_state(run, settings["seed"], mesh)
     check_functions(run, untrained)
-    if mesh is not None:
-        _, data = place(untrained, data, mesh, per_task=run.learner.state_scope == "task")
+    data = training_data(run, mesh)
     test = testing.make_test(run.learner, run.testing, asked)
     validate = _build_validation(run, asked.chunk)
     loop = make_train_loop(outer_step)
     return Program(loop, validate, test, data, mesh, untrained, untrained)
+
+
+def training_data(run: runs.Run, mesh: Mesh | None) -> PyTree:
+    """What training draws its tasks from: data on all devices, or a stream of those on the host."""
+    data = run.training.data
+    if isinstance(data, HostDataset):
+        task_batch = run.config["run"]["task_batch"]
+        return stream_tasks(run.training, task_batch=task_batch, mesh=mesh)
+    if mesh is None:
+        return data
+    return processes.put(data, NamedSharding(mesh, PartitionSpec()))
 
 
 def _check_sharing(task_batch: int, mesh: Mesh | None) -> None:
@@ -513,7 +526,11 @@ def _answered(
         outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
         return pictures.DrawnFunction(episode, outputs, best)
 
-    return [answer(learned, tasks.data, jax.random.key(seed)) for seed in range(number)]
+    found: list[pictures.DrawnFunction] = []
+    for key in map(jax.random.key, range(number)):
+        data = task_data(tasks.sample, tasks.data, jax.random.split(key, 3)[0])
+        found.append(answer(learned, data, key))
+    return found
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class Buffer(NamedTuple):
       data: The dataset, with examples [groups, tasks, n, ...].
     """
 
-    first: Array
+    first: Any
     data: Dataset
 
     def group(self, number: Array) -> Dataset:
@@ -276,10 +276,11 @@ def _gathered(rows: np.ndarray, sharding: Sharding | None, leaf: np.ndarray) -> 
     """Examples of rows [groups, tasks, n] on the devices, each of which reads its own alone."""
     if sharding is None:
         return jax.device_put(np.take(leaf, rows, axis=0))
-    shape = (*rows.shape, *leaf.shape[1:])
-    return jax.make_array_from_callback(
-        shape, sharding, lambda place: np.take(leaf, rows[place[:3]], axis=0)
-    )
+
+    def read(place: Any) -> np.ndarray:
+        return np.take(leaf, rows[place[: rows.ndim]], axis=0)
+
+    return jax.make_array_from_callback((*rows.shape, *leaf.shape[1:]), sharding, read)
 
 
 def _put_whole(mesh: Mesh | None, leaf: Array) -> Array:
