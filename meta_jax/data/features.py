@@ -48,7 +48,7 @@ def features(
       split_seed: Seed of the random split of classes; not used where the file has splits. Give the
         same in training and in tests, or classes trained on turn up in the test split.
       placement: Where the features of a split lie: 'device', or 'host' for the machine's memory,
-        from where workers of grain send the same episodes: for sets that are larger than the device.
+        from where workers of grain send the same episodes: for sets larger than the device.
       device_memory: Megabytes of a device that features may take: all of a split, or with
         placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
