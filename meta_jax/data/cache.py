@@ -166,7 +166,7 @@ def _read(file: io.BufferedReader, mapped: bool) -> np.ndarray:
     # Before so much memory is asked for.
     if os.fstat(file.fileno()).st_size - start != size + _DIGEST_SIZE:
         raise ValueError("the file has another length than its header says")
-    if mapped:
+    if mapped and size:
         array = np.memmap(file, dtype, "r", start, shape)
         file.seek(start + size)
     else:
