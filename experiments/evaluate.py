@@ -52,13 +52,6 @@ flags.DEFINE_string(
     "With --protocol=lake: all_runs.zip of the official 400 trials, or the folder of its run01 to "
     "run20, to test on these too.",
 )
-flags.DEFINE_integer(
-    "query_chunk",
-    None,
-    "Queries of an episode that are answered at a time, which changes memory and time alone; by "
-    "default all. For many ways.",
-    1,
-)
 for _name, _what in (
     ("ways", "Classes of an episode"),
     ("shots", "Support examples of each class"),

@@ -77,7 +77,6 @@ _PARTS: tuple[Kind, ...] = ("rule", "family", "estimator")  # what a learned opt
 _SELECTIONS = (*_USUAL, "tasks", "weights")
 _RUN = ("ways", "shots", "adjoint", "task_batch", "task_chunk", "steps", "log_every")
 _RUN += ("eval_every", "checkpoint_every", "val_tasks", "seed")
-_CHUNK = 32  # training runs of a validation or comparison at a time
 
 
 # ---- Flags.
@@ -112,6 +111,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer(
         "task_chunk", None, "Training runs vmapped at a time, by default one a device on a CPU."
     )
+    integer("eval_chunk", 32, "Training runs of a validation or comparison vmapped at a time.")
     integer("steps", 5000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
@@ -197,6 +197,7 @@ class Experiment(NamedTuple):
     problems: Callable[[str], Tasks]  # split -> tasks
     loop: LoopConfig
     config: dict[str, Any]  # the contents of config.json
+    eval_chunk: int  # training runs of a validation or comparison vmapped at a time
 
 
 def build_experiment(values: flags.FlagValues) -> Experiment:
@@ -242,7 +243,9 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         optimizer=records["optimizer"],
         run=run,
     )
-    return Experiment(rule, family, estimator, learner, optimizer, problems, loop, config)
+    return Experiment(
+        rule, family, estimator, learner, optimizer, problems, loop, config, values.eval_chunk
+    )
 
 
 def run_record(values: flags.FlagValues, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +340,7 @@ def make_validate(experiment: Experiment) -> Callable[[TrainState], dict[str, fl
         experiment.problems("val"),
         steps=experiment.estimator.horizon,
         num_tasks=experiment.config["run"]["val_tasks"],
-        task_chunk=_CHUNK,
+        task_chunk=experiment.eval_chunk,
     )
 
     def validate(train_state: TrainState) -> dict[str, float]:
@@ -376,7 +379,7 @@ def compare(
       What was found on test problems, by the optimizer's name.
     """
     family, train, test = (experiment.family, *map(experiment.problems, ("train", "test")))
-    sizes = {"steps": steps, "num_tasks": num_tasks, "task_chunk": _CHUNK}
+    sizes = {"steps": steps, "num_tasks": num_tasks, "task_chunk": experiment.eval_chunk}
     tuning_key, test_key = jax.random.split(jax.random.key(seed))
 
     def scores(rule: UpdateRule, meta: PyTree) -> list[MeanCI]:

@@ -17,6 +17,7 @@ from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_sour
 from meta_jax.data.streams import task_shapes
 from meta_jax.host import check_memory, device_memory
 from meta_jax.lookup import UsageError
+from meta_jax.networks.rematerialised import rematerialised
 from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
 from meta_jax.training.loop import LoopConfig
@@ -87,6 +88,10 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
         check_used(values, training)
         network = fitting_network(values, training)
         body = build_network(values, network) if network else None
+        if values.remat and body is None:
+            raise UsageError(
+                f"--remat is of no use: {values.learner} has networks of its own, so leave it out"
+            )
         if network and body and values.network:
             check_inputs(body, network.component.name, training)
         learner = build_learner(values, body, training)
@@ -276,7 +281,8 @@ def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = 
       mesh: Devices that share the images of an episode.
     """
     given = given_settings(values, chosen)
-    return chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
+    network = chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
+    return rematerialised(network) if values.remat else network
 
 
 def build_learner(values: flags.FlagValues, network: Network | None, tasks: Tasks) -> MetaLearner:

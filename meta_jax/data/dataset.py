@@ -12,11 +12,12 @@ import numpy as np
 
 from meta_jax.core import PyTree
 from meta_jax.data.notes import some
-from meta_jax.host import check_memory, device_memory
+from meta_jax.host import check_memory, device_memory, naming_dials
 from meta_jax.lookup import UsageError
 
 T = TypeVar("T")
 _ALIGNMENT = 64  # bytes
+_REMEDY = "use --tasks.placement=host"
 _FRACTIONS = (0.64, 0.16, 0.20)
 _EVALUATED_CLASSES = 5  # a usual number of ways
 
@@ -211,8 +212,9 @@ def _dataset(
         stored = jax.tree.map(_as_stored, examples)
         return HostDataset(stored, *index, device_bytes=storage.device_bytes)
     _check_fits_device(examples, int(sizes.sum()), storage)
-    # Without a copy where the device is the host and the array aligned.
-    return Dataset(jax.device_put(examples), *index)
+    with naming_dials("a split on the device", _REMEDY):
+        # Without a copy where the device is the host and the array aligned.
+        return Dataset(jax.device_put(examples), *index)
 
 
 def _as_stored(leaf: np.ndarray) -> np.ndarray:
@@ -227,8 +229,8 @@ def _check_fits_device(examples: PyTree, count: int, storage: Storage) -> None:
         available = device_memory()
     if available is not None:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(examples))
-        what, remedy = f"a split of {count} examples on the device", "use --tasks.placement=host"
-        check_memory(what, needed, remedy, available=available)
+        what = f"a split of {count} examples on the device"
+        check_memory(what, needed, _REMEDY, available=available)
 
 
 def _concatenate(*arrays: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from meta_jax.core import Array, PyTree, Sample, Tasks
 from meta_jax.data.dataset import Dataset, HostDataset
-from meta_jax.host import check_memory
+from meta_jax.host import check_memory, naming_dials
 from meta_jax.lookup import UsageError, import_extra
 from meta_jax.ranges import LARGEST_INT
 
@@ -228,7 +228,8 @@ class EpisodeStream:
         bits, number = jax.device_put((bits, np.int32(first)), self._host)
         rows = np.asarray(self._plan(bits, number, self._host_index))  # [groups, tasks, n]
         send = functools.partial(_gathered, rows, self._sharding)
-        examples = jax.tree.map(send, self._data.examples)
+        with naming_dials("what is sent ahead", "give a lower --tasks.device_memory"):
+            examples = jax.tree.map(send, self._data.examples)
         return int(first), Buffer(np.int32(first), _with_examples(self._index, examples))
 
 

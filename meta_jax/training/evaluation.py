@@ -28,6 +28,7 @@ from meta_jax.data.streams import (
     split_tasks,
     tasks_that_fit,
 )
+from meta_jax.host import naming_dials
 from meta_jax.training import processes
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainState
@@ -35,6 +36,7 @@ from meta_jax.training.outer_step import TrainState
 # (params, state, data, key) -> metrics, each [episodes]
 EvaluateEpisodes = Callable[[PyTree, PyTree, PyTree, Array], dict[str, np.ndarray]]
 
+_DIALS = "lower --eval_chunk (--val_chunk of a validation), give --query_chunk, or take fewer shots"
 _LARGEST_CHUNK = 32  # episodes at a time where none is given: more do not make a GPU faster
 # Bytes of temporaries that these may take: half of a GPU of 12 GB. JAX claims three quarters of it,
 # and parameters and data lie there too.
@@ -99,6 +101,7 @@ def make_evaluate(
 
     Raises:
       ValueError: there is no episode, the devices do not share them evenly, or a chunk has none.
+        The function raises `OutOfMemoryError` where a chunk needs more memory than there is.
     """
     devices = 1 if mesh is None else mesh.size
     if episodes < 1 or episodes % devices:
@@ -129,9 +132,10 @@ def make_evaluate(
         parts = []
         for number, block in enumerate(blocks):
             arguments = (params, state, block, key, number)
-            if not chosen:
-                chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
-            parts.append(jax.tree.map(processes.gathered, build(chosen[0])(*arguments)))
+            with naming_dials("testing the episodes", _DIALS):
+                if not chosen:
+                    chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
+                parts.append(jax.tree.map(processes.gathered, build(chosen[0])(*arguments)))
         return jax.tree.map(lambda *values: np.concatenate(values)[:episodes], *parts)
 
     return evaluate
