@@ -2,6 +2,7 @@
 
 import os
 
+import jax.numpy as jnp
 import pytest
 
 from meta_jax import host
@@ -88,3 +89,11 @@ def test_what_does_not_fit_is_refused_with_the_number():
     host.check_memory("seeds", 10, "less", available=10)
     with pytest.raises(UsageError, match=r"of 9 needs at least 11\.0 GB of memory, and 2\.0 GB"):
         host.check_memory("size of 9", 11 * 10**9, "choose a smaller one", available=2 * 10**9)
+
+
+def test_exhausted_memory_of_a_device_names_the_dials():
+    with (
+        pytest.raises(host.OutOfMemoryError, match=r"the table needs more .* is: turn it down \("),
+        host.naming_dials("the table", "turn it down"),
+    ):
+        jnp.zeros(10**14).block_until_ready()  # 400 TB are more than an address can name

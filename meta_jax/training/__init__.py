@@ -16,6 +16,7 @@ from meta_jax.training.outer_step import (
     make_outer_step,
     make_train_loop,
     place,
+    stream_tasks,
     task_gradients,
     task_mesh,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "pretrained_names",
     "read_metrics",
     "save_trained",
+    "stream_tasks",
     "task_gradients",
     "task_mesh",
     "write_config",

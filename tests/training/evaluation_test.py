@@ -7,7 +7,6 @@ import pytest
 from meta_jax.core import MetaLearner, Tasks, supervised_evaluate
 from meta_jax.data.dataset import dataset_from_classes
 from meta_jax.data.episodes import EpisodeSpec, sample_episode
-from meta_jax.host import OutOfMemoryError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.model_based.mann import mann
 from meta_jax.model_based.sequence import sequence_evaluate
@@ -319,12 +318,3 @@ def test_each_given_task_is_tested_once(learned):
         alone = [LEARNER.evaluate(*learned, task, jax.random.key(0))[name] for task in tasks]
         np.testing.assert_allclose(values, alone, rtol=1e-5)
     assert len(set(found["loss"].tolist())) == 3
-
-
-def test_a_test_that_needs_too_much_memory_names_its_dials(learned):
-    def evaluate(params, state, task, key):
-        return {"loss": jnp.broadcast_to(task.query.x.sum(), (10**7, 10**7))}  # 400 TB
-
-    greedy = make_evaluate(LEARNER._replace(evaluate=evaluate), sample, episodes=1)
-    with pytest.raises(OutOfMemoryError, match=r"the episodes.*--eval_chunk.*--query_chunk"):
-        greedy(*learned, dataset(), jax.random.key(0))
