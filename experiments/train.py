@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from experiments import records, reports, run_flags, runs, seed_reports, several_processes, testing
 from experiments.command_line import run_main
@@ -26,7 +26,6 @@ from experiments.reports import Result
 from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
-from meta_jax.data.dataset import HostDataset
 from meta_jax.data.streams import task_data
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.ranges import LARGEST_INT
@@ -43,8 +42,8 @@ from meta_jax.training.outer_step import (
     make_outer_step,
     make_train_loop,
     place,
-    stream_tasks,
     task_mesh,
+    training_data,
 )
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import Trained, load, load_parameters
@@ -181,23 +180,14 @@ def build_program(run: runs.Run, asked: Asked, *, val_chunk: int | None = None) 
     _check_sharing(task_batch, mesh)
     untrained = untrained_state(run, settings["seed"], mesh)
     check_functions(run, untrained)
-    data = training_data(run, mesh)
+    data = training_data(run.training, task_batch=task_batch, mesh=mesh)
+    if mesh is not None:
+        _, data = place(untrained, data, mesh, per_task=run.learner.state_scope == "task")
     tested = testing.answering_in_chunks(run.learner, run.testing, asked.query_chunk)
     test = testing.make_test(tested, run.testing, asked)
     validate = _build_validation(run, tested, val_chunk or asked.chunk)
     loop = make_train_loop(outer_step)
     return Program(loop, validate, test, data, mesh, untrained, untrained)
-
-
-def training_data(run: runs.Run, mesh: Mesh | None) -> PyTree:
-    """What training draws its tasks from: data on all devices, or a stream of those on the host."""
-    data = run.training.data
-    if isinstance(data, HostDataset):
-        task_batch = run.config["run"]["task_batch"]
-        return stream_tasks(run.training, task_batch=task_batch, mesh=mesh)
-    if mesh is None:
-        return data
-    return processes.put(data, NamedSharding(mesh, PartitionSpec()))
 
 
 def _check_sharing(task_batch: int, mesh: Mesh | None) -> None:

@@ -37,8 +37,8 @@ from meta_jax.training.outer_step import (
     make_outer_step,
     make_train_loop,
     place,
-    stream_tasks,
     task_mesh,
+    training_data,
 )
 
 LEARNERS = {"prototypical": prototypical, "maml": maml, "reptile": reptile}
@@ -72,12 +72,10 @@ def train(workdir: Path, name: str, *, during=lambda step: None, say=print) -> F
         tasks = streamed_tasks()
     optimizer, mesh = optax.adam(1e-2), task_mesh(TASK_BATCH)
     step = make_outer_step(learner, optimizer, tasks.sample, task_batch=TASK_BATCH, mesh=mesh)
-    start, data = init_train_state(learner, optimizer, tasks, 0), tasks.data
-    if name == "streamed":
-        data = stream_tasks(tasks, task_batch=TASK_BATCH, mesh=mesh)
+    start = init_train_state(learner, optimizer, tasks, 0)
+    data = training_data(tasks, task_batch=TASK_BATCH, mesh=mesh)
     if mesh is not None:
-        start, placed = place(start, () if name == "streamed" else data, mesh)
-        data = data if name == "streamed" else placed
+        start, data = place(start, data, mesh)
     loop = make_train_loop(step)
 
     def train_loop(train_state, *arguments):

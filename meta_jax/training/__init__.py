@@ -16,9 +16,9 @@ from meta_jax.training.outer_step import (
     make_outer_step,
     make_train_loop,
     place,
-    stream_tasks,
     task_gradients,
     task_mesh,
+    training_data,
 )
 from meta_jax.training.record import make_config, write_config
 from meta_jax.training.trained import (
@@ -59,8 +59,8 @@ __all__ = [
     "pretrained_names",
     "read_metrics",
     "save_trained",
-    "stream_tasks",
     "task_gradients",
     "task_mesh",
+    "training_data",
     "write_config",
 ]

@@ -372,24 +372,26 @@ def step_keys(task_batch: int, key: Array, step: Array) -> Array:
     return jax.random.split(jax.random.fold_in(key, step), task_batch)
 
 
-def stream_tasks(tasks: Tasks, *, task_batch: int, mesh: Mesh | None = None) -> EpisodeStream:
-    """Builds what takes the place of the data where these stay on the host.
+def training_data(
+    tasks: Tasks, *, task_batch: int, mesh: Mesh | None = None
+) -> PyTree | EpisodeStream:
+    """What outer steps draw their tasks from: the tasks' data, or a stream of those on the host.
 
     Args:
-      tasks: Training tasks, whose data are a `HostDataset`.
+      tasks: Training tasks.
       task_batch: Tasks in a step.
       mesh: Devices that share the tasks, from `task_mesh`.
 
     Returns:
-      The stream, for the function of `make_train_loop` or for `fit`. The tasks are those that are
-      drawn on the device by the same key.
+      What the function of `make_train_loop` takes as data, and `fit`. Tasks of a stream are those
+      that are drawn on the device by the same key.
 
     Raises:
-      UsageError: the data are not on the host, grain is not installed, or the tasks of a step need
-        more than the memory that the data may take of a device.
+      UsageError: data are on the host, and grain is not installed, the tasks are of a sampler that
+        cannot be streamed, or those of a step need more than the memory that data may take.
     """
     if not isinstance(tasks.data, HostDataset):
-        raise UsageError("only data on the host are streamed: load them with placement 'host'")
+        return tasks.data
     keys = functools.partial(step_keys, task_batch)
     return EpisodeStream(tasks.sample, tasks.data, keys, task_batch, mesh=mesh)
 
@@ -557,7 +559,7 @@ def make_train_loop(outer_step: OuterStep) -> CompiledLoop:
 
     Returns:
       A function (train state, data, steps, so_far=None) -> (train state, mean metrics, finite),
-      whose data may be a stream from `stream_tasks`. It
+      whose data may be a stream from `training_data`. It
       runs `steps` more steps and donates the train state it is given. The means take in the steps
       of `so_far`, their number and their means: several calls give bitwise the state and the means
       of one. Where a loss or a gradient is not finite, it stops behind that step and `finite` is
@@ -584,7 +586,7 @@ def place(
 
     Args:
       train_state: State from `init_train_state`.
-      data: What the tasks are drawn from.
+      data: What the tasks are drawn from, from `training_data`.
       mesh: Devices, from `task_mesh`.
       per_task: Whether the learner's state scope is 'task': each device has its own tasks' states.
     """
@@ -592,6 +594,8 @@ def place(
     state = NamedSharding(mesh, PartitionSpec("task")) if per_task else everywhere
     placed = processes.put(train_state._replace(state=()), everywhere)
     placed = placed._replace(state=processes.put(train_state.state, state))
+    if isinstance(data, EpisodeStream):  # its buffers are where it was told to put them
+        return placed, data
     return placed, processes.put(data, everywhere)
 
 

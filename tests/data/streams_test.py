@@ -18,7 +18,7 @@ from meta_jax.training.outer_step import (
     init_train_state,
     make_outer_step,
     make_train_loop,
-    stream_tasks,
+    training_data,
 )
 
 CLASSES = [np.random.default_rng(k).integers(0, 256, (60, 4, 4, 1), np.uint8) for k in range(12)]
@@ -120,7 +120,7 @@ def bytes_of_streams():
 def test_a_set_ten_times_the_device_trains_as_on_a_larger_one(monkeypatch):
     on_host, on_device = tasks_of(ON_HOST), tasks_of(ON_DEVICE)
     assert on_host.data.examples.nbytes >= 10 * LIMIT
-    stream = stream_tasks(on_host, task_batch=TASK_BATCH)
+    stream = training_data(on_host, task_batch=TASK_BATCH)
     most = 0
 
     def gathered(*arguments, at=stream.at):
@@ -142,11 +142,11 @@ def test_a_set_ten_times_the_device_trains_as_on_a_larger_one(monkeypatch):
 
 def test_it_goes_on_from_any_step_in_calls_of_any_length():
     tasks = tasks_of(Storage("host", 12 * TASK_BATCH * EPISODE_BYTES / 1e6))
-    loop, stream = loop_of(tasks), stream_tasks(tasks, task_batch=TASK_BATCH)
+    loop, stream = loop_of(tasks), training_data(tasks, task_batch=TASK_BATCH)
     assert stream.groups == 4
     _, end = train(loop, stream, started(tasks), 14, in_a_call=7)
     _, half = train(loop, stream, started(tasks), 6, in_a_call=3)
-    _, resumed = train(loop, stream_tasks(tasks, task_batch=TASK_BATCH), half, 8, in_a_call=8)
+    _, resumed = train(loop, training_data(tasks, task_batch=TASK_BATCH), half, 8, in_a_call=8)
     assert_same(resumed.params, end.params)
     # Another run of the same stream has its own tasks.
     (first,), _ = train(loop, stream, started(tasks)._replace(key=jax.random.key(7)), 1)
@@ -171,12 +171,10 @@ def test_what_cannot_be_streamed_is_refused_in_a_line(monkeypatch):
     with pytest.raises(UsageError, match=r"needs at least 0.0115 MB .* use --tasks.placement=host"):
         tasks_of(Storage(device_memory=LIMIT / 1e6))
     with pytest.raises(UsageError, match=r"32 tasks at a time needs at least .*--task_batch"):
-        stream_tasks(tasks, task_batch=32)
-    with pytest.raises(UsageError, match="only data on the host are streamed"):
-        stream_tasks(tasks_of(ON_DEVICE), task_batch=1)
+        training_data(tasks, task_batch=32)
     plain = tasks._replace(sample=lambda key, data: tasks.sample(key, data))
     with pytest.raises(UsageError, match="does not say which rows it reads"):
-        stream_tasks(plain, task_batch=1)
+        training_data(plain, task_batch=1)
     with pytest.raises(UsageError, match="keys of the kind threefry2x32, not rbg"):
         key_bits(jax.random.key(0, impl="rbg"))
     with pytest.raises(TypeError, match="HostDataset"):  # no jitted function takes all of it
@@ -184,7 +182,7 @@ def test_what_cannot_be_streamed_is_refused_in_a_line(monkeypatch):
     updating = LEARNER._replace(update=lambda *arguments, mesh: arguments[2:6])
     step = make_outer_step(updating, OPTIMIZER, tasks.sample, task_batch=1)
     with pytest.raises(UsageError, match="an update of its own"):
-        make_train_loop(step)(started(tasks), stream_tasks(tasks, task_batch=1), 1)
+        make_train_loop(step)(started(tasks), training_data(tasks, task_batch=1), 1)
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(UsageError, match=r"needs grain, .* pip install 'meta_jax\[streams\]'"):
-        stream_tasks(tasks, task_batch=1)
+        training_data(tasks, task_batch=1)

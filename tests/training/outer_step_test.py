@@ -425,7 +425,7 @@ from meta_jax.data.streams import key_bits
 from meta_jax.optimization_based.maml import maml
 from meta_jax.reinforcement import bandit, rl2, source_from_environment
 from meta_jax.training.outer_step import (
-    init_train_state, make_outer_step, make_train_loop, stream_tasks, task_mesh
+    init_train_state, make_outer_step, make_train_loop, training_data, task_mesh
 )
 from tests.checkers import key_and_leak_checks
 
@@ -498,7 +498,7 @@ for name, (learner_of, tasks, batch, chunk) in learners.items():
         loop = make_train_loop(step)
         drawn_from = tasks.data
         if drawn_from is on_host:
-            stream = stream_tasks(tasks, task_batch=batch, mesh=mesh)
+            stream = training_data(tasks, task_batch=batch, mesh=mesh)
             drawn_from = stream.at(key_bits(train_state.key), 0)[1]
             shares = {shard.data.shape[1] for shard in drawn_from.data.examples.addressable_shards}
             assert shares == {batch // len(devices)}, shares
