@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from experiments import several_processes
 from meta_jax import registry
-from meta_jax.host import usable_cores
+from meta_jax.host import OutOfMemoryError, is_out_of_memory, usable_cores
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.ranges import out_of_range
 from meta_jax.registry import Component, Kind, Setting
@@ -447,6 +447,7 @@ def parse_or_end(
     return left, chosen
 
 
+_DIALS = "take smaller chunks, episodes or images (docs/how_to/memory_and_speed.md lists the dials)"
 _BAD_PATHS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -460,7 +461,7 @@ def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         several_processes.join(flags.FLAGS)
         return main(arguments)
     except (UsageError, CheckpointError) as error:
-        _end(error, 2)
+        _end(error, 2, waits=not isinstance(error, OutOfMemoryError))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _end(f"{error}: free some space and run the same command again", 2)
@@ -469,16 +470,17 @@ def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
         _end(f"{error.filename}: {error.strerror}: name another path", 2)
     except (TrainingDivergedError, RunError) as error:
         _end(error, 1)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            _end(f"there is not enough memory: {_DIALS} ({str(error)[:200]})", 2)
         if jax.process_count() == 1:
             raise
-        print(
-            f"error: process {jax.process_index()} has lost the others, or failed itself "
+        _end(
+            f"process {jax.process_index()} has lost the others, or failed itself "
             f"({str(error).splitlines()[0]}): see what the others say, and start all of them again",
-            file=sys.stderr,
-            flush=True,
+            1,
+            waits=False,
         )
-        os._exit(1)  # the interpreter's own end would wait for those that are gone
 
 
 def _print_help(arguments: Sequence[str], chosen: Sequence[Chosen]) -> None:
@@ -515,6 +517,9 @@ def _use_all_cores() -> None:
         jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
-def _end(error: Exception | str, status: int) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _end(error: Exception | str, status: int, *, waits: bool = True) -> NoReturn:
+    """Ends the process in one line; of several one may have to leave before the others end."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if not waits and jax.process_count() > 1:
+        os._exit(status)  # the interpreter's own end would wait for the others
     sys.exit(status)

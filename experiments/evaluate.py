@@ -66,15 +66,6 @@ def define_flags(values: flags.FlagValues) -> None:
         "to run20, to test on these too.",
         values,
     )
-    flags.DEFINE_integer(
-        "query_chunk",
-        None,
-        "Queries of an episode that are answered at a time, which changes memory and time alone; "
-        "by default all. For many ways.",
-        1,
-        LARGEST_INT,
-        flag_values=values,
-    )
     flags.DEFINE_enum(
         "precision",
         None,

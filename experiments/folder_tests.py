@@ -10,17 +10,22 @@ import jax.numpy as jnp
 from experiments import protocols, runs
 from experiments.recorded_tasks import check_fit, load_other_source, recorded_settings
 from experiments.reports import Result, result
-from experiments.testing import Asked, make_test, test_exact_answers, tested_from
-from meta_jax.core import MetaLearner, Tasks
+from experiments.testing import (
+    Asked,
+    answering_in_chunks,
+    make_test,
+    test_exact_answers,
+    tested_from,
+)
+from meta_jax.core import Tasks
 from meta_jax.data.omniglot import seen_characters
 from meta_jax.data.omniglot_trials import load_trials
 from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
-from meta_jax.networks.normalisation import is_transductive
 from meta_jax.objectives import check_several_ways
 from meta_jax.precision import Precision
 from meta_jax.training import trained
-from meta_jax.training.evaluation import evaluate_each, in_query_chunks
+from meta_jax.training.evaluation import evaluate_each
 from meta_jax.training.record import read_config
 
 Settings = Mapping[str, Mapping[str, Any]]  # by component: 'learner', 'network', 'tasks'
@@ -72,7 +77,7 @@ def evaluate(
     except ValueError as error:
         raise UsageError(str(error)) from error
     drawn = drawn._replace(objective=loaded.objective)
-    test = make_test(_in_query_chunks(loaded, drawn, asked.query_chunk), drawn, asked)
+    test = make_test(answering_in_chunks(loaded.learner, drawn, asked.query_chunk), drawn, asked)
     found = result(
         loaded.config,
         test(loaded.params, loaded.state),
@@ -99,27 +104,6 @@ def _check_size(tasks: Tasks, wanted: EpisodeSize, given: Mapping[str, int]) -> 
     elif "ways" in given:
         raise UsageError(f"--ways={wanted.ways} is of no use: these tasks have no classes")
     runs.check_episode_memory(tasks, wanted._asdict())
-
-
-def _in_query_chunks(loaded: trained.Trained, tasks: Tasks, chunk: int | None) -> MetaLearner:
-    """The learner, whose tests answer some queries at a time.
-
-    Raises:
-      UsageError: its answers depend on the other queries.
-    """
-    if chunk is None:
-        return loaded.learner
-    learner = in_query_chunks(loaded.learner, loaded.objective, chunk)
-    arguments = (loaded.params, loaded.state, runs.example_task(tasks), jax.random.key(0))
-    whole, chunked = (jax.eval_shape(one.evaluate, *arguments) for one in (loaded.learner, learner))
-    if is_transductive(trained.normalisation_of(loaded.config["learner"])) or set(whole) != set(
-        chunked
-    ):
-        name = loaded.config["learner"]["name"]
-        raise UsageError(
-            f"answers of {name} depend on the other queries of an episode: leave query_chunk out"
-        )
-    return learner
 
 
 def evaluate_trials(

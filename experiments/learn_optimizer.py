@@ -30,6 +30,7 @@ from experiments.command_line import (
 )
 from meta_jax import registry
 from meta_jax.core import MetaLearner, PyTree, Tasks
+from meta_jax.data.dataset import HostDataset
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.optimization_based.learned_optimizers.estimators import Estimator
@@ -77,7 +78,6 @@ _PARTS: tuple[Kind, ...] = ("rule", "family", "estimator")  # what a learned opt
 SELECTIONS = (*_USUAL, "tasks", "weights")
 _RUN = ("ways", "shots", "adjoint", "task_batch", "task_chunk", "steps", "log_every")
 _RUN += ("eval_every", "checkpoint_every", "val_tasks", "seed")
-_CHUNK = 32  # training runs of a validation or comparison at a time
 
 
 # ---- Flags.
@@ -112,6 +112,7 @@ def define_flags(values: flags.FlagValues) -> None:
     integer(
         "task_chunk", None, "Training runs vmapped at a time, by default one a device on a CPU."
     )
+    integer("eval_chunk", 32, "Training runs of a validation or comparison vmapped at a time.")
     integer("steps", 5000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
@@ -201,6 +202,7 @@ class Experiment(NamedTuple):
     problems: Callable[[str], Tasks]  # split -> tasks
     loop: LoopConfig
     config: dict[str, Any]  # the contents of config.json
+    eval_chunk: int  # training runs of a validation or comparison vmapped at a time
 
 
 def build_experiment(values: flags.FlagValues) -> Experiment:
@@ -226,6 +228,8 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         source = _load_source(values, chosen["tasks"], name)
         problems = _problems(source, EpisodeSize(run["ways"], run["shots"], 1))
         tasks = problems("train")
+        if isinstance(tasks.data, HostDataset):
+            raise UsageError("a learned optimizer has no streams: use --tasks.placement=device")
         learner = learned_optimizer(
             family, rule, estimator, objective=tasks.objective, adjoint=run["adjoint"]
         )
@@ -245,7 +249,9 @@ def build_experiment(values: flags.FlagValues) -> Experiment:
         optimizer=records["optimizer"],
         run=run,
     )
-    return Experiment(rule, family, estimator, learner, optimizer, problems, loop, config)
+    return Experiment(
+        rule, family, estimator, learner, optimizer, problems, loop, config, values.eval_chunk
+    )
 
 
 def check_size(
@@ -364,7 +370,7 @@ def make_validate(experiment: Experiment) -> Callable[[TrainState], dict[str, fl
         experiment.problems("val"),
         steps=experiment.estimator.horizon,
         num_tasks=experiment.config["run"]["val_tasks"],
-        task_chunk=_CHUNK,
+        task_chunk=experiment.eval_chunk,
     )
 
     def validate(train_state: TrainState) -> dict[str, float]:
@@ -403,7 +409,7 @@ def compare(
       What was found on test problems, by the optimizer's name.
     """
     family, train, test = (experiment.family, *map(experiment.problems, ("train", "test")))
-    sizes = {"steps": steps, "num_tasks": num_tasks, "task_chunk": _CHUNK}
+    sizes = {"steps": steps, "num_tasks": num_tasks, "task_chunk": experiment.eval_chunk}
     tuning_key, test_key = jax.random.split(jax.random.key(seed))
 
     def scores(rule: UpdateRule, meta: PyTree) -> list[MeanCI]:

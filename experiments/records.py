@@ -1,7 +1,8 @@
 """The record of a run, config.json: it claims a workdir, and is compared by value.
 
-The steps of a run may grow, and so may its seeds. Settings of the outer optimizer may change where
-its state keeps its structure. What changed, and from which step on, is written into `history`.
+The steps of a run may grow, and so may its seeds; dials of memory may change. Settings of the outer
+optimizer may change where its state keeps its structure. What changed, and from which step on, is
+written into `history`.
 """
 
 import json
@@ -22,6 +23,8 @@ from meta_jax.training.checkpoints import latest_step
 from meta_jax.training.record import CONFIG_FILE, read_config, write_config
 
 _GROWS = ("steps", "seeds")
+# What changes memory and time alone.
+_DIALS = ("task_chunk", "tasks.placement", "tasks.device_memory")
 
 
 def claim_workdir(
@@ -153,7 +156,7 @@ def differences(
         return name in _GROWS and None not in values and values[0] <= values[1]
 
     changes = _changes(found, wanted, given).items()
-    return [name for name, values in changes if not grown(name, values)]
+    return [name for name, values in changes if name not in _DIALS and not grown(name, values)]
 
 
 def _changes(

@@ -57,6 +57,13 @@ def define_run_flags(values: flags.FlagValues) -> None:
         "Tasks vmapped at a time, on all devices together: at least one on each. By default one on "
         "each device of a CPU, all elsewhere.",
     )
+    flags.DEFINE_boolean(
+        "remat",
+        False,
+        "Whether the derivative computes embeddings again instead of keeping them, which changes "
+        "memory and time alone: less memory in inner loops.",
+        values,
+    )
     integer("steps", 1000, "Outer steps; raise it to continue a finished workdir.")
     integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
@@ -88,6 +95,15 @@ def define_test_flags(values: flags.FlagValues) -> None:
         None,
         "Episodes that a device evaluates at a time, which changes memory and time alone; by "
         "default 1 on a CPU, elsewhere up to 32, as many as fit 12 GB.",
+        1,
+        LARGEST_INT,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "query_chunk",
+        None,
+        "Queries of an episode that are answered at a time in tests, which changes memory and time "
+        "alone; by default all. For many ways.",
         1,
         LARGEST_INT,
         flag_values=values,

@@ -14,8 +14,10 @@ from experiments.command_line import Chosen, given_settings, resolved_settings
 from meta_jax import registry
 from meta_jax.core import Episode, MetaLearner, Network, PyTree, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, all_classes, load_source
+from meta_jax.data.streams import task_shapes
 from meta_jax.host import check_memory, device_memory
 from meta_jax.lookup import UsageError
+from meta_jax.networks.rematerialised import rematerialised
 from meta_jax.precision import with_precision
 from meta_jax.registry import Component
 from meta_jax.shapes import shape_difference
@@ -92,6 +94,10 @@ def build_run(values: flags.FlagValues, source: TaskSource) -> Run:
                 f"--precision={values.precision} out"
             )
         body = build_network(values, network) if network else None
+        if values.remat and body is None:
+            raise UsageError(
+                f"--remat is of no use: {values.learner} has networks of its own, so leave it out"
+            )
         if network and body and values.network:
             check_inputs(body, network.component.name, training)
         learner = build_learner(values, body, training)
@@ -213,7 +219,7 @@ def example_inputs(tasks: Tasks) -> PyTree | None:
 
 def example_task(tasks: Tasks) -> Any:
     """Shapes of a task."""
-    return jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    return task_shapes(tasks)
 
 
 def check_used(values: flags.FlagValues, tasks: Tasks) -> None:
@@ -282,7 +288,8 @@ def build_network(values: flags.FlagValues, chosen: Chosen, mesh: Mesh | None = 
     """
     given = given_settings(values, chosen)
     network = chosen.component.factory(**given, **({"mesh": mesh} if mesh else {}))
-    return with_precision(network, values.precision)
+    network = with_precision(network, values.precision)
+    return rematerialised(network) if values.remat else network
 
 
 def build_learner(values: flags.FlagValues, network: Network | None, tasks: Tasks) -> MetaLearner:

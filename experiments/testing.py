@@ -21,8 +21,16 @@ from meta_jax.core import (
     supervised_loss,
 )
 from meta_jax.data.source import TaskSource
-from meta_jax.training.evaluation import MeanCI, confidence_interval, make_evaluate
+from meta_jax.lookup import UsageError
+from meta_jax.networks.normalisation import is_transductive
+from meta_jax.training.evaluation import (
+    MeanCI,
+    confidence_interval,
+    in_query_chunks,
+    make_evaluate,
+)
 from meta_jax.training.outer_step import task_mesh
+from meta_jax.training.trained import normalisation_of
 
 _SPLITS = ("train", "val", "test", "trainval")
 _INSTANCE = "instance_"  # what begins the metrics of the sequence protocol
@@ -92,6 +100,31 @@ def make_test(
         return tested_from(tasks.objective, evaluate(params, state, tasks.data, key))
 
     return test
+
+
+def answering_in_chunks(learner: MetaLearner, tasks: Tasks, chunk: int | None) -> MetaLearner:
+    """The learner, whose tests answer some queries at a time; the same for None.
+
+    Args:
+      learner: The method.
+      tasks: Tasks of the test.
+      chunk: Queries that are answered at a time.
+
+    Raises:
+      UsageError: its answers depend on the other queries.
+    """
+    if chunk is None:
+        return learner
+    chunked = in_query_chunks(learner, tasks.objective, chunk)
+    params, state = runs.initial_shapes(learner, tasks)
+    arguments = (params, state, runs.example_task(tasks), jax.random.key(0))
+    of_all, of_some = (jax.eval_shape(each.evaluate, *arguments) for each in (learner, chunked))
+    if is_transductive(normalisation_of(learner.config)) or set(of_all) != set(of_some):
+        name = (learner.config or {}).get("name", "this learner")
+        raise UsageError(
+            f"answers of {name} depend on the other queries of an episode: leave query_chunk out"
+        )
+    return chunked
 
 
 def tested_from(objective: Objective, metrics: Mapping[str, np.ndarray]) -> Tested:

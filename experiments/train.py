@@ -26,6 +26,7 @@ from experiments.reports import Result
 from experiments.testing import Asked, Tested
 from experiments.trials import draw_trials
 from meta_jax.core import Array, MetaLearner, PyTree, Tasks
+from meta_jax.data.streams import task_data
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.precision import record_precision
 from meta_jax.ranges import LARGEST_INT
@@ -43,6 +44,7 @@ from meta_jax.training.outer_step import (
     make_train_loop,
     place,
     task_mesh,
+    training_data,
 )
 from meta_jax.training.record import read_config
 from meta_jax.training.trained import Trained, load, load_parameters
@@ -64,6 +66,15 @@ def define_flags(values: flags.FlagValues) -> None:
         "Folder where everything is written; an old one is resumed. By default runs/LEARNER_TASKS, "
         "or with a number where that holds another run.",
         values,
+    )
+    flags.DEFINE_integer(
+        "val_chunk",
+        None,
+        "Episodes of a validation that a device evaluates at a time, which changes memory and time "
+        "alone; by default --eval_chunk.",
+        1,
+        LARGEST_INT,
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "seeds",
@@ -97,11 +108,13 @@ def main(arguments: list[str]) -> int:
     del arguments
     # Everything that can be refused is refused before anything is written.
     run = runs.build_run(FLAGS, runs.load_tasks(FLAGS))
-    asked = Asked("test", FLAGS.eval_episodes, chunk=FLAGS.eval_chunk)
+    asked = Asked(
+        "test", FLAGS.eval_episodes, chunk=FLAGS.eval_chunk, query_chunk=FLAGS.query_chunk
+    )
     runs.check_episodes("eval_episodes", asked.episodes)
     check_seeds(FLAGS.seed, FLAGS.seeds)
     try:
-        program = build_program(run, asked)
+        program = build_program(run, asked, val_chunk=FLAGS.val_chunk)
     except ValueError as error:
         raise UsageError(str(error)) from error
     given = records.given_flags(FLAGS)
@@ -143,8 +156,13 @@ def choose_workdir(name: str | None, config: dict[str, Any], given: Collection[s
 # ---- What is compiled, and where it begins.
 
 
-def build_program(run: runs.Run, asked: Asked) -> Program:
+def build_program(run: runs.Run, asked: Asked, *, val_chunk: int | None = None) -> Program:
     """Everything that a run compiles, and its first state, on all devices that share the work.
+
+    Args:
+      run: The run.
+      asked: What its test asks.
+      val_chunk: Episodes of a validation that a device evaluates at a time; as in the test if None.
 
     Raises:
       ValueError: sizes that do not fit each other, the network or the devices.
@@ -161,12 +179,14 @@ def build_program(run: runs.Run, asked: Asked) -> Program:
     )
     mesh = mesh or run.image_mesh
     _check_sharing(task_batch, mesh)
-    untrained, data = untrained_state(run, settings["seed"], mesh), run.training.data
+    untrained = untrained_state(run, settings["seed"], mesh)
     check_functions(run, untrained)
+    data = training_data(run.training, task_batch=task_batch, mesh=mesh)
     if mesh is not None:
         _, data = place(untrained, data, mesh, per_task=run.learner.state_scope == "task")
-    test = testing.make_test(run.learner, run.testing, asked)
-    validate = _build_validation(run, asked.chunk)
+    tested = testing.answering_in_chunks(run.learner, run.testing, asked.query_chunk)
+    test = testing.make_test(tested, run.testing, asked)
+    validate = _build_validation(run, tested, val_chunk or asked.chunk)
     loop = make_train_loop(outer_step)
     return Program(loop, validate, test, data, mesh, untrained, untrained)
 
@@ -202,12 +222,12 @@ def check_functions(run: runs.Run, initial: TrainState) -> None:
         )
 
 
-def _build_validation(run: runs.Run, chunk: int | None) -> Validate | None:
+def _build_validation(run: runs.Run, tested: MetaLearner, chunk: int | None) -> Validate | None:
     if run.validation is None:
         return None
     episodes = run.config["run"]["val_episodes"]
     mesh = task_mesh(episodes)
-    return make_validate(run.learner, run.validation, episodes=episodes, mesh=mesh, chunk=chunk)
+    return make_validate(tested, run.validation, episodes=episodes, mesh=mesh, chunk=chunk)
 
 
 def untrained_state(run: runs.Run, seed: int, mesh: Mesh | None) -> TrainState:
@@ -516,7 +536,11 @@ def _answered(
         outputs, _ = learner.predict(params, adapted, episode.query.x, keys[2], train=False)
         return pictures.DrawnFunction(episode, outputs, best)
 
-    return [answer(learned, tasks.data, jax.random.key(seed)) for seed in range(number)]
+    found: list[pictures.DrawnFunction] = []
+    for key in map(jax.random.key, range(number)):
+        data = task_data(tasks.sample, tasks.data, jax.random.split(key, 3)[0])
+        found.append(answer(learned, data, key))
+    return found
 
 
 if __name__ == "__main__":

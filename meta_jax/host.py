@@ -1,12 +1,15 @@
 """What this machine gives the process: cores and memory, within the limits of a container."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from meta_jax.lookup import UsageError
 
+_EXHAUSTED = "RESOURCE_EXHAUSTED"  # in the message of JAX's error
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc")
 _SMALL = 2**24  # bytes that are always there; to find out what is takes longer than an image
@@ -82,9 +85,52 @@ def check_memory(what: str, needed: int, remedy: str, *, available: int | None =
         available = available_memory()
     if available is not None and needed > available:
         raise UsageError(
-            f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB "
-            f"are there: {remedy}"
+            f"{what} needs at least {_amount(needed)} of memory, and {_amount(available)} are "
+            f"there: {remedy}"
         )
+
+
+class OutOfMemoryError(UsageError):
+    """The memory did not suffice; the message says what needed it, and which dial to turn."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of JAX or of Python says that memory is exhausted."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return _EXHAUSTED in str(error)
+    return isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def naming_dials(what: str, dials: str) -> Iterator[None]:
+    """Says in one line which dial to turn where the memory does not suffice.
+
+    Args:
+      what: What needs the memory.
+      dials: What to do, with the flags' names.
+
+    Raises:
+      OutOfMemoryError: the memory is exhausted inside.
+
+    Examples:
+      >>> with naming_dials("a step", "lower --task_chunk"):
+      ...     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+      Traceback (most recent call last):
+      meta_jax.host.OutOfMemoryError: a step needs more memory than there is: lower --task_chunk ...
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise OutOfMemoryError(
+            f"{what} needs more memory than there is: {dials} ({reason})"
+        ) from error
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _group_folders(controller: str, groups: Path, process: Path) -> list[Path]:

@@ -39,7 +39,7 @@ COMMANDS: dict[str, list[str]] = {
             for name in (
                 *("ways", "shots", "queries", "train_ways", "train_shots", "train_queries"),
                 *("task_batch", "task_chunk", "steps", "log_every", "checkpoint_every", "seeds"),
-                *("val_episodes", "eval_episodes", "eval_chunk"),
+                *("val_episodes", "eval_episodes", "eval_chunk", "val_chunk", "query_chunk"),
             )
             for value in ("0", "-1", "1.5", "many", LARGE)
         ),
@@ -63,6 +63,8 @@ COMMANDS: dict[str, list[str]] = {
         "--network=conv4 --network.features=1000000000",
         f"{_CURVES} --shots=2147483647",
         f"{_CURVES} --train_queries=2147483647",
+        "--tasks.device_memory=0.01",
+        "--tasks.placement=host --tasks.device_memory=0.001",
     ],
     "settings of no use": [
         "--train_split=test",
@@ -79,6 +81,8 @@ COMMANDS: dict[str, list[str]] = {
         "--optimizer.halve_every=5",
         "--optimizer.nesterov=true",
         "--learner=meta_networks --network=conv4",
+        "--learner=meta_networks --remat",
+        "--learner=maml --query_chunk=2",
         "--rule=lstm",
         "--learner=meta_networks --precision=bfloat16",
     ],
@@ -112,6 +116,7 @@ COMMANDS: dict[str, list[str]] = {
             for setting in (
                 *("learner.distance", "network.normalisation", "network.features"),
                 *("optimizer.schedule", "tasks.rotations", "tasks.augment", "tasks.polarity"),
+                "tasks.placement",
                 *("tasks.within_group", "tasks.examples", "learner.joint_encoding"),
             )
         ),

@@ -2,6 +2,7 @@
 
 import os
 
+import jax.numpy as jnp
 import pytest
 
 from meta_jax import host
@@ -97,3 +98,11 @@ def test_memory_is_looked_up_for_what_is_large(monkeypatch):
     assert not looked_up
     with pytest.raises(UsageError, match="image_size=9000 needs"):
         host.check_memory("image_size=9000", 9000**2, "choose a smaller one")
+
+
+def test_exhausted_memory_of_a_device_names_the_dials():
+    with (
+        pytest.raises(host.OutOfMemoryError, match=r"the table needs more .* is: turn it down \("),
+        host.naming_dials("the table", "turn it down"),
+    ):
+        jnp.zeros(10**14).block_until_ready()  # 400 TB are more than an address can name

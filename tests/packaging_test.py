@@ -12,7 +12,8 @@ def test_requirements_are_the_dependencies_and_the_extras_of_the_binaries():
     extras = PROJECT["optional-dependencies"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
-    assert listed == [*PROJECT["dependencies"], *extras["data"], *extras["tensorboard"]]
+    wanted = [line for extra in ("data", "streams", "tensorboard") for line in extras[extra]]
+    assert listed == [*PROJECT["dependencies"], *wanted]
 
 
 def test_messages_name_extras_that_there_are():

@@ -22,6 +22,8 @@ import numpy as np
 import optax
 
 from meta_jax.core import Batch, Episode, Tasks
+from meta_jax.data.dataset import Storage, dataset_from_classes
+from meta_jax.data.episodes import EpisodeSampler, EpisodeSpec, draw_episode
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
@@ -36,9 +38,11 @@ from meta_jax.training.outer_step import (
     make_train_loop,
     place,
     task_mesh,
+    training_data,
 )
 
 LEARNERS = {"prototypical": prototypical, "maml": maml, "reptile": reptile}
+LEARNERS["streamed"] = prototypical  # with its examples on the host
 STEPS, TASK_BATCH, EPISODES = 20, 4, 4
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-9
@@ -53,13 +57,23 @@ def sample(key, data):
     return Episode(Batch(x[:3], y[:3]), Batch(x[3:], y[3:]))
 
 
+def streamed_tasks() -> Tasks:
+    """Tasks whose examples stay on the host: 5 of each of 7 classes."""
+    means, noise = (np.random.default_rng(k).normal(size=(7, 5, 4)) for k in range(2))
+    data = dataset_from_classes([*(means[:, :1] + 0.3 * noise)], storage=Storage("host"))
+    return Tasks(EpisodeSampler(draw_episode, EpisodeSpec(3, 1, 2)), data, cross_entropy)
+
+
 def train(workdir: Path, name: str, *, during=lambda step: None, say=print) -> FitResult:
     """Trains on all devices of all processes; `during` is called with the step before each call."""
     learner = LEARNERS[name](mlp((8,)))
     tasks = Tasks(sample, jax.random.normal(jax.random.key(1), (7, 4)), cross_entropy)
+    if name == "streamed":
+        tasks = streamed_tasks()
     optimizer, mesh = optax.adam(1e-2), task_mesh(TASK_BATCH)
-    step = make_outer_step(learner, optimizer, sample, task_batch=TASK_BATCH, mesh=mesh)
-    start, data = init_train_state(learner, optimizer, tasks, 0), tasks.data
+    step = make_outer_step(learner, optimizer, tasks.sample, task_batch=TASK_BATCH, mesh=mesh)
+    start = init_train_state(learner, optimizer, tasks, 0)
+    data = training_data(tasks, task_batch=TASK_BATCH, mesh=mesh)
     if mesh is not None:
         start, data = place(start, data, mesh)
     loop = make_train_loop(step)

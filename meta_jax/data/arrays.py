@@ -8,12 +8,25 @@ import numpy as np
 
 from meta_jax.concrete import check_finite
 from meta_jax.core import PyTree
-from meta_jax.data.dataset import DataError, Dataset, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.data.dataset import (
+    ON_DEVICE,
+    DataError,
+    Dataset,
+    Split,
+    Splits,
+    Storage,
+    lazy_splits,
+    split_from_classes,
+)
 from meta_jax.shapes import take_rows
 
 
 def dataset_from_arrays(
-    x: PyTree, labels: Sequence[Any] | np.ndarray, groups: Sequence[Any] | np.ndarray | None = None
+    x: PyTree,
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    *,
+    storage: Storage = ON_DEVICE,
 ) -> Dataset:
     """Builds a `Dataset` from examples in any order and their labels.
 
@@ -21,6 +34,7 @@ def dataset_from_arrays(
       x: Examples, an array [n, ...] of any dtype or a pytree of such arrays.
       labels: Name or integer of each example's class, [n]; classes are sorted by it.
       groups: Name or integer of each example's group, [n], the same within a class; or None.
+      storage: Where the examples lie; by default on the device.
 
     Raises:
       DataError: labels or groups that do not fit the examples, or examples that are no numbers, or
@@ -31,16 +45,20 @@ def dataset_from_arrays(
       >>> data.counts.tolist(), data.examples.tolist()
       ([1, 2], [[2.0, 3.0], [0.0, 1.0], [4.0, 5.0]])
     """
-    return split_from_arrays(x, labels, groups).dataset
+    return split_from_arrays(x, labels, groups, storage=storage).dataset
 
 
 def split_from_arrays(
-    x: PyTree, labels: Sequence[Any] | np.ndarray, groups: Sequence[Any] | np.ndarray | None = None
+    x: PyTree,
+    labels: Sequence[Any] | np.ndarray,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    *,
+    storage: Storage = ON_DEVICE,
 ) -> Split:
     """Builds a `Split` from examples in any order and their labels.
 
     Args:
-      x, labels, groups: As in `dataset_from_arrays`.
+      x, labels, groups, storage: As in `dataset_from_arrays`.
 
     Raises:
       DataError: as in `dataset_from_arrays`.
@@ -63,7 +81,7 @@ def split_from_arrays(
     ends = np.cumsum(np.bincount(index))[:-1]
     rows = np.split(order, ends)
     classes = [take_rows(x, own) for own in rows]
-    return split_from_classes(classes, [str(name) for name in names], class_groups)
+    return split_from_classes(classes, [str(name) for name in names], class_groups, storage=storage)
 
 
 def _names(values: Sequence[Any] | np.ndarray, what: str) -> np.ndarray:

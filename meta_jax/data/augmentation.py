@@ -1,6 +1,7 @@
 """Random augmentation of images, on the device."""
 
-from typing import Literal, Protocol, get_args
+import dataclasses
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -77,15 +78,33 @@ def augmented(sample: Sample, augmentation: Augmentation = random_affine) -> Sam
       >>> sample = augmented(lambda key, data: sample_episode(key, data, spec))
     """
 
-    def sample_augmented(key: Array, data: PyTree) -> Episode:
+    return AugmentedSampler(sample, augmentation)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedSampler:
+    """A sampler that augments the inputs of another's episodes.
+
+    Attributes:
+      sample: Sampler of episodes.
+      augmentation: Function (key, x) -> x of the same shape and dtype.
+    """
+
+    sample: Any
+    augmentation: Augmentation
+
+    def __call__(self, key: Array, data: PyTree, /) -> Episode:
+        """Draws an episode; support and queries are augmented with keys of their own."""
         sample_key, support_key, query_key = jax.random.split(key, 3)
-        support, query = sample(sample_key, data)
+        support, query = self.sample(sample_key, data)
         return Episode(
-            _augment_batch(support_key, support, augmentation),
-            _augment_batch(query_key, query, augmentation),
+            _augment_batch(support_key, support, self.augmentation),
+            _augment_batch(query_key, query, self.augmentation),
         )
 
-    return sample_augmented
+    def rows(self, key: Array, data: PyTree, /) -> Array:
+        """Rows of the dataset that the same key draws, where the other sampler says them."""
+        return self.sample.rows(jax.random.split(key, 3)[0], data)
 
 
 def _augment_batch(key: Array, batch: Batch, augmentation: Augmentation) -> Batch:

@@ -54,11 +54,13 @@ def cache_key(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def load_cached(key: str) -> np.ndarray | None:
+def load_cached(key: str, *, mapped: bool = False) -> np.ndarray | None:
     """Reads an entry.
 
     Args:
       key: Name of the entry, from `cache_key`.
+      mapped: Whether the file is mapped into memory, which is not taken before it is needed; the
+        content is checked once all the same.
 
     Returns:
       The array; None where there is none, or where it is damaged.
@@ -69,23 +71,29 @@ def load_cached(key: str) -> np.ndarray | None:
     finish_writing(key)
     try:
         with open(_path(folder, key), "rb") as file:
-            return _read(file)
+            return _read(file, mapped)
     except (OSError, ValueError, EOFError, MemoryError):
         return None
 
 
-def store_cached(key: str, array: np.ndarray) -> None:
+def store_cached(key: str, array: np.ndarray, *, mapped: bool = False) -> np.ndarray:
     """Writes an entry in the background, whole or not at all; a warning says where it cannot.
 
     Args:
       key: Name of the entry, from `cache_key`.
       array: Content, of numbers; not to be changed afterwards.
+      mapped: Whether to wait, and to give the mapped file, as `load_cached` does.
+
+    Returns:
+      The array, or the mapped file where it could be written.
     """
     folder = cache_folder()
     if folder is None:
         _warn("there is no home folder")
     else:
         _writing[key] = _writer.submit(_store, folder, key, array)
+    kept = load_cached(key, mapped=True) if mapped else None
+    return array if kept is None else kept
 
 
 def finish_writing(key: str) -> None:
@@ -108,18 +116,16 @@ def _store(folder: Path, key: str, array: np.ndarray) -> None:
                 os.unlink(partial.name)
 
 
-def cached(key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached(key: str, make: Callable[[], np.ndarray], *, mapped: bool = False) -> np.ndarray:
     """Reads an entry, or makes and writes it.
 
     Args:
       key: Name of the entry, from `cache_key`.
       make: Function that makes the array where there is none.
+      mapped: Whether the entry is mapped into memory, as in `load_cached`.
     """
-    array = load_cached(key)
-    if array is None:
-        array = make()
-        store_cached(key, array)
-    return array
+    array = load_cached(key, mapped=mapped)
+    return store_cached(key, make(), mapped=mapped) if array is None else array
 
 
 def file_hash(path: str | Path) -> str:
@@ -147,7 +153,7 @@ def _write(file: IO[bytes], array: np.ndarray) -> None:
     file.write(_digest(header, array))
 
 
-def _read(file: io.BufferedReader) -> np.ndarray:
+def _read(file: io.BufferedReader, mapped: bool) -> np.ndarray:
     """The array of a file, checked.
 
     Raises:
@@ -156,12 +162,16 @@ def _read(file: io.BufferedReader) -> np.ndarray:
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("the file is of another version than was written")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    left = os.fstat(file.fileno()).st_size - file.tell()
+    start, size = file.tell(), dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     # Before so much memory is asked for.
-    if left != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) + _DIGEST_SIZE:
+    if os.fstat(file.fileno()).st_size - start != size + _DIGEST_SIZE:
         raise ValueError("the file has another length than its header says")
-    array = aligned_empty(shape, dtype)
-    file.readinto(array.data)
+    if mapped and size:
+        array = np.memmap(file, dtype, "r", start, shape)
+        file.seek(start + size)
+    else:
+        array = aligned_empty(shape, dtype)
+        file.readinto(array.data)
     header = {"descr": dtype.str, "fortran_order": fortran_order, "shape": shape}
     if file.read() != _digest(header, array):
         raise ValueError("the file has another content than was written")

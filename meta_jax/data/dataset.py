@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ import numpy as np
 
 from meta_jax.core import PyTree
 from meta_jax.data.notes import some
+from meta_jax.host import check_memory, device_memory, naming_dials
 from meta_jax.lookup import UsageError
 
 T = TypeVar("T")
 _ALIGNMENT = 64  # bytes
+_REMEDY = "use --tasks.placement=host"
 _FRACTIONS = (0.64, 0.16, 0.20)
 _EVALUATED_CLASSES = 5  # a usual number of ways
 
@@ -27,7 +29,7 @@ class DataError(UsageError):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["examples", "starts", "counts", "groups"],
-    meta_fields=["largest"],
+    meta_fields=["largest", "gathered"],
 )
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -43,11 +45,56 @@ class Dataset:
     counts: jax.Array  # int32 [classes], how many examples each class has
     groups: jax.Array  # int32 [classes], the class's group (alphabet, script); 0 without groups
     largest: int = 0  # the largest of `counts`, static; taken from them where it is not given
+    gathered: bool = False  # whether the examples are those of one episode, in its order, static
 
     def __post_init__(self) -> None:
         """Takes `largest` from the counts."""
         if not self.largest:
             object.__setattr__(self, "largest", int(np.max(self.counts)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostDataset(Dataset):
+    """A `Dataset` whose examples stay on the host, which may be a file mapped into memory.
+
+    It is no pytree, so that no jitted function takes all of it: `meta_jax.data.streams` gathers the
+    examples of an episode, and gives a `Dataset` of them alone. Its examples are NumPy arrays.
+    """
+
+    device_bytes: int | None = None  # bytes of a device that gathered episodes may take
+
+    # By identity: what is compiled for one is looked up by it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def gather(self, examples: PyTree) -> Dataset:
+        """The dataset that an episode is drawn from whose examples these are, in its order."""
+        return Dataset(examples, self.starts, self.counts, self.groups, self.largest, gathered=True)
+
+
+Placement = Literal["device", "host"]
+
+
+class Storage(NamedTuple):
+    """Where the examples of a dataset lie.
+
+    Attributes:
+      placement: 'device' for all of them on the device; 'host' for the machine's memory, or a file
+        that is mapped into it, from where episodes are gathered.
+      device_memory: Megabytes of a device that examples may take: all of them, or those of the
+        episodes that are gathered ahead. None for what the device has.
+    """
+
+    placement: Placement = "device"
+    device_memory: float | None = None
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Bytes of a device that examples may take, where a number is given."""
+        return None if self.device_memory is None else int(self.device_memory * 1e6)
+
+
+ON_DEVICE = Storage()
 
 
 class Split(NamedTuple):
@@ -113,20 +160,27 @@ def lazy_splits(loaders: Mapping[str, Callable[[], Split]]) -> Splits:
     )
 
 
-def dataset_from_classes(classes: Sequence[PyTree], groups: Sequence[int] | None = None) -> Dataset:
+def dataset_from_classes(
+    classes: Sequence[PyTree],
+    groups: Sequence[int] | None = None,
+    *,
+    storage: Storage = ON_DEVICE,
+) -> Dataset:
     """Builds a `Dataset` from the examples of each class.
 
     Args:
       classes: One array [n_i, ...] for each class, or one pytree of such arrays, n_i >= 1; all of
         one structure, dtype and example shape. For images uint8 [n_i, height, width, channels].
       groups: Group of each class; all 0 if None.
+      storage: Where the examples lie; by default on the device.
 
     Returns:
-      The dataset, on the device.
+      The dataset; a `HostDataset` where its examples stay on the host.
 
     Raises:
       DataError: there is no class, a class is empty, structures, shapes or dtypes differ, or an
         integer does not fit the 32 bits that JAX stores.
+      UsageError: the examples are larger than the device.
 
     Examples:
       >>> data = dataset_from_classes([np.zeros((3, 8)), np.ones((2, 8))])  # features
@@ -140,20 +194,43 @@ def dataset_from_classes(classes: Sequence[PyTree], groups: Sequence[int] | None
     if len(groups) != len(classes):
         raise DataError(f"{len(groups)} groups were given for {len(classes)} classes")
     counts = [_count(examples, classes[0], index) for index, examples in enumerate(classes)]
-    return _dataset(jax.tree.map(_concatenate, *classes), counts, groups)
+    return _dataset(jax.tree.map(_concatenate, *classes), counts, groups, storage)
 
 
-def _dataset(examples: PyTree, counts: Sequence[int], groups: Sequence[int]) -> Dataset:
+def _dataset(
+    examples: PyTree, counts: Sequence[int], groups: Sequence[int], storage: Storage
+) -> Dataset:
     """A dataset of arrays that nobody else changes, [all, ...], one class after another."""
     sizes = np.array(counts, np.int32)
-    return Dataset(
-        # Without a copy where the device is the host and the array aligned.
-        jax.device_put(examples),
+    index = (
         jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         jnp.asarray(sizes),
         jnp.asarray(np.asarray(groups, np.int32)),
-        largest=int(sizes.max()),
+        int(sizes.max()),
     )
+    if storage.placement == "host":
+        stored = jax.tree.map(_as_stored, examples)
+        return HostDataset(stored, *index, device_bytes=storage.device_bytes)
+    _check_fits_device(examples, int(sizes.sum()), storage)
+    with naming_dials("a split on the device", _REMEDY):
+        # Without a copy where the device is the host and the array aligned.
+        return Dataset(jax.device_put(examples), *index)
+
+
+def _as_stored(leaf: np.ndarray) -> np.ndarray:
+    """The array in the type that JAX stores; a mapped file stays one."""
+    return np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def _check_fits_device(examples: PyTree, count: int, storage: Storage) -> None:
+    """Refuses examples that are larger than a device; on a CPU they are in its memory already."""
+    available = storage.device_bytes
+    if available is None and jax.default_backend() != "cpu":
+        available = device_memory()
+    if available is not None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(examples))
+        what = f"a split of {count} examples on the device"
+        check_memory(what, needed, _REMEDY, available=available)
 
 
 def _concatenate(*arrays: np.ndarray) -> np.ndarray:
@@ -230,6 +307,8 @@ def split_from_classes(
     classes: Sequence[Any],
     class_names: Sequence[str],
     groups: Sequence[str],
+    *,
+    storage: Storage = ON_DEVICE,
 ) -> Split:
     """Builds a `Split` from the examples of each class and the names of class and group.
 
@@ -237,16 +316,15 @@ def split_from_classes(
       classes: Examples of each class, as `dataset_from_classes` takes them.
       class_names: Name of each class, unique.
       groups: Name of each class's group.
+      storage: Where the examples lie; by default on the device.
 
     Raises:
-      DataError: as `dataset_from_classes` does.
+      DataError, UsageError: as `dataset_from_classes` does.
     """
     group_names = sorted(set(groups))
-    return Split(
-        dataset_from_classes(classes, [group_names.index(group) for group in groups]),
-        tuple(class_names),
-        tuple(group_names),
-    )
+    rows = [group_names.index(group) for group in groups]
+    dataset = dataset_from_classes(classes, rows, storage=storage)
+    return Split(dataset, tuple(class_names), tuple(group_names))
 
 
 def split_from_array(
@@ -254,6 +332,8 @@ def split_from_array(
     counts: Sequence[int],
     class_names: Sequence[str],
     groups: Sequence[str],
+    *,
+    storage: Storage = ON_DEVICE,
 ) -> Split:
     """Builds a `Split` from one array, without a copy of it where the device is the host.
 
@@ -262,10 +342,15 @@ def split_from_array(
       counts: Number of examples of each class, at least 1.
       class_names: Name of each class, unique.
       groups: Name of each class's group.
+      storage: Where the examples lie; by default on the device.
+
+    Raises:
+      UsageError: the examples are larger than the device.
     """
     group_names = sorted(set(groups))
     rows = [group_names.index(group) for group in groups]
-    return Split(_dataset(examples, counts, rows), tuple(class_names), tuple(group_names))
+    dataset = _dataset(examples, counts, rows, storage)
+    return Split(dataset, tuple(class_names), tuple(group_names))
 
 
 def random_class_split(

@@ -1,6 +1,12 @@
-"""Sampling episodes on the device: pure, jittable, nothing left to the host."""
+"""Sampling episodes: pure and jittable, on the device.
 
-from typing import Literal, NamedTuple, get_args
+An episode is drawn in two parts: which rows of the dataset it has, and the examples in them. Where
+these stay on the host, the first part is done for them alone (see `meta_jax.data.streams`).
+"""
+
+import dataclasses
+import operator
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import chex
 import jax
@@ -126,15 +132,37 @@ def sample_episode(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Episo
       [ways * shots, ways]; likewise, with queries, for the query set. Examples of dtype uint8
       become floats in [0, 1]; all others (features, token ids, masks) are as they are stored.
     """
+    return read_drawn(dataset, draw_episode(key, dataset, spec))
+
+
+class Rows(NamedTuple):
+    """Which examples a batch has, and what becomes of them."""
+
+    rows: jax.Array  # int [n], of the dataset
+    label: jax.Array  # int [n]
+    turn: jax.Array | None  # quarter turns, int [n]; None without rotations
+
+
+class Drawn(NamedTuple):
+    """An episode before its examples are read."""
+
+    support: Rows
+    query: Rows
+    classes: int  # among which it is labelled
+
+
+def draw_episode(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Drawn:
+    """Draws what `sample_episode` reads; the examples themselves are not looked at."""
     chex.assert_rank([dataset.starts, dataset.counts, dataset.groups], 1)
     class_key, example_key, turn_key, order_key = jax.random.split(key, 4)
     drawn, turn = _draw_classes(class_key, turn_key, dataset, spec)
     example = _draw_examples(example_key, dataset, spec, drawn)
     rows = dataset.starts[drawn][:, None] + example  # [ways, shots + queries]
     support_key, query_key = jax.random.split(order_key)
-    return Episode(
-        _shuffled_batch(support_key, dataset.examples, rows[:, : spec.shots], turn),
-        _shuffled_batch(query_key, dataset.examples, rows[:, spec.shots :], turn),
+    return Drawn(
+        _shuffled(support_key, rows[:, : spec.shots], turn),
+        _shuffled(query_key, rows[:, spec.shots :], turn),
+        spec.ways,
     )
 
 
@@ -151,21 +179,72 @@ def sample_batch(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Episode
       The examples as support [ways * shots, ...] and query [ways * queries, ...], y one-hot among
       all classes, four times as many with the rotations 'classes'.
     """
+    return read_drawn(dataset, draw_batch(key, dataset, spec))
+
+
+def draw_batch(key: jax.Array, dataset: Dataset, spec: EpisodeSpec) -> Drawn:
+    """Draws what `sample_batch` reads; of the examples only their number is looked at."""
     n, classes = spec.ways * (spec.shots + spec.queries), dataset.starts.size
     row_key, turn_key = jax.random.split(key)
-    examples = jax.tree.leaves(dataset.examples)[0].shape[0]
-    rows = jax.random.randint(row_key, (n,), 0, examples)
+    rows = jax.random.randint(row_key, (n,), 0, dataset.counts.sum())
     label = jnp.searchsorted(dataset.starts, rows, side="right") - 1
     turn = None if spec.rotations == "none" else jax.random.randint(turn_key, (n,), 0, 4)
     if turn is not None and spec.rotations == "classes":
         label, classes = label + classes * turn, 4 * classes
-    x = jax.tree.map(lambda leaf: leaf[rows], dataset.examples)
-    batch = _labelled(x, label, classes, turn)
-    first = spec.ways * spec.shots
-    return Episode(
+    batch, first = Rows(rows, label, turn), spec.ways * spec.shots
+    return Drawn(
         jax.tree.map(lambda leaf: leaf[:first], batch),
         jax.tree.map(lambda leaf: leaf[first:], batch),
+        classes,
     )
+
+
+def read_drawn(dataset: Dataset, drawn: Drawn) -> Episode:
+    """Reads the examples of an episode, turns them and labels them.
+
+    Args:
+      dataset: Where they come from. If it is `gathered`, its examples are those of this episode
+        alone, first the support set's and then the queries'.
+      drawn: The rows, from `draw_episode` or `draw_batch`.
+    """
+    first = drawn.support.rows.size
+    places = (slice(None, first), slice(first, None))
+    batches = []
+    for place, (rows, label, turn) in zip(places, drawn[:2], strict=True):
+        index = place if dataset.gathered else rows
+        x = jax.tree.map(operator.itemgetter(index), dataset.examples)
+        batches.append(_labelled(x, label, drawn.classes, turn))
+    return Episode(*batches)
+
+
+class DrawRows(Protocol):
+    """(key, dataset, spec) -> rows."""
+
+    def __call__(self, key: jax.Array, dataset: Dataset, spec: EpisodeSpec, /) -> Drawn:
+        """Draws an episode without reading its examples."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeSampler:
+    """A `Sample` of labelled examples that also says which rows of the dataset it reads.
+
+    Attributes:
+      draw: `draw_episode` or `draw_batch`.
+      spec: What an episode is made of.
+    """
+
+    draw: DrawRows
+    spec: EpisodeSpec
+
+    def __call__(self, key: jax.Array, data: Dataset, /) -> Episode:
+        """Draws an episode."""
+        return read_drawn(data, self.draw(key, data, self.spec))
+
+    def rows(self, key: jax.Array, data: Dataset, /) -> jax.Array:
+        """Rows of the episode that the same key draws, int [n]: support set, then queries."""
+        drawn = self.draw(key, data, self.spec)
+        return jnp.concatenate([drawn.support.rows, drawn.query.rows])
 
 
 def _draw_classes(
@@ -199,16 +278,13 @@ def _draw_examples(
     return _draw_without_replacement(key, real, needed)
 
 
-def _shuffled_batch(
-    key: jax.Array, examples: PyTree, rows: jax.Array, turn: jax.Array | None
-) -> Batch:
-    """The examples of rows [ways, n], labelled by way, in random order."""
+def _shuffled(key: jax.Array, rows: jax.Array, turn: jax.Array | None) -> Rows:
+    """Rows [ways, n], labelled by way, in random order."""
     ways, n = rows.shape
     label = jnp.repeat(jnp.arange(ways), n)
     order = jax.random.permutation(key, label.size)
     label, rows = label[order], rows.reshape(-1)[order]
-    x = jax.tree.map(lambda leaf: leaf[rows], examples)
-    return _labelled(x, label, ways, None if turn is None else turn[label])
+    return Rows(rows, label, None if turn is None else turn[label])
 
 
 def _labelled(x: PyTree, label: jax.Array, classes: int, turn: jax.Array | None) -> Batch:

@@ -10,11 +10,20 @@ import numpy as np
 from meta_jax import registry
 from meta_jax.core import Objective
 from meta_jax.data.arrays import split_from_arrays
-from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, random_class_split
+from meta_jax.data.dataset import (
+    ON_DEVICE,
+    DataError,
+    Placement,
+    Split,
+    Splits,
+    Storage,
+    lazy_splits,
+    random_class_split,
+)
 from meta_jax.data.source import TaskSource, source_from_splits
 from meta_jax.lookup import local_path
 from meta_jax.objectives import as_objective
-from meta_jax.ranges import NotNegativeInt
+from meta_jax.ranges import NotNegativeInt, Positive
 
 
 @registry.tasks("features")
@@ -25,6 +34,8 @@ def features(
     within_group: bool = False,
     objective: Objective | str = "cross_entropy",
     split_seed: NotNegativeInt = 0,
+    placement: Placement = "device",
+    device_memory: Positive | None = None,
 ) -> TaskSource:
     """Builds the source of a file of features.
 
@@ -36,17 +47,23 @@ def features(
         package.module:attribute.
       split_seed: Seed of the random split of classes; not used where the file has splits. Give the
         same in training and in tests, or classes trained on turn up in the test split.
+      placement: Where the features of a split lie: 'device', or 'host' for the machine's memory,
+        from where workers of grain send the same episodes: for sets larger than the device.
+      device_memory: Megabytes of a device that features may take: all of a split, or with
+        placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
     objective = as_objective(objective)
     return source_from_splits(
-        load_features(file, seed=split_seed),
+        load_features(file, seed=split_seed, storage=Storage(placement, device_memory)),
         within_group=within_group,
         objective=objective,
         baselines=("nearest_neighbour",) if objective.kind == "classification" else (),
     )
 
 
-def load_features(file: str | os.PathLike, *, seed: int = 0) -> Splits:
+def load_features(
+    file: str | os.PathLike, *, seed: int = 0, storage: Storage = ON_DEVICE
+) -> Splits:
     """Loads features from a `.npz` file, as `np.savez(file, x=..., label=...)` writes it.
 
     Real numbers become float32 and are not scaled; bytes (uint8) are taken for pixels, and become
@@ -56,6 +73,7 @@ def load_features(file: str | os.PathLike, *, seed: int = 0) -> Splits:
       file: File with `x` [n, ...] and `label` [n] (names or integers), and where there are such
         `split` [n] (names of splits, such as train, val and test) and `group` [n].
       seed: Seed of the random split of classes, where the file has no `split`.
+      storage: Where the examples lie; by default on the device.
 
     Raises:
       DataError: the file is not there, is damaged or lacks an array, arrays differ in length, a
@@ -77,7 +95,8 @@ def load_features(file: str | os.PathLike, *, seed: int = 0) -> Splits:
     splits = _splits(path, arrays, seed)
 
     def load(rows: np.ndarray) -> Split:
-        return split_from_arrays(x[rows], labels[rows], None if groups is None else groups[rows])
+        own = None if groups is None else groups[rows]
+        return split_from_arrays(x[rows], labels[rows], own, storage=storage)
 
     return lazy_splits({name: lambda rows=rows: load(rows) for name, rows in splits.items()})
 

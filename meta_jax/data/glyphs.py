@@ -18,12 +18,21 @@ from meta_jax import registry
 from meta_jax.core import Objective
 from meta_jax.data.augmentation import Augment
 from meta_jax.data.cache import cache_key, cached, file_hash
-from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_array
+from meta_jax.data.dataset import (
+    ON_DEVICE,
+    DataError,
+    Placement,
+    Split,
+    Splits,
+    Storage,
+    lazy_splits,
+    split_from_array,
+)
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
-from meta_jax.ranges import NotNegativeInt, PositiveInt
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,6 +71,8 @@ def glyphs(
     objective: Objective | str = "cross_entropy",
     examples: PositiveInt = 20,
     distortion_seed: NotNegativeInt = 0,
+    placement: Placement = "device",
+    device_memory: Positive | None = None,
 ) -> TaskSource:
     """Builds the source of glyphs: characters of the fonts of matplotlib, without any download.
 
@@ -79,9 +90,17 @@ def glyphs(
       examples: Number of images of each class.
       distortion_seed: Seed of the distortions that the images are drawn with; the classes and
         splits are the same under every seed.
+      placement: Where the images of a split lie: 'device', or 'host' for the machine's memory, or a
+        file mapped into it, from where workers of grain send the same episodes: for sets that are
+        larger than the device.
+      device_memory: Megabytes of a device that images may take: all of a split, or with
+        placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
+    storage = Storage(placement, device_memory)
     return image_source(
-        load_glyphs(image_size=image_size, examples=examples, seed=distortion_seed),
+        load_glyphs(
+            image_size=image_size, examples=examples, seed=distortion_seed, storage=storage
+        ),
         image_preprocessing(image_size, 1, polarity=polarity, resample="box"),
         rotations=rotations,
         within_group=within_group,
@@ -91,7 +110,13 @@ def glyphs(
     )
 
 
-def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> Splits:
+def load_glyphs(
+    *,
+    image_size: int = 28,
+    examples: int = 20,
+    seed: int = 0,
+    storage: Storage = ON_DEVICE,
+) -> Splits:
     """Draws the glyphs, uint8 [all, image_size, image_size, 1], ink 255 on 0.
 
     Each glyph is scaled to one size and centred, then rotated by up to 15 degrees, sheared by up
@@ -109,6 +134,7 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
       image_size: Side in pixels.
       examples: Number of images of each class.
       seed: Seed of the distortions; the classes and splits are the same under every seed.
+      storage: Where the examples lie; by default on the device.
 
     Returns:
       'train', 'val' and 'test', each drawn when it is asked for; its scripts (groups) are those of
@@ -136,12 +162,14 @@ def load_glyphs(*, image_size: int = 28, examples: int = 20, seed: int = 0) -> S
             lambda: np.concatenate(
                 [_distort(c, prepare()[0][c], image_size, examples, seed) for c in letters]
             ),
+            mapped=storage.placement == "host",
         )
         return split_from_array(
             images,
             [examples] * len(letters),
             class_names=[unicodedata.name(letter) for letter in letters],
             groups=[str(_script(letter)) for letter in letters],
+            storage=storage,
         )
 
     return lazy_splits({split: functools.partial(draw, split) for split in SCRIPTS})

@@ -10,8 +10,11 @@ from meta_jax.core import Objective
 from meta_jax.data.augmentation import Augment
 from meta_jax.data.class_lists import class_members
 from meta_jax.data.dataset import (
+    ON_DEVICE,
     DataError,
+    Placement,
     Splits,
+    Storage,
     check_disjoint,
     random_class_split,
     read_fractions,
@@ -26,7 +29,7 @@ from meta_jax.data.notes import Notes, some
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.lookup import local_path
-from meta_jax.ranges import NotNegativeInt, PositiveInt
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 
 class _Divided(NamedTuple):
@@ -54,6 +57,8 @@ def folder(
     split_fractions: str | None = None,
     allow_shared_classes: bool = False,
     cache: bool = True,
+    placement: Placement = "device",
+    device_memory: Positive | None = None,
 ) -> TaskSource:
     """Builds the source of a folder of images, one sub-folder for each class.
 
@@ -84,13 +89,18 @@ def folder(
         trained on, and results are not those of few-shot learning.
       cache: Whether decoded images are kept for the next start, in $META_JAX_CACHE or
         ~/.cache/meta_jax, which may be deleted at any time.
+      placement: Where the images of a split lie: 'device', or 'host' for the machine's memory, or a
+        file mapped into it, from where workers of grain send the same episodes: for sets that are
+        larger than the device.
+      device_memory: Megabytes of a device that images may take: all of a split, or with
+        placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
     check_image_size(image_size)
     notes = Notes()
     divided = _divide(
         path, class_split, split_seed, read_fractions(split_fractions), allow_shared_classes, notes
     )
-    pool = _pool(divided, image_size, grey, cache)
+    pool = _pool(divided, image_size, grey, cache, Storage(placement, device_memory))
     return image_source(
         pool.splits(),
         image_preprocessing(image_size, pool.channels, polarity=polarity, resample="lanczos"),
@@ -113,6 +123,7 @@ def load_image_folder(
     class_split: str | None = None,
     allow_shared_classes: bool = False,
     cache: bool = False,
+    storage: Storage = ON_DEVICE,
 ) -> Splits:
     """Loads a folder of images, uint8 [all, image_size, image_size, 1 or 3].
 
@@ -142,6 +153,7 @@ def load_image_folder(
         name are put together first, and classes that are not listed left out.
       allow_shared_classes: Whether a class may be in several splits.
       cache: Whether decoded images are kept for the next time, and read back.
+      storage: Where the examples lie; by default on the device.
 
     Returns:
       The splits, each read when it is asked for; class names are the sub-folders' names. Groups
@@ -154,7 +166,7 @@ def load_image_folder(
     """
     check_image_size(image_size)
     divided = _divide(path, class_split, seed, fractions, allow_shared_classes, Notes())
-    return _pool(divided, image_size, grey, cache).splits()
+    return _pool(divided, image_size, grey, cache, storage).splits()
 
 
 def _divide(
@@ -221,7 +233,9 @@ def _note_left_out(root: Path, layout: Layout, notes: Notes) -> None:
         )
 
 
-def _pool(divided: _Divided, image_size: int, grey: bool | None, cache: bool) -> ImagePool:
+def _pool(
+    divided: _Divided, image_size: int, grey: bool | None, cache: bool, storage: Storage
+) -> ImagePool:
     def identity(split: str) -> list[tuple[str, int, int]]:
         files = (file for one in divided.splits[split] for file in one.files)
         return [_file_identity(divided.root, file) for file in files]
@@ -235,6 +249,7 @@ def _pool(divided: _Divided, image_size: int, grey: bool | None, cache: bool) ->
         grey=grey,
         identity=identity if cache else None,
         check=lambda split: _check_not_empty(divided, split),
+        storage=storage,
     )
 
 

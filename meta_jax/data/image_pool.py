@@ -11,7 +11,14 @@ import numpy as np
 
 from meta_jax.data import pixels
 from meta_jax.data.cache import cache_key, cached, file_hash, load_cached, store_cached
-from meta_jax.data.dataset import Split, Splits, lazy_splits, split_from_array
+from meta_jax.data.dataset import (
+    ON_DEVICE,
+    Split,
+    Splits,
+    Storage,
+    lazy_splits,
+    split_from_array,
+)
 from meta_jax.data.decoding import Decoded, Encoded, decode_images
 from meta_jax.data.images import broken_image, check_image_size
 
@@ -37,6 +44,7 @@ class ImagePool:
         grey: bool | None = None,
         identity: Callable[[str], object] | None = None,
         check: Callable[[str], None] | None = None,
+        storage: Storage = ON_DEVICE,
     ) -> None:
         """Notes what there is; nothing is decoded.
 
@@ -47,6 +55,8 @@ class ImagePool:
           identity: Function that gives, for a split, a value whose `repr` changes when its images
             do; what was decoded is then kept for later runs, and read back. None keeps nothing.
           check: Function that is called with a split before it is decoded, and may refuse it.
+          storage: Where the images lie; by default on the device. On the host they are mapped from
+            the file in which they are kept, where there is one.
         """
         sizes = [sum(len(one.images) for one in split) for split in classes.values()]
         check_image_size(image_size, min(filter(None, sizes), default=1))
@@ -55,6 +65,7 @@ class ImagePool:
         self._grey = grey
         self._identity = functools.cache(identity) if identity else None
         self._check = check
+        self._storage = storage
         self._decoded: dict[str, Decoded] = {}  # for the channels, and not yet asked for
 
     @functools.cached_property
@@ -80,23 +91,25 @@ class ImagePool:
             [len(one.images) for one in classes],
             class_names=[one.name for one in classes],
             groups=[one.group for one in classes],
+            storage=self._storage,
         )
 
     def _pixels(self, split: str) -> np.ndarray:
         """The images of a split, uint8 [all, image_size, image_size, channels]."""
         channels = self.channels
         key = self._key(split, channels)
+        mapped = self._storage.placement == "host"
         decoded = self._decoded.pop(split, None)
-        if decoded is None and key and (kept := load_cached(key)) is not None:
+        if decoded is None and key and (kept := load_cached(key, mapped=mapped)) is not None:
             return kept
         if decoded is None:
             decoded = self._decode(split, channels)
         if decoded.broken:
             index, reason = decoded.broken[0]
             raise broken_image(self._images(split)[index].name, reason)
-        if key:
-            store_cached(key, decoded.pixels)
-        return decoded.pixels
+        if key is None:
+            return decoded.pixels
+        return store_cached(key, decoded.pixels, mapped=mapped)
 
     def _key(self, *parts: str | int) -> str | None:
         """The name under which something of some splits is kept; None where nothing is."""

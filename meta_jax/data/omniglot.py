@@ -27,14 +27,23 @@ from meta_jax.core import Objective
 from meta_jax.data import images
 from meta_jax.data.augmentation import Augment
 from meta_jax.data.cache import cache_key, cached, file_hash
-from meta_jax.data.dataset import DataError, Split, Splits, lazy_splits, split_from_classes
+from meta_jax.data.dataset import (
+    ON_DEVICE,
+    DataError,
+    Placement,
+    Split,
+    Splits,
+    Storage,
+    lazy_splits,
+    split_from_classes,
+)
 from meta_jax.data.episodes import Rotations
 from meta_jax.data.images import RESAMPLE_FILTERS, check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.data.tfds_images import open_builder, read_records, tfds_data_dir
 from meta_jax.lookup import local_path
-from meta_jax.ranges import PositiveInt
+from meta_jax.ranges import Positive, PositiveInt
 
 # Name in the zip -> (number of characters, sha256 of the official zip as TFDS registers it).
 _SETS = {
@@ -83,6 +92,8 @@ def omniglot(
     augment: Augment = "none",
     polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
+    placement: Placement = "device",
+    device_memory: Positive | None = None,
 ) -> TaskSource:
     """Builds the source of Omniglot: 1623 handwritten characters of 50 alphabets.
 
@@ -106,9 +117,15 @@ def omniglot(
       polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
+      placement: Where the images of a split lie: 'device', or 'host' for the machine's memory, or a
+        file mapped into it, from where workers of grain send the same episodes: for sets that are
+        larger than the device.
+      device_memory: Megabytes of a device that images may take: all of a split, or with
+        placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
+    storage = Storage(placement, device_memory)
     return image_source(
-        load_omniglot(data_dir, split_rule=split_rule, image_size=image_size),
+        load_omniglot(data_dir, split_rule=split_rule, image_size=image_size, storage=storage),
         image_preprocessing(image_size, 1, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         within_group=within_group,
@@ -125,6 +142,7 @@ def load_omniglot(
     image_size: int = 28,
     invert: bool = True,
     resample: str = "lanczos",
+    storage: Storage = ON_DEVICE,
 ) -> Splits:
     """Loads Omniglot, uint8 [all, image_size, image_size, 1], 20 examples of each class.
 
@@ -156,6 +174,7 @@ def load_omniglot(
       image_size: Side in pixels; 105 keeps the original.
       invert: True for ink 255 on 0, False for the files' ink 0 on 255.
       resample: Filter of Pillow: 'nearest', 'box', 'bilinear', 'hamming', 'bicubic' or 'lanczos'.
+      storage: Where the examples lie; by default on the device.
 
     Returns:
       The splits, each read when it is asked for; one of the two sets is enough for a split that
@@ -178,6 +197,7 @@ def load_omniglot(
             [255 - drawn if invert else drawn for drawn in characters.values()],
             class_names=[f"{alphabet}/character{number:02d}" for alphabet, number in characters],
             groups=[alphabet for alphabet, _ in characters],
+            storage=storage,
         )
 
     return lazy_splits({split: functools.partial(load, split) for split in _SPLITS})

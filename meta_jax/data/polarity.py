@@ -1,5 +1,6 @@
 """Polarity of characters: light ink on dark paper, or dark ink on light paper."""
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -64,5 +65,4 @@ def _converted(splits: Splits, split: str, wanted: Polarity, found: Ink | None) 
     if found == wanted:
         return Split(dataset, *names)
     swapped = jax.tree.map(lambda leaf: 255 - leaf, dataset.examples)
-    changed = Dataset(swapped, dataset.starts, dataset.counts, dataset.groups, dataset.largest)
-    return Split(changed, *names)
+    return Split(dataclasses.replace(dataset, examples=swapped), *names)

@@ -12,18 +12,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from meta_jax import registry
-from meta_jax.core import Array, Config, Objective, PyTree, Sample, Tasks
+from meta_jax.core import Config, Objective, PyTree, Sample, Tasks
 from meta_jax.data.augmentation import AUGMENTATIONS, Augment, augmented, random_affine
 from meta_jax.data.dataset import DataError, Dataset, Splits
 from meta_jax.data.episodes import (
+    EpisodeSampler,
     EpisodeSpec,
     Rotations,
     are_images,
     check_rotations,
     check_sizes,
     check_spec,
-    sample_batch,
-    sample_episode,
+    draw_batch,
+    draw_episode,
 )
 from meta_jax.data.notes import Notes, some
 from meta_jax.data.polarity import Ink, with_polarity
@@ -208,8 +209,8 @@ def source_from_splits(
         check_spec(spec, dataset, f"split {split}", advice)
         names = splits.class_names[split] if isinstance(splits, Splits) else ()
         _note_small_classes(notes, split, dataset, names, size.shots + size.queries)
-        sample: Sample = functools.partial(_sample_of_spec, spec)
-        batch: Sample = functools.partial(_batch_of_spec, spec)
+        sample: Sample = EpisodeSampler(draw_episode, spec)
+        batch: Sample = EpisodeSampler(draw_batch, spec)
         if train and augment == "affine":
             _check_images(dataset, split)
             sample, batch = augmented(sample, random_affine), augmented(batch, random_affine)
@@ -230,14 +231,6 @@ def _note_small_classes(
             f"{small.size} of the {counts.size} classes of split {split} have fewer than {needed} "
             f"examples (shots + queries) and are never drawn: {shown}"
         )
-
-
-def _sample_of_spec(spec: EpisodeSpec, key: Array, data: Dataset, /) -> Any:
-    return sample_episode(key, data, spec)
-
-
-def _batch_of_spec(spec: EpisodeSpec, key: Array, data: Dataset, /) -> Any:
-    return sample_batch(key, data, spec)
 
 
 def all_classes(tasks: Tasks) -> Tasks:

@@ -10,8 +10,11 @@ from meta_jax.core import Objective
 from meta_jax.data.augmentation import Augment
 from meta_jax.data.class_lists import class_members
 from meta_jax.data.dataset import (
+    ON_DEVICE,
     DataError,
+    Placement,
     Splits,
+    Storage,
     random_class_split,
     read_fractions,
     split_advice,
@@ -23,7 +26,7 @@ from meta_jax.data.images import check_image_size
 from meta_jax.data.polarity import Polarity
 from meta_jax.data.source import TaskSource, image_preprocessing, image_source
 from meta_jax.lookup import import_extra, local_path
-from meta_jax.ranges import NotNegativeInt, PositiveInt
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -51,6 +54,8 @@ def tfds(
     split_seed: NotNegativeInt = 0,
     split_fractions: str | None = None,
     cache: bool = True,
+    placement: Placement = "device",
+    device_memory: Positive | None = None,
 ) -> TaskSource:
     """Builds the source of a prepared image-classification set of TensorFlow Datasets (TFDS).
 
@@ -75,12 +80,17 @@ def tfds(
         default 0.64,0.16,0.2, with at least 5 classes (or a third) in val and in test.
       cache: Whether decoded images are kept for the next start, in $META_JAX_CACHE or
         ~/.cache/meta_jax, which may be deleted at any time.
+      placement: Where the images of a split lie: 'device', or 'host' for the machine's memory, or a
+        file mapped into it, from where workers of grain send the same episodes: for sets that are
+        larger than the device.
+      device_memory: Megabytes of a device that images may take: all of a split, or with
+        placement=host the episodes that are sent ahead; by default what the device has, or 256.
     """
     check_image_size(image_size)
     found = _read_set(name, data_dir)
     fractions = read_fractions(split_fractions)
     members, advice = _members(found, class_split, split_seed, fractions)
-    pool = _pool(found, members, image_size, cache)
+    pool = _pool(found, members, image_size, cache, Storage(placement, device_memory))
     return image_source(
         pool.splits(),
         image_preprocessing(image_size, pool.channels, polarity=polarity, resample="lanczos"),
@@ -100,6 +110,7 @@ def load_tfds_images(
     fractions: tuple[float, float, float] | None = None,
     class_split: str | None = None,
     cache: bool = False,
+    storage: Storage = ON_DEVICE,
 ) -> Splits:
     """Loads a prepared TFDS set, uint8 [all, image_size, image_size, 1 or 3].
 
@@ -119,6 +130,7 @@ def load_tfds_images(
       class_split: Name or path of a list of classes that replaces the random split, as
         `class_members` takes it; classes that are not listed are left out.
       cache: Whether decoded images are kept for the next time, and read back.
+      storage: Where the examples lie; by default on the device.
 
     Returns:
       The splits; the images of each are decoded when it is asked for.
@@ -131,7 +143,7 @@ def load_tfds_images(
     check_image_size(image_size)
     found = _read_set(name, data_dir)
     members, _ = _members(found, class_split, seed, fractions)
-    return _pool(found, members, image_size, cache).splits()
+    return _pool(found, members, image_size, cache, storage).splits()
 
 
 def _read_set(name: str, data_dir: str | os.PathLike | None) -> _Set:
@@ -174,14 +186,18 @@ def _members(
 
 
 def _pool(
-    found: _Set, splits: Mapping[str, Sequence[ImageClass]], image_size: int, cache: bool
+    found: _Set,
+    splits: Mapping[str, Sequence[ImageClass]],
+    image_size: int,
+    cache: bool,
+    storage: Storage,
 ) -> ImagePool:
     def identity(split: str) -> object:
         files = sorted(file for file in found.folder.iterdir() if file.is_file())
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return stats, [(one.name, len(one.images)) for one in splits[split]]
 
-    return ImagePool(splits, image_size, identity=identity if cache else None)
+    return ImagePool(splits, image_size, identity=identity if cache else None, storage=storage)
 
 
 def tfds_data_dir(data_dir: str | os.PathLike | None) -> Path:

@@ -27,6 +27,7 @@ from meta_jax.networks.relation_network import (
     relation_encoder,
     relation_module,
 )
+from meta_jax.networks.rematerialised import rematerialised
 from meta_jax.networks.resnet12 import drop_block, resnet12
 from meta_jax.precision import with_precision
 
@@ -60,6 +61,7 @@ __all__ = [
     "normalise",
     "relation_encoder",
     "relation_module",
+    "rematerialised",
     "resnet12",
     "strided_conv4",
     "with_output_layer",

@@ -18,6 +18,7 @@ from meta_jax.training.outer_step import (
     place,
     task_gradients,
     task_mesh,
+    training_data,
 )
 from meta_jax.training.record import make_config, write_config
 from meta_jax.training.trained import (
@@ -60,5 +61,6 @@ __all__ = [
     "save_trained",
     "task_gradients",
     "task_mesh",
+    "training_data",
     "write_config",
 ]

@@ -1,7 +1,7 @@
 """Testing a learner: fixed seed, many episodes, a mean with its confidence interval."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,16 @@ from meta_jax.core import (
     Tasks,
     supervised_evaluate,
 )
+from meta_jax.data.dataset import HostDataset
+from meta_jax.data.streams import (
+    Buffer,
+    EpisodeStream,
+    key_bits,
+    own_data,
+    split_tasks,
+    tasks_that_fit,
+)
+from meta_jax.host import naming_dials
 from meta_jax.training import processes
 from meta_jax.training.optimizers import averaged_params
 from meta_jax.training.outer_step import TrainState
@@ -27,6 +37,7 @@ from meta_jax.training.outer_step import TrainState
 # (params, state, data, key) -> metrics, each [episodes]
 EvaluateEpisodes = Callable[[PyTree, PyTree, PyTree, Array], dict[str, np.ndarray]]
 
+_DIALS = "lower --eval_chunk (--val_chunk of a validation), give --query_chunk, or take fewer shots"
 _LARGEST_CHUNK = 32  # episodes at a time where none is given: more do not make a GPU faster
 # Bytes of temporaries that these may take: half of a GPU of 12 GB. JAX claims three quarters of it,
 # and parameters and data lie there too.
@@ -87,10 +98,11 @@ def make_evaluate(
 
     Returns:
       A function (params, state, data, key) -> metrics, each [episodes]. The same key draws the
-      same tasks.
+      same tasks. Data may be a `HostDataset`, whose episodes are gathered while others are tested.
 
     Raises:
       ValueError: there is no episode, the devices do not share them evenly, or a chunk has none.
+        The function raises `OutOfMemoryError` where a chunk needs more memory than there is.
     """
     devices = 1 if mesh is None else mesh.size
     if episodes < 1 or episodes % devices:
@@ -104,18 +116,54 @@ def make_evaluate(
     chosen = [] if chunk is None else [min(chunk, most)]
     if not chosen and jax.default_backend() == "cpu":
         chosen = [1]
+    streams = functools.cache(
+        functools.partial(_stream, sample, episodes=episodes, chunk=chunk, mesh=mesh)
+    )
+
+    place = processes.local
+    if mesh is not None:
+        place = functools.partial(processes.put, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array) -> dict[str, np.ndarray]:
-        arguments = (params, state, data, key)
-        if mesh is None:
-            arguments = processes.local(arguments)
+        if isinstance(data, HostDataset):
+            blocks = _gathered_blocks(streams(data), key, episodes)
         else:
-            arguments = processes.put(arguments, NamedSharding(mesh, PartitionSpec()))
-        if not chosen:
-            chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
-        return jax.tree.map(processes.gathered, build(chosen[0])(*arguments))
+            blocks = [place(data)]
+        params, state, key = place((params, state, key))
+        parts = []
+        for number, block in enumerate(blocks):
+            arguments = (params, state, block, key, number)
+            with naming_dials("testing the episodes", _DIALS):
+                if not chosen:
+                    chosen.append(fitting_chunk(build, arguments, min(_LARGEST_CHUNK, most)))
+                parts.append(jax.tree.map(processes.gathered, build(chosen[0])(*arguments)))
+        return jax.tree.map(lambda *values: np.concatenate(values)[:episodes], *parts)
 
     return evaluate
+
+
+def _stream(
+    sample: Sample, data: HostDataset, *, episodes: int, chunk: int | None, mesh: Mesh | None
+) -> EpisodeStream:
+    """The episodes of a test in blocks, which follow each other."""
+    devices = 1 if mesh is None else mesh.size
+    at_once = chunk or tasks_that_fit(sample, data, _LARGEST_CHUNK)
+    block = devices * min(at_once, episodes // devices)
+    keys = functools.partial(_block_keys, episodes, block)
+    return EpisodeStream(sample, data, keys, block, mesh=mesh, most_groups=1)
+
+
+def _gathered_blocks(stream: EpisodeStream, key: Array, episodes: int) -> Iterator[PyTree]:
+    bits = key_bits(key)
+    for number in range(-(-episodes // stream.tasks)):
+        yield stream.at(bits, number)[1]
+    stream.close()
+
+
+def _block_keys(episodes: int, block: int, key: Array, number: Array) -> Array:
+    """The random keys of a block of a test's episodes; the last block is filled with the first."""
+    rows = (number * block + jnp.arange(block)) % episodes
+    return jax.random.split(key, episodes)[rows]
 
 
 def _in_chunks(
@@ -123,12 +171,14 @@ def _in_chunks(
 ) -> Any:
     """The jitted test of some episodes, `chunk` of them vmapped at a time on each device."""
 
-    def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> Metrics:
-        def episode(key: Array) -> Metrics:
+    def share(params: PyTree, state: PyTree, data: PyTree, draws: tuple[Array, PyTree]) -> Metrics:
+        def episode(draw: tuple[Array, PyTree]) -> Metrics:
+            key, own = draw
             task_key, evaluate_key = jax.random.split(key)
-            return learner.evaluate(params, state, sample(task_key, data), evaluate_key)
+            task = sample(task_key, own_data(data, own))
+            return learner.evaluate(params, state, task, evaluate_key)
 
-        return jax.lax.map(episode, keys, batch_size=None if chunk == 1 else chunk)
+        return jax.lax.map(episode, draws, batch_size=None if chunk == 1 else chunk)
 
     if mesh is not None:
         everywhere, each = PartitionSpec(), PartitionSpec("task")
@@ -141,8 +191,10 @@ def _in_chunks(
         )
 
     @jax.jit
-    def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array) -> Metrics:
-        return share(params, state, data, jax.random.split(key, episodes))
+    def evaluate(params: PyTree, state: PyTree, data: PyTree, key: Array, number: Array) -> Metrics:
+        whole, own = split_tasks(data.group(number) if isinstance(data, Buffer) else data)
+        block = episodes if own is None else jax.tree.leaves(own)[0].shape[0]
+        return share(params, state, whole, (_block_keys(episodes, block, key, number), own))
 
     return evaluate
 

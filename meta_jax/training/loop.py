@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from meta_jax.core import Config, Objective, PyTree
+from meta_jax.host import naming_dials
 from meta_jax.lookup import UsageError, local_path
 from meta_jax.training import checkpoints, processes
 from meta_jax.training.checkpoints import CheckpointError
@@ -31,6 +32,10 @@ from meta_jax.training.writers import (
 
 # train state -> metrics; the parameters are the averaged ones, where the optimizer averages them
 Validate = Callable[[TrainState], Mapping[str, float]]
+_DIALS = (
+    "lower --task_chunk, give --remat or a cheaper --learner.adjoint, or take smaller episodes; "
+    "the run goes on from its last checkpoint"
+)
 _CALL_SECONDS = 2.0  # about what a compiled call takes, where a step takes less
 
 
@@ -167,7 +172,8 @@ def fit(
 
     Raises:
       UsageError: the numbers of `config` do not fit, `validate` does not give the objective's
-        metric, or another process is training in the workdir.
+        metric, another process is training in the workdir, or (`OutOfMemoryError`) a step or a
+        validation needs more memory than there is.
       TrainingDivergedError: a loss or a gradient is not finite, and the last good checkpoint stays;
         or no validation was finite.
       CheckpointError: nothing intact to resume from, checkpoints of another learner, or the disk is
@@ -302,8 +308,10 @@ def _advance(
 ) -> _Reached:
     """Makes one compiled call."""
     count, _ = reached.so_far
-    train_state, metrics, finite = train_loop(reached.train_state, data, steps, reached.so_far)
-    if not finite:
+    with naming_dials("a step of training", _DIALS):
+        train_state, metrics, finite = train_loop(reached.train_state, data, steps, reached.so_far)
+        diverged = not finite  # the device has done the steps when this is known
+    if diverged:
         step = int(train_state.step)
         last = processes.from_writer(functools.partial(checkpoints.latest_path, run.folder, step))
         saved = "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"

@@ -18,6 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meta_jax.concrete import check_finite
 from meta_jax.core import Array, MetaLearner, Metrics, PyTree, Sample, Tasks, Update, with_loss
+from meta_jax.data.dataset import HostDataset
+from meta_jax.data.streams import (
+    Buffer,
+    EpisodeStream,
+    key_bits,
+    own_data,
+    split_tasks,
+    task_data,
+)
 from meta_jax.lookup import UsageError
 from meta_jax.training import processes
 
@@ -78,7 +87,8 @@ def init_train_state(
             state = jax.tree.map(lambda s: jnp.broadcast_to(s, (task_batch, *s.shape)), state)
         return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params), run_key)
 
-    return start(jax.random.key(seed), tasks.data)
+    task_key = jax.random.split(jax.random.key(seed), 3)[1]
+    return start(jax.random.key(seed), task_data(tasks.sample, tasks.data, task_key))
 
 
 def _check_objective(learner: MetaLearner, tasks: Tasks) -> None:
@@ -116,7 +126,7 @@ def task_gradients(
       learner: The method.
       sample: Draws one task.
       params, state: The learner's; a state of scope 'task' has a leading axis [task_batch].
-      data: What `sample` draws from.
+      data: What `sample` draws from, or examples gathered for these tasks, from `Buffer.group`.
       keys: One random key for each task, [task_batch].
       task_chunk: Tasks vmapped at a time, on all devices together; divides the task batch.
       mesh: Devices to share each chunk among, along an axis 'task'.
@@ -130,24 +140,44 @@ def task_gradients(
       UsageError: a metric has a name of `RESERVED_METRICS`.
       ValueError: a metric is not a scalar.
     """
-    if mesh is not None:
-        return _shared_gradients(learner, sample, params, state, data, keys, task_chunk, mesh)
+    shared, own = split_tasks(data)
+    gradients = _gradients if mesh is None else functools.partial(_shared_gradients, mesh)
+    return gradients(learner, sample, params, state, shared, _Draws(keys, own), task_chunk)
+
+
+class _Draws(NamedTuple):
+    """What each task of a batch is drawn by, leaves [tasks, ...]."""
+
+    keys: Array
+    own: PyTree  # its own examples; None where tasks are drawn from shared data alone
+
+
+def _gradients(
+    learner: MetaLearner,
+    sample: Sample,
+    params: PyTree,
+    state: PyTree,
+    data: PyTree,
+    draws: _Draws,
+    task_chunk: int,
+) -> tuple[PyTree, PyTree, Metrics]:
+    """`task_gradients` on one device."""
     per_task = learner.state_scope == "task"
-    chunks = keys.shape[0] // task_chunk
+    chunks = draws.keys.shape[0] // task_chunk
     gradient_of = jax.grad(functools.partial(_chunk_loss, learner, sample), has_aux=True)
     if chunks == 1:
-        gradient, (state, metrics) = gradient_of(params, state, data, keys)
+        gradient, (state, metrics) = gradient_of(params, state, data, draws)
         return gradient, state, metrics
 
-    def body(total: PyTree, inputs: tuple[Array, PyTree]) -> tuple[PyTree, PyTree]:
-        chunk_keys, chunk_states = inputs
+    def body(total: PyTree, inputs: tuple[_Draws, PyTree]) -> tuple[PyTree, PyTree]:
+        chunk_draws, chunk_states = inputs
         states = chunk_states if per_task else state
-        gradient, (states, metrics) = gradient_of(params, states, data, chunk_keys)
+        gradient, (states, metrics) = gradient_of(params, states, data, chunk_draws)
         total = jax.tree.map(_add, total, (gradient, {} if per_task else states))
         return total, (states if per_task else {}, metrics)
 
     inputs = jax.tree.map(
-        lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), (keys, state if per_task else {})
+        lambda a: a.reshape(chunks, task_chunk, *a.shape[1:]), (draws, state if per_task else {})
     )
     start = jax.tree.map(_zeros, (params, {} if per_task else state))
     total, (states, metrics) = jax.lax.scan(body, start, inputs)
@@ -158,11 +188,12 @@ def task_gradients(
 
 
 def _task_loss(
-    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, key: Array
+    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, draw: _Draws
 ) -> tuple[Array, tuple[PyTree, Metrics]]:
     """(loss, (state, metrics)) of one freshly drawn task."""
-    task_key, loss_key = jax.random.split(key)
-    loss, aux = learner.loss(params, state, sample(task_key, data), loss_key)
+    task_key, loss_key = jax.random.split(draw.keys)
+    task = sample(task_key, own_data(data, draw.own))
+    loss, aux = learner.loss(params, state, task, loss_key)
     for name, metric in aux.metrics.items():
         if jnp.ndim(metric):
             raise ValueError(
@@ -173,18 +204,18 @@ def _task_loss(
 
 
 def _chunk_loss(
-    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, keys: Array
+    learner: MetaLearner, sample: Sample, params: PyTree, state: PyTree, data: PyTree, draws: _Draws
 ) -> tuple[Array, tuple[PyTree, Metrics]]:
     """(mean loss, (state, mean metrics)) of the tasks of one chunk."""
     per_task = learner.state_scope == "task"
     task = functools.partial(_task_loss, learner, sample)
-    if keys.shape[0] == 1:
+    if draws.keys.shape[0] == 1:
         # A batch axis of one would cost the compiler its plain matrix products.
         one = jax.tree.map(lambda s: s[0], state) if per_task else state
-        loss, (after, metrics) = task(params, one, data, keys[0])
+        loss, (after, metrics) = task(params, one, data, jax.tree.map(lambda d: d[0], draws))
         return loss, (jax.tree.map(lambda s: s[None], after) if per_task else after, metrics)
     axes = (None, 0 if per_task else None, None, 0)
-    losses, (states, metrics) = jax.vmap(task, axes)(params, state, data, keys)
+    losses, (states, metrics) = jax.vmap(task, axes)(params, state, data, draws)
     state = states if per_task else mean_state(states)
     return losses.mean(), (state, jax.tree.map(lambda m: m.mean(0), metrics))
 
@@ -204,24 +235,22 @@ def mean_state(states: PyTree) -> PyTree:
 
 
 def _shared_gradients(
+    mesh: Mesh,
     learner: MetaLearner,
     sample: Sample,
     params: PyTree,
     state: PyTree,
     data: PyTree,
-    keys: Array,
+    draws: _Draws,
     task_chunk: int,
-    mesh: Mesh,
 ) -> tuple[PyTree, PyTree, Metrics]:
     """`task_gradients`, each chunk shared among devices."""
     per_task = learner.state_scope == "task"
     mean = functools.partial(jax.lax.pmean, axis_name="task")
 
-    def share(params: PyTree, state: PyTree, data: PyTree, keys: Array) -> tuple:
+    def share(params: PyTree, state: PyTree, data: PyTree, draws: _Draws) -> tuple:
         chunk = task_chunk // mesh.size
-        gradient, state, metrics = task_gradients(
-            learner, sample, params, state, data, keys, task_chunk=chunk
-        )
+        gradient, state, metrics = _gradients(learner, sample, params, state, data, draws, chunk)
         if not per_task:  # counters are the same on every device
             state = jax.tree.map(lambda s: mean(s) if _is_real(s) else s, state)
         return mean(gradient), state, mean(metrics)
@@ -236,7 +265,7 @@ def _shared_gradients(
         in_specs=(everywhere, of_state, everywhere, each),
         out_specs=(everywhere, of_state, everywhere),
         check_vma=False,
-    )(params, state, data, keys)
+    )(params, state, data, draws)
 
 
 def _is_real(leaf: Array) -> bool:
@@ -289,7 +318,7 @@ def make_outer_step(
 
     def outer_step(train_state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         step, params, state, opt_state, key = train_state
-        keys = jax.random.split(jax.random.fold_in(key, step), task_batch)
+        keys = step_keys(task_batch, key, step)
 
         def gradients(params: PyTree) -> tuple[PyTree, PyTree, Metrics]:
             return task_gradients(
@@ -323,11 +352,51 @@ def _own_step(
 ) -> tuple[TrainState, Metrics]:
     """One outer step of a learner that has an update of its own."""
     step, params, state, opt_state, key = train_state
-    keys = jax.random.split(jax.random.fold_in(key, step), task_batch)
+    if split_tasks(data)[1] is not None:
+        raise UsageError(
+            "a learner with an update of its own draws its tasks from all of the data, which must "
+            "be on the device: use placement 'device'"
+        )
+    keys = step_keys(task_batch, key, step)
     params, state, opt_state, metrics = update(
         optimizer, sample, params, state, opt_state, data, keys, mesh=mesh
     )
     return TrainState(step + 1, params, state, opt_state, key), metrics
+
+
+def step_keys(task_batch: int, key: Array, step: Array) -> Array:
+    """The random keys of the tasks of a step, [task_batch].
+
+    Args:
+      task_batch: Tasks in a step.
+      key: Key of the run.
+      step: Number of the step.
+    """
+    return jax.random.split(jax.random.fold_in(key, step), task_batch)
+
+
+def training_data(
+    tasks: Tasks, *, task_batch: int, mesh: Mesh | None = None
+) -> PyTree | EpisodeStream:
+    """What outer steps draw their tasks from: the tasks' data, or a stream of those on the host.
+
+    Args:
+      tasks: Training tasks.
+      task_batch: Tasks in a step.
+      mesh: Devices that share the tasks, from `task_mesh`.
+
+    Returns:
+      What the function of `make_train_loop` takes as data, and `fit`. Tasks of a stream are those
+      that are drawn on the device by the same key.
+
+    Raises:
+      UsageError: data are on the host, and grain is not installed, the tasks are of a sampler that
+        cannot be streamed, or those of a step need more than the memory that data may take.
+    """
+    if not isinstance(tasks.data, HostDataset):
+        return tasks.data
+    keys = functools.partial(step_keys, task_batch)
+    return EpisodeStream(tasks.sample, tasks.data, keys, task_batch, mesh=mesh)
 
 
 def shared_chunk(task_batch: int, task_chunk: int | None, devices: int) -> int:
@@ -412,14 +481,32 @@ class CompiledLoop:
     def __init__(self, outer_step: OuterStep) -> None:
         """Compiles nothing yet."""
         # Traced once for the shapes and the loop alike.
-        self._step = jax.jit(outer_step, inline=True)
+        self._step = jax.jit(functools.partial(_step_on, outer_step), inline=True)
         self._run = jax.jit(self._many_steps, donate_argnums=0)
 
     def __call__(
         self, train_state: TrainState, data: PyTree, steps: int, so_far: SoFar | None = None
     ) -> tuple[TrainState, Metrics, Array]:
         """Runs `steps` more steps."""
+        if isinstance(data, EpisodeStream):
+            return self._run_stream(train_state, data, steps, so_far or SoFar(0, {}))
         return self._run(*self.arguments(train_state, data, steps, so_far))
+
+    def _run_stream(
+        self, train_state: TrainState, stream: EpisodeStream, steps: int, so_far: SoFar
+    ) -> tuple[TrainState, Metrics, Array]:
+        """Runs the steps of one buffer after another."""
+        step, bits = int(train_state.step), key_bits(train_state.key)
+        end = step + steps
+        while True:
+            left, buffer = stream.at(bits, step)
+            run = min(left, end - step)
+            train_state, metrics, finite = self._run(
+                *self.arguments(train_state, buffer, run, so_far)
+            )
+            step, so_far = step + run, SoFar(so_far.steps + run, metrics)
+            if step == end or not finite:
+                return train_state, metrics, finite
 
     def arguments(
         self, train_state: TrainState, data: PyTree, steps: Any, so_far: SoFar | None = None
@@ -458,6 +545,15 @@ class CompiledLoop:
         return train_state, mean, finite
 
 
+def _step_on(
+    outer_step: OuterStep, train_state: TrainState, data: PyTree
+) -> tuple[TrainState, Metrics]:
+    """A step on data, or on a buffer of examples that were gathered for some steps."""
+    if isinstance(data, Buffer):
+        data = data.group(train_state.step)
+    return outer_step(train_state, data)
+
+
 def make_train_loop(outer_step: OuterStep) -> CompiledLoop:
     """Builds a compiled call of many outer steps, however many are asked for.
 
@@ -465,7 +561,8 @@ def make_train_loop(outer_step: OuterStep) -> CompiledLoop:
       outer_step: One step, from `make_outer_step`.
 
     Returns:
-      A function (train state, data, steps, so_far=None) -> (train state, mean metrics, finite). It
+      A function (train state, data, steps, so_far=None) -> (train state, mean metrics, finite),
+      whose data may be a stream from `training_data`. It
       runs `steps` more steps and donates the train state it is given. The means take in the steps
       of `so_far`, their number and their means: several calls give bitwise the state and the means
       of one. Where a loss or a gradient is not finite, it stops behind that step and `finite` is
@@ -492,7 +589,7 @@ def place(
 
     Args:
       train_state: State from `init_train_state`.
-      data: What the tasks are drawn from.
+      data: What the tasks are drawn from, from `training_data`.
       mesh: Devices, from `task_mesh`.
       per_task: Whether the learner's state scope is 'task': each device has its own tasks' states.
     """
@@ -500,6 +597,8 @@ def place(
     state = NamedSharding(mesh, PartitionSpec("task")) if per_task else everywhere
     placed = processes.put(train_state._replace(state=()), everywhere)
     placed = placed._replace(state=processes.put(train_state.state, state))
+    if isinstance(data, EpisodeStream):  # its buffers are where it was told to put them
+        return placed, data
     return placed, processes.put(data, everywhere)
 
 

@@ -13,6 +13,7 @@ import jax
 
 from meta_jax.core import Episode, MetaLearner, PyTree, Tasks, check_metrics
 from meta_jax.data.source import EpisodeSize, load_source
+from meta_jax.data.streams import task_shapes
 from meta_jax.lookup import UsageError, load_attribute, local_path
 from meta_jax.objectives import check_several_ways
 from meta_jax.reinforcement.environment import Problem
@@ -55,7 +56,7 @@ def make_config(
             f"the objective of metric '{objective.metric}' has no name: name it as it is imported, "
             "objective._replace(name='package.module:attribute')"
         )
-    task = jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+    task = task_shapes(tasks)
     y: Any = task.query.y if isinstance(task, Episode) else None
     if objective.kind == "classification" and getattr(y, "ndim", 0) == 2:
         check_several_ways(y)
@@ -223,7 +224,7 @@ def _task_like(description: Any) -> PyTree:
         return jax.ShapeDtypeStruct(shape, dtype)
     if "problem" in description:
         tasks = load_source(**description["problem"]).tasks("train", _ANY_SIZE, train=False)
-        return jax.eval_shape(tasks.sample, jax.random.key(0), tasks.data)
+        return task_shapes(tasks)
     if "dict" in description:
         return {name: _task_like(value) for name, value in description["dict"].items()}
     if "type" in description:

@@ -28,6 +28,10 @@ def test_arrays_come_back_as_they_were(folder, array):
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
     assert found.size == 0 or found.ctypes.data % 64 == 0
+    mapped = load_cached("a", mapped=True)
+    assert isinstance(mapped, np.memmap) == (array.size > 0)
+    assert mapped.dtype == array.dtype
+    np.testing.assert_array_equal(mapped, array)
     assert [path.name for path in folder.iterdir()] == ["a.npy"]
 
 
@@ -45,6 +49,7 @@ def test_every_damage_counts_as_absent(folder):
         # Parts of the header say nothing, such as the byte order of bytes.
         same = found is not None and found.dtype == array.dtype and np.array_equal(found, array)
         assert found is None or (same and place < len(whole) - 232), place
+        assert (load_cached("a", mapped=True) is None) == (found is None)
     for length in (0, 5, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert load_cached("a") is None, length
@@ -61,8 +66,9 @@ def test_without_a_place_to_write_all_works_with_one_warning(tmp_path, monkeypat
     monkeypatch.setattr(cache, "_warned", set())
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
-    for _ in range(2):
-        store_cached("a", np.arange(3))
+    for mapped in (False, True):
+        kept = store_cached("a", np.arange(3), mapped=mapped)
+        np.testing.assert_array_equal(kept, np.arange(3))
         assert load_cached("a") is None
     assert len(warnings) == 1
     assert "META_JAX_CACHE" in warnings[0]

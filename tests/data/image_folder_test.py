@@ -70,6 +70,8 @@ def test_the_source_passes_the_path_and_settings(folder):
         "split_fractions": None,
         "allow_shared_classes": False,
         "cache": True,
+        "placement": "device",
+        "device_memory": None,
     }
     assert source.preprocessing == {
         "kind": "image",

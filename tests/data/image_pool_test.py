@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from meta_jax.data import image_pool
-from meta_jax.data.dataset import DataError
+from meta_jax.data.dataset import DataError, HostDataset, Storage
 from meta_jax.data.decoding import Encoded
 from meta_jax.data.image_pool import ImageClass, ImagePool, any_colour
 
@@ -93,3 +93,14 @@ def test_any_colour_passes_over_what_does_not_decode():
     ]
     assert not any_colour(grey, 4)
     assert any_colour([*grey, _image((200, 0, 0), "RGB")], 4)
+
+
+def test_on_the_host_a_kept_split_is_mapped_and_another_is_not():
+    images = [_image(value) for value in (3, 4)]
+    for identity, is_mapped in ((lambda split: "pool on the host", True), (None, False)):
+        for _ in range(2):  # decoded, and read back
+            pool = _pool(images, images, identity=identity, storage=Storage("host"))
+            dataset = pool.splits().datasets["train"]
+            assert isinstance(dataset, HostDataset)
+            assert isinstance(dataset.examples.base, np.memmap) == is_mapped
+            np.testing.assert_array_equal(dataset.examples[:, 0, 0, 0], [3, 4])

@@ -217,6 +217,8 @@ def test_the_source_passes_its_settings(made_up):
         "augment": "none",
         "polarity": "ink_light",
         "objective": "cross_entropy",
+        "placement": "device",
+        "device_memory": None,
     }
     assert source.preprocessing["polarity"] == "ink_light"
     data = source.tasks("test", EpisodeSize(5, 1, 1), train=False).data

@@ -273,6 +273,8 @@ def test_every_setting_of_every_source_has_a_sentence():
         "augment",
         "polarity",
         "objective",
+        "placement",
+        "device_memory",
     ]
 
 

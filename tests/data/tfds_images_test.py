@@ -112,6 +112,8 @@ def test_the_source_passes_the_name_and_settings(toy):
         "split_seed": 1,
         "split_fractions": None,
         "cache": True,
+        "placement": "device",
+        "device_memory": None,
     }
     assert source.preprocessing["channels"] == 1
     expected = load_tfds_images("toy", data_dir=toy, image_size=5, seed=1)

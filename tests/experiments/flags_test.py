@@ -4,7 +4,9 @@ import doctest
 import functools
 import json
 from typing import Literal
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
@@ -14,6 +16,7 @@ from experiments.command_line import Chosen, read_setting
 from meta_jax import registry
 from meta_jax.core import Batch, Episode, MetaLearner, Network
 from meta_jax.data.source import EpisodeSize, TaskSource, load_source, source_from_sampler
+from meta_jax.host import OutOfMemoryError
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.objectives import as_objective
@@ -454,3 +457,24 @@ def test_the_examples_in_the_docstrings_are_true(module):
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.failed == 0
     assert found.attempted > 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes"),
+        MemoryError("Unable to allocate 9 TiB"),
+        OutOfMemoryError("a step needs more memory than there is: lower it"),
+    ],
+)
+def test_exhausted_memory_ends_a_binary_in_one_line(error, capsys):
+    def main(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.guarded(main, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    other = jax.errors.JaxRuntimeError("INTERNAL: a fault of XLA")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        command_line.guarded(mock.Mock(side_effect=other), [])

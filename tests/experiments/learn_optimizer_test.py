@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from meta_jax.lookup import UsageError
@@ -134,6 +135,15 @@ def test_a_folder_without_a_rule_is_refused(tmp_path):
 def test_weights_are_not_read_as_another_rule(trained):
     workdir, _ = trained
     assert_refused(command("learn_optimizer", f"--weights={workdir}", "--rule=lstm"), "rule")
+
+
+def test_examples_on_the_host_are_refused(tmp_path):
+    file = tmp_path / "points.npz"
+    np.savez(file, x=np.zeros((40, 3), np.float32), label=np.arange(40) % 10)
+    flags = (f"--tasks=features:{file}", "--family=mlp", "--tasks.placement=host", "--ways=2")
+    found = command("learn_optimizer", *flags, "--shots=2", f"--workdir={tmp_path / 'run'}")
+    assert_refused(found, "use --tasks.placement=device")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_shows_the_settings_of_what_is_chosen_and_no_others():

@@ -52,6 +52,15 @@ class TestClaimWorkdir:
             records.claim_workdir(tmp_path, changed(config, learner={"network": half}))
         assert read_config(tmp_path) == config
 
+    def test_dials_of_memory_may_change(self, tmp_path, config):
+        records.claim_workdir(tmp_path, config)
+        dials = {"tasks.placement": "host", "tasks.device_memory": 8.0, "task_chunk": 1}
+        where = {"placement": "host", "device_memory": 8.0}
+        turned = changed(config, tasks=where, run={"task_chunk": 1})
+        records.claim_workdir(tmp_path, turned)
+        (entry,) = read_config(tmp_path)["history"]
+        assert entry["changed"] == {name: [None, value] for name, value in dials.items()}
+
     def test_its_steps_may_grow(self, tmp_path, config):
         records.claim_workdir(tmp_path, config)
         checkpoints.save_step(tmp_path / "checkpoints", 7, PARAMS, {"step": 7})

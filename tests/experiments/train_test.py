@@ -245,3 +245,20 @@ def test_tests_and_validations_take_the_chunk_and_find_the_same(weights):
     assert tested[0].ci95 > 0
     validated = [program.validate(program.start)["loss"] for program in programs]
     assert validated[0] == pytest.approx(validated[1], rel=1e-5)
+
+
+def test_dials_of_memory_change_no_result():
+    values = run_flags.run_values([*SMALL, "--learner=fomaml", "--network.widths=5"])
+    turned = run_flags.run_values(
+        [*SMALL, "--learner=fomaml", "--network.widths=5", "--task_chunk=2", "--remat"]
+    )
+    found = []
+    for given, asked, val_chunk in (
+        (values, ASKED, None),
+        (turned, ASKED._replace(chunk=4, query_chunk=2), 2),
+    ):
+        program = train.build_program(runs.build_run(given, SOURCE), asked, val_chunk=val_chunk)
+        state, metrics, _ = program.train_loop(program.start, program.data, 2)
+        scores = program.test(state.params, state.state).metrics
+        found.append((state.params, metrics, scores, program.validate(state)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)

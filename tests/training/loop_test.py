@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from meta_jax.core import Batch, Episode, Objective, Tasks
+from meta_jax.host import OutOfMemoryError
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.flatten import flatten
@@ -41,6 +42,34 @@ def sample(key, data):
 DATA = jnp.zeros(3)
 TASKS = Tasks(sample, DATA, cross_entropy)
 TRAIN = make_train_loop(make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=2))
+
+
+class TestExhaustedMemory:
+    def exhausted(self, *arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    def test_a_step_names_its_dials_and_the_same_call_goes_on(self, tmp_path):
+        def late(train_state, *arguments):
+            run = TRAIN if int(train_state.step) < 9 else self.exhausted
+            return run(train_state, *arguments)
+
+        with pytest.raises(OutOfMemoryError, match=r"a step of training.*lower --task_chunk"):
+            train(tmp_path, late)
+        said = []
+        assert train(tmp_path, said=said).finished
+        assert said == ["resuming at step 8 of 17"]
+
+    def test_a_validation_names_its_dials(self, tmp_path):
+        learner = LEARNER._replace(evaluate=self.exhausted)
+        with pytest.raises(OutOfMemoryError, match=r"--eval_chunk \(--val_chunk of a validation\)"):
+            train(tmp_path, validate=make_validate(learner, TASKS, episodes=2))
+
+    def test_another_error_of_the_device_stays_as_it_is(self, tmp_path):
+        def broken(*arguments):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no memory of that")
+
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            train(tmp_path, broken)
 
 
 class Interrupted(Exception):

@@ -414,22 +414,24 @@ EIGHT_DEVICES = """
 import json
 import jax, jax.numpy as jnp, numpy as np, optax
 from meta_jax.core import LossAux, Tasks
-from meta_jax.data.dataset import dataset_from_classes
-from meta_jax.data.episodes import EpisodeSpec, sample_episode
+from meta_jax.data.dataset import Storage, dataset_from_classes
+from meta_jax.data.episodes import EpisodeSampler, EpisodeSpec, draw_episode, sample_episode
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.conv4 import strided_conv4
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy
 from meta_jax.data.source import EpisodeSize
+from meta_jax.data.streams import key_bits
 from meta_jax.optimization_based.maml import maml
 from meta_jax.reinforcement import bandit, rl2, source_from_environment
 from meta_jax.training.outer_step import (
-    init_train_state, make_outer_step, make_train_loop, task_mesh
+    init_train_state, make_outer_step, make_train_loop, training_data, task_mesh
 )
 from tests.checkers import key_and_leak_checks
 
 jax.config.update("jax_disable_most_optimizations", True)
-data = dataset_from_classes(np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8))
+classes = np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8)
+data, on_host = (dataset_from_classes(classes, storage=Storage(s)) for s in ("device", "host"))
 sample = lambda key, data: sample_episode(key, data, EpisodeSpec(4, 1, 3, "per_class"))
 optimizer = optax.adam(1e-2)
 def shared(mesh):
@@ -470,7 +472,9 @@ episodes = Tasks(sample, data, cross_entropy)
 pulls = source_from_environment(bandit(arms=2, pulls=3)).tasks(
     "train", EpisodeSize(1, 1, 1), train=True
 )
+streamed = Tasks(EpisodeSampler(draw_episode, EpisodeSpec(4, 1, 3)), on_host, cross_entropy)
 learners = {
+    "streamed": (unshared(small), streamed, 8, None),
     "shared state": (unshared(averaging), episodes, 8, None),
     "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), episodes, 8, 1),
     "state of a task": (unshared(counting), episodes, 16, 8),
@@ -492,7 +496,13 @@ for name, (learner_of, tasks, batch, chunk) in learners.items():
         train_state = init_train_state(learner, optimizer, tasks, 0, task_batch=batch)
         start = jax.tree.map(np.asarray, train_state.params)
         loop = make_train_loop(step)
-        arguments = loop.arguments(train_state, tasks.data, 5)
+        drawn_from = tasks.data
+        if drawn_from is on_host:
+            stream = training_data(tasks, task_batch=batch, mesh=mesh)
+            drawn_from = stream.at(key_bits(train_state.key), 0)[1]
+            shares = {shard.data.shape[1] for shard in drawn_from.data.examples.addressable_shards}
+            assert shares == {batch // len(devices)}, shares
+        arguments = loop.arguments(train_state, drawn_from, 5)
         run = loop.lower(*arguments).compile()
         train_state, metrics, finite = run(*arguments)
         assert finite
@@ -525,7 +535,7 @@ def test_eight_devices_train_as_one_does():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results["devices"] == 8
-    for name in ("shared state", "maml", "state of a task", "ppo", "images"):
+    for name in ("streamed", "shared state", "maml", "state of a task", "ppo", "images"):
         assert results[name]["apart"] < 1e-9, results
         assert results[name]["moved"] > 1e-2, results
         assert results[name]["shared"], results

@@ -19,6 +19,7 @@ from meta_jax.core import (
     PyTree,
     Tasks,
 )
+from meta_jax.host import naming_dials
 from meta_jax.lookup import UsageError
 from meta_jax.networks.normalisation import embed_queries, embed_support
 from meta_jax.objectives import as_objective, cross_entropy
@@ -302,8 +303,12 @@ def make_training_curves(
             one, jax.random.split(key, num_tasks), batch_size=min(task_chunk, num_tasks)
         )
 
-    # The data is an argument, so that it is not compiled in.
-    return lambda meta, key: curves(meta, tasks.data, key)
+    def measure(meta: PyTree, key: Array) -> Array:
+        with naming_dials("training the problems", "lower --eval_chunk or --test_tasks"):
+            # The data is an argument, so that it is not compiled in.
+            return jax.block_until_ready(curves(meta, tasks.data, key))
+
+    return measure
 
 
 def _one_curve(run: Run, tasks: Tasks, steps: int, meta: PyTree, data: PyTree, key: Array) -> Array:
