@@ -23,9 +23,10 @@ from unittest import mock
 from absl import flags
 
 from experiments import command_line, run_flags, train
-from meta_jax import registry
+from meta_jax import host, registry
 
 HELD = "held"
+MEMORY = 16 * 10**9  # bytes that are taken to be there
 _SMALL = "--tasks.image_size=16 --ways=3 --queries=2"
 _CURVES = "--tasks=sinusoid --learner=fomaml --network.widths=4"
 _OMNIGLOT = "--tasks=omniglot --data_dir"
@@ -420,8 +421,13 @@ def all_tried() -> Iterator[Tried]:
 
 def main() -> int:
     """Prints the table, and what did not hold."""
+    with mock.patch.object(host, "available_memory", lambda: MEMORY):
+        return _print_table(all_tried())
+
+
+def _print_table(found: Iterable[Tried]) -> int:
     tried, held = collections.Counter(), collections.Counter()
-    for one in all_tried():
+    for one in found:
         tried[one.kind] += 1
         held[one.kind] += one.held
         if not one.held:

@@ -8,7 +8,6 @@ from experiments.command_line import read_setting
 from meta_jax import host, registry
 from tests import bad_inputs, bad_inputs_of_tests
 
-MEMORY = 16 * 10**9
 KINDS = ("learner", "network", "tasks", "optimizer", "rule", "family", "estimator")
 # Each of them trains; the figures in docs/faults.md are of all.
 DAMAGES = (*("metrics.jsonl: line b''", "config.json: optimizer 7", "config.json: steps a text"),)
@@ -19,7 +18,7 @@ EVERY = 9  # line of the other binaries; the figures are of all
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """What fits the memory does not depend on the machine of the tests."""
-    monkeypatch.setattr(host, "available_memory", lambda: MEMORY)
+    monkeypatch.setattr(host, "available_memory", lambda: bad_inputs.MEMORY)
 
 
 @pytest.mark.parametrize("kind", KINDS)

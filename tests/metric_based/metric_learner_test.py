@@ -70,13 +70,9 @@ def close(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), a, b)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("prototypical", mode) for mode in MODES]
-    + [(name, "batch") for name in LEARNERS if name != "prototypical"],
-)
-def test_rubbish_in_padding_changes_nothing(x64, name, mode):
-    learner = build(name, mode)
+@pytest.mark.parametrize("mode", MODES)
+def test_rubbish_in_padding_changes_nothing(x64, mode):
+    learner = build("prototypical", mode)
     params, state = initial(learner)
     training = jax.jit(jax.value_and_grad(learner.loss, has_aux=True))
     testing = jax.jit(learner.evaluate)

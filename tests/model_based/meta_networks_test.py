@@ -209,22 +209,6 @@ def test_the_embedding_s_fast_weights_depend_on_every_support_example():
         assert abs(after - before).max() > 1e-6
 
 
-def padded(batch, rubbish=1e9):
-    """Two more rows, of rubbish, in front and behind."""
-    n = len(batch.y)
-    mask = jnp.asarray([False, *[True] * n, False])
-    rows = np.array([0, *range(n), 1])
-    x = jnp.where(mask[:, None, None, None], batch.x[rows], rubbish)
-    return Batch(x, batch.y[rows], mask)
-
-
-def test_rubbish_in_padding_changes_nothing():
-    training = jax.jit(jax.value_and_grad(LEARNER.loss, has_aux=True))
-    expected = training(params(), {}, episode(), KEY)
-    found = training(params(), {}, Episode(*map(padded, episode())), KEY)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, expected)
-
-
 def test_bfloat16_gives_finite_bfloat16():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params(), episode()))
     found = jax.jit(jax.grad(LEARNER.loss, has_aux=True))(half[0], {}, half[1], KEY)
