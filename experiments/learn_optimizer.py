@@ -58,11 +58,11 @@ from meta_jax.training.outer_step import (
     TrainState,
     init_train_state,
     make_outer_step,
-    make_train_loop,
     place,
     task_mesh,
 )
 from meta_jax.training.record import make_config, read_config
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.writers import output_file, read_metrics, write_text
 
 FLAGS = flags.FLAGS

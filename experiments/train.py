@@ -37,16 +37,15 @@ from meta_jax.training.evaluation import make_validate
 from meta_jax.training.lock import lock_workdir
 from meta_jax.training.loop import FitResult, Validate, fit
 from meta_jax.training.outer_step import (
-    TrainLoop,
     TrainState,
     init_train_state,
     make_outer_step,
-    make_train_loop,
     place,
     task_mesh,
     training_data,
 )
 from meta_jax.training.record import read_config
+from meta_jax.training.train_loop import TrainLoop, make_train_loop
 from meta_jax.training.trained import Trained, load, load_parameters
 from meta_jax.training.writers import read_metrics, write_text
 

@@ -35,11 +35,11 @@ from meta_jax.training.loop import FitResult, LoopConfig, fit
 from meta_jax.training.outer_step import (
     init_train_state,
     make_outer_step,
-    make_train_loop,
     place,
     task_mesh,
     training_data,
 )
+from meta_jax.training.train_loop import make_train_loop
 
 LEARNERS = {"prototypical": prototypical, "maml": maml, "reptile": reptile}
 LEARNERS["streamed"] = prototypical  # with its examples on the host

@@ -35,10 +35,10 @@ from meta_jax.lookup import UsageError
 from meta_jax.training.outer_step import (
     init_train_state,
     make_outer_step,
-    make_train_loop,
     place,
     task_mesh,
 )
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.writers import write_text
 
 FLAGS = flags.FLAGS

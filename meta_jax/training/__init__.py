@@ -14,13 +14,13 @@ from meta_jax.training.outer_step import (
     TrainState,
     init_train_state,
     make_outer_step,
-    make_train_loop,
     place,
     task_gradients,
     task_mesh,
     training_data,
 )
 from meta_jax.training.record import make_config, write_config
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.trained import (
     Trained,
     load,

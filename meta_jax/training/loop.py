@@ -21,7 +21,8 @@ from meta_jax.training import checkpoints, processes
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.lock import lock_workdir
 from meta_jax.training.optimizers import averaged_params
-from meta_jax.training.outer_step import SoFar, TrainLoop, TrainState
+from meta_jax.training.outer_step import TrainState
+from meta_jax.training.train_loop import SoFar, TrainLoop
 from meta_jax.training.writers import (
     MetricsWriter,
     OnMetrics,

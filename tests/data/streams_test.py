@@ -14,12 +14,8 @@ from meta_jax.data.streams import key_bits, task_data, task_shapes
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import cross_entropy
 from meta_jax.training.evaluation import make_evaluate
-from meta_jax.training.outer_step import (
-    init_train_state,
-    make_outer_step,
-    make_train_loop,
-    training_data,
-)
+from meta_jax.training.outer_step import init_train_state, make_outer_step, training_data
+from meta_jax.training.train_loop import make_train_loop
 
 CLASSES = [np.random.default_rng(k).integers(0, 256, (60, 4, 4, 1), np.uint8) for k in range(12)]
 SIZE = EpisodeSize(3, 1, 2)

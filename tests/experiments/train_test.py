@@ -15,8 +15,9 @@ from experiments.testing import Asked
 from meta_jax.core import Batch, Episode
 from meta_jax.data.source import source_from_sampler
 from meta_jax.lookup import UsageError
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
 from meta_jax.training.record import read_config
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.trained import load, load_parameters
 from meta_jax.training.writers import read_metrics
 

@@ -24,7 +24,8 @@ from meta_jax.objectives import (
     squared_error,
     trial_return,
 )
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
+from meta_jax.training.train_loop import make_train_loop
 from tests.small_networks import normalised
 
 READERS = ("mean", "cross_attention", "target_masked", "snail")

@@ -14,7 +14,8 @@ from meta_jax.objectives import cross_entropy
 from meta_jax.reinforcement.maml_rl import maml_rl
 from meta_jax.reinforcement.policy_adaptation import sample_trajectories
 from meta_jax.reinforcement.rollout import Percept
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
+from meta_jax.training.train_loop import make_train_loop
 from tests.checkers import key_and_leak_checks
 
 TASKS = load_source("navigation", horizon=8).tasks("train", EpisodeSize(1, 1, 1), train=True)

@@ -18,8 +18,9 @@ from meta_jax.reinforcement.rollout import Agent, Percept, run_trial
 from meta_jax.reinforcement.tabular_mdp import tabular_mdp
 from meta_jax.reinforcement.trial_policy import percept_vector
 from meta_jax.training.evaluation import make_evaluate
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
 from meta_jax.training.record import make_config
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.trained import Trained, load, save_trained
 from tests.checkers import key_and_leak_checks
 

@@ -23,8 +23,9 @@ from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.evaluation import make_validate
 from meta_jax.training.loop import LoopConfig, TrainingDivergedError, fit, is_better
 from meta_jax.training.optimizers import average_params, averaged_params
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
 from meta_jax.training.record import make_config, write_config
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.trained import load
 from meta_jax.training.writers import read_metrics
 

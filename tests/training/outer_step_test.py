@@ -19,18 +19,17 @@ from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
 from meta_jax.objectives import cross_entropy, squared_error
 from meta_jax.training.outer_step import (
-    SoFar,
     TrainState,
     default_task_chunk,
     gradient_norm,
     init_train_state,
     make_outer_step,
-    make_train_loop,
     mean_state,
     shared_chunk,
     task_gradients,
     task_mesh,
 )
+from meta_jax.training.train_loop import SoFar, make_train_loop
 from tests.checkers import key_and_leak_checks
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -425,8 +424,12 @@ from meta_jax.data.streams import key_bits
 from meta_jax.optimization_based.maml import maml
 from meta_jax.reinforcement import bandit, rl2, source_from_environment
 from meta_jax.training.outer_step import (
-    init_train_state, make_outer_step, make_train_loop, training_data, task_mesh
+    init_train_state,
+    make_outer_step,
+    training_data,
+    task_mesh,
 )
+from meta_jax.training.train_loop import make_train_loop
 from tests.checkers import key_and_leak_checks
 
 jax.config.update("jax_disable_most_optimizations", True)

@@ -25,13 +25,14 @@ from meta_jax.training import checkpoints
 from meta_jax.training.checkpoints import CheckpointError
 from meta_jax.training.loop import LoopConfig, fit
 from meta_jax.training.optimizers import average_params, averaged_params
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
 from meta_jax.training.record import (
     describe_task,
     make_config,
     read_config,
     write_config,
 )
+from meta_jax.training.train_loop import make_train_loop
 from meta_jax.training.trained import (
     Trained,
     load,

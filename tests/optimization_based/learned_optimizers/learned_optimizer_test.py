@@ -43,7 +43,8 @@ from meta_jax.optimization_based.learned_optimizers.quadratics import (
 )
 from meta_jax.optimization_based.learned_optimizers.tuning import tune_learning_rate
 from meta_jax.optimization_based.learner import gradient_learner
-from meta_jax.training.outer_step import init_train_state, make_outer_step, make_train_loop
+from meta_jax.training.outer_step import init_train_state, make_outer_step
+from meta_jax.training.train_loop import make_train_loop
 from tests.checkers import key_and_leak_checks
 from tests.optimization_based.tasks import (
     KEY,
