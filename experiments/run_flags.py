@@ -12,10 +12,16 @@ from meta_jax.precision import PRECISIONS
 from meta_jax.ranges import LARGEST_INT
 from meta_jax.registry import Component, Kind
 
-SELECTIONS = ("learner", "network", "tasks", "optimizer")
 # Parameters of a learner that its tasks give: no flags.
 GIVEN_TO_LEARNERS = ("objective", "train_classes")
 _NETWORK_OF_VECTORS = "mlp"
+_CHOSEN: dict[Kind, str] = {
+    "learner": "Meta-learning method",
+    "network": "Network that embeds inputs, by default the learner's own",
+    "tasks": "Source of the tasks, by default glyphs or the learner's usual one",
+    "optimizer": "Outer optimizer, by default the learner's usual one",
+}
+SELECTIONS = (*_CHOSEN,)
 
 
 def define_run_flags(values: flags.FlagValues) -> None:
@@ -27,22 +33,9 @@ def define_run_flags(values: flags.FlagValues) -> None:
     def integer(name: str, default: int | None, text: str, lower_bound: int | None = 1) -> None:
         flags.DEFINE_integer(name, default, text, lower_bound, LARGEST_INT, flag_values=values)
 
-    string("learner", "prototypical", f"Meta-learning method: {choices('learner')}.")
-    string(
-        "network",
-        None,
-        f"Network that embeds inputs, by default the learner's own: {choices('network')}.",
-    )
-    string(
-        "tasks",
-        None,
-        f"Source of the tasks, by default glyphs or the learner's usual one: {choices('tasks')}.",
-    )
-    string(
-        "optimizer",
-        None,
-        f"Outer optimizer, by default the learner's usual one: {choices('optimizer')}.",
-    )
+    for kind, what in _CHOSEN.items():
+        default = "prototypical" if kind == "learner" else None
+        string(kind, default, f"{what}: {choices(kind)}.")
     integer("ways", 5, "Classes of a test episode.")
     integer("shots", 1, "Support examples of each class in a test episode.")
     integer("queries", 15, "Query examples of each class in a test episode.")
@@ -65,7 +58,7 @@ def define_run_flags(values: flags.FlagValues) -> None:
         values,
     )
     integer("steps", 1000, "Outer steps; raise it to continue a finished workdir.")
-    integer("log_every", 50, "Outer steps in one compiled call and between lines of metrics.")
+    integer("log_every", 50, "Outer steps between lines of metrics, at most in one compiled call.")
     integer("eval_every", 500, "Outer steps between validations; 0 for none.", 0)
     integer("checkpoint_every", 500, "Outer steps between checkpoints.")
     integer("val_episodes", 200, "Episodes of a validation.")
