@@ -1,6 +1,7 @@
 """README and the site say what is true: their code runs, and the files they name are there."""
 
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ def run(code, monkeypatch, folder=ROOT):
 def test_photos_of_ones_own_are_classified_in_a_few_lines(monkeypatch, tmp_path):
     assert len([line for line in CLASSIFY.splitlines() if line.strip()]) <= 8
     make_photos(tmp_path / "photos", classes=5, photos=3, first=13)
+    shutil.copytree(tmp_path / "photos" / "owl", tmp_path / "new")
     names = run(CLASSIFY, monkeypatch, tmp_path)
     classifier, photos = names["classifier"], names["photos"]
     assert len(photos) == 15

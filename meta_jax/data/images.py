@@ -34,11 +34,15 @@ def open_image(source: bytes | str, name: str) -> "Image":
       name: Name of the image in an error.
 
     Raises:
-      DataError: the image does not decode.
+      DataError: the file is absent or a folder, or the image does not decode.
     """
     try:
         return pixels.decode(source)
     except pixels.ImageError as error:
+        if isinstance(source, str) and Path(source).is_dir():
+            raise DataError(f"{name} is a folder: give the images in it") from error
+        if isinstance(source, str) and not Path(source).exists():
+            raise DataError(f"{name} does not exist: correct its name") from error
         raise broken_image(name, str(error)) from error
 
 

@@ -76,7 +76,7 @@ class Classifier:
         return found[:, : len(self.support.y)]
 
     def export(self, folder: str | os.PathLike) -> Path:
-        """Writes the classifier as a program of its own, that runs where JAX alone is installed.
+        """Writes the classifier as a program of its own, that needs JAX and flatbuffers alone.
 
         The folder gets `classifier.bin` (StableHLO for CPU, CUDA and TPU, any number of inputs),
         `classifier.json` (the classes, and how an input must look) and a README.
@@ -136,13 +136,8 @@ def adapt_classifier(
       UsageError: inputs or labels that do not fit the learner or each other.
     """
     check_kind(objective, "classification", "a classifier")
-    classes, indices = _classes(labels)
     x, form = prepare(inputs, form)
-    n = len(jax.tree.leaves(x)[0])
-    if n != len(indices):
-        raise UsageError(
-            f"{n} inputs and {len(indices)} labels were given: give one label for each"
-        )
+    classes, indices = _classes(labels, len(jax.tree.leaves(x)[0]))
     support = Batch(x, np.eye(len(classes), dtype=np.float32)[indices])
     _check_ways(learner, params, state, support, name)
     adapted = _adapted(_hashable(learner), params, state, _padded_support(support), _keys()[0])
@@ -150,9 +145,13 @@ def adapt_classifier(
     return Classifier(learner, params, state, support, adapted, classes, form, transductive)
 
 
-def _classes(labels: Sequence[Any]) -> tuple[tuple[Any, ...], np.ndarray]:
-    """Classes, sorted, and the index of each label among them."""
+def _classes(labels: Sequence[Any], inputs: int) -> tuple[tuple[Any, ...], np.ndarray]:
+    """Classes, sorted, and the index among them of each of the labels, one for each input."""
     array = np.asarray(labels)
+    if array.ndim == 1 and len(array) != inputs:
+        raise UsageError(
+            f"{inputs} inputs and {len(array)} labels were given: give one label for each"
+        )
     if array.ndim != 1 or array.dtype.kind not in "iuUSb":
         raise UsageError(
             f"labels are {array.dtype}{list(array.shape)}: give one name or integer for each input"

@@ -1,4 +1,4 @@
-"""Classifiers as programs of their own (StableHLO), which need JAX alone."""
+"""Classifiers as programs of their own (StableHLO), which need JAX and flatbuffers alone."""
 
 import dataclasses
 import functools

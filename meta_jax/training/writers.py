@@ -159,7 +159,8 @@ class Progress:
     """A progress bar: steps/s, tasks/s, chosen metrics and time left.
 
     On a terminal it is drawn on stderr; in a notebook it is a widget, if ipywidgets is installed.
-    Elsewhere (a pipe, a log) stderr gets a line every half minute.
+    Elsewhere (a pipe, a log) stderr gets a line every half minute. The first steps include
+    compilation, so speed and time left are told only from the steps after them.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Progress:
         self._clock = clock
         self._total, self._done = total_steps, initial
         self._last = (clock(), initial)  # time and step of the last line
+        self._compiled = False  # whether steps were done, so that those after them tell the speed
         bar = _bar_class()
         self._bar = bar and bar(
             total=total_steps, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.1
@@ -214,16 +216,24 @@ class Progress:
     def _write_line(self, metrics: Mapping[str, Any]) -> None:
         """Writes a line, half a minute after the last."""
         now, (before, step) = self._clock(), self._last
-        if now - before < _PERIOD or self._done == step:
+        if self._done == step:
+            return
+        compiled, self._compiled = self._compiled, True
+        if now - before < _PERIOD:
+            if not compiled:
+                self._last = (now, self._done)
             return
         self._last = (now, self._done)
-        rate = (self._done - step) / (now - before)
         parts = [
             f"step {self._done} of {self._total}",
             *(f"{name} {text}" for name, text in self._texts(metrics).items()),
-            f"{rate * self._tasks_per_step:.3g} tasks/s",
-            f"{duration((self._total - self._done) / rate)} left",
         ]
+        if compiled:
+            rate = (self._done - step) / (now - before)
+            parts += [
+                f"{rate * self._tasks_per_step:.3g} tasks/s",
+                f"{duration((self._total - self._done) / rate)} left",
+            ]
         print(", ".join(parts), file=sys.stderr, flush=True)
 
     def close(self) -> None:

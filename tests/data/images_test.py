@@ -31,6 +31,13 @@ def test_open_image_names_what_does_not_decode():
         open_image(b"\x89PNG\r\n\x1a\nnonsense", "cats/1.png")
 
 
+def test_open_image_tells_absent_files_and_folders_from_broken_images(tmp_path):
+    with pytest.raises(DataError, match="x is a folder: give the images in it"):
+        open_image(str(tmp_path), "x")
+    with pytest.raises(DataError, match="x does not exist: correct its name"):
+        open_image(str(tmp_path / "absent.png"), "x")
+
+
 def test_resize_image_keeps_an_image_of_the_right_size_and_refuses_unknown_filters():
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
     np.testing.assert_array_equal(resize_image(Image.fromarray(pixels), 4)[..., 0], pixels)

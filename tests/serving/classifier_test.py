@@ -103,6 +103,8 @@ def test_labels_are_names_or_integers():
     [
         (["a"] * 5, "at least 2"),
         (["a", "b"], "5 inputs and 2 labels"),
+        (["a", "a"], "5 inputs and 2 labels"),
+        ([], "5 inputs and 0 labels"),
         (np.eye(5), "one name or integer"),
         ([0.5, 1, 2, 3, 4], "one name or integer"),
     ],

@@ -219,9 +219,22 @@ def test_elsewhere_a_line_every_half_minute(capfd):
         now[0] += 10.0
         progress.update(50, {"loss": jnp.float32(0.5), "other": 1.0})
     progress.close()
-    # 5 steps in a second, of 16 tasks.
+    # 5 steps in a second, of 16 tasks; the first 50 steps tell no speed.
     assert capfd.readouterr() == (
         "",
-        "step 350 of 1000, loss 0.5, 80 tasks/s, 2 min 10 s left\n"
-        "step 500 of 1000, loss 0.5, 80 tasks/s, 1 min 40 s left\n",
+        "step 400 of 1000, loss 0.5, 80 tasks/s, 2 min 0 s left\n"
+        "step 550 of 1000, loss 0.5, 80 tasks/s, 1 min 30 s left\n",
+    )
+
+
+def test_compilation_tells_no_speed(capfd):
+    now = [100.0]
+    progress = Progress(600, 0, 4, clock=lambda: now[0])
+    for seconds, steps in ((90.0, 1), (40.0, 80)):
+        now[0] += seconds
+        progress.update(steps, {"loss": 0.5})
+    progress.close()
+    assert capfd.readouterr() == (
+        "",
+        "step 1 of 600, loss 0.5\nstep 81 of 600, loss 0.5, 8 tasks/s, 4 min 20 s left\n",
     )
