@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,11 +36,12 @@ def check_files(repository: Path) -> None:
 
 
 def run_readme(repository: Path) -> None:
-    """Runs the blocks of Python in README, the first of which asks for a folder of photos."""
+    """Runs the blocks of Python in README, the first of which asks for two folders of photos."""
     sys.path.append(str(repository / "tests"))
     from photo_folder import make_photos
 
     make_photos(Path("photos"), classes=5, photos=3, first=13)
+    shutil.copytree("photos/owl", "new")
     here = Path.cwd()
     for number, code in enumerate(
         re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text("utf-8"), re.DOTALL)
