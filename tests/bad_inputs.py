@@ -3,7 +3,7 @@
     python -m tests.bad_inputs
 
 prints the table of `docs/faults.md`, with those of the other binaries, which stand in
-`tests/bad_inputs_of_tests.py`. An input is held where it is refused in one line, with exit
+`tests/bad_inputs_of_other_binaries.py`. An input is held where it is refused in one line, with exit
 status 2 and nothing written; a damaged workdir also where the run goes on as if nothing were.
 """
 
@@ -413,10 +413,10 @@ def all_tried() -> Iterator[Tried]:
         named = bad_paths(Path(folder))
         yield from try_commands(("paths", line) for line in named.values())
     yield from try_damages(DAMAGES)
-    from tests import bad_inputs_of_tests  # which takes much from here
+    from tests import bad_inputs_of_other_binaries  # which takes much from here
 
     with tempfile.TemporaryDirectory() as folder:
-        yield from bad_inputs_of_tests.all_tried(Path(folder))
+        yield from bad_inputs_of_other_binaries.all_tried(Path(folder))
 
 
 def main() -> int:

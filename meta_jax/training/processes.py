@@ -55,10 +55,19 @@ def from_writer(function: Callable[[], T]) -> T:
             outcome = function()
         except Exception as raised:
             error = raised
-    outcome, raised = unpack(_broadcast(pack((outcome, error))))
+    outcome, raised = unpack(_broadcast(pack((outcome, sendable(error)))))
     if raised is not None:
         raise raised if error is None else error
     return outcome
+
+
+def sendable(error: Exception | None) -> Exception | None:
+    """An error as other processes can read it: not every exception survives `pickle`."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def pack(tree: PyTree) -> bytes:

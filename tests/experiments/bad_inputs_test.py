@@ -6,7 +6,7 @@ import pytest
 
 from experiments.command_line import read_setting
 from meta_jax import host, registry
-from tests import bad_inputs, bad_inputs_of_tests
+from tests import bad_inputs, bad_inputs_of_other_binaries
 
 KINDS = ("learner", "network", "tasks", "optimizer", "rule", "family", "estimator")
 # Each of them trains; the figures in docs/faults.md are of all.
@@ -56,14 +56,14 @@ def test_damaged_workdirs_get_one_line_or_go_on():
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    return bad_inputs_of_tests.make_names(tmp_path_factory.mktemp("named"))
+    return bad_inputs_of_other_binaries.make_names(tmp_path_factory.mktemp("named"))
 
 
-@pytest.mark.parametrize("binary", bad_inputs_of_tests.BINARIES)
+@pytest.mark.parametrize("binary", bad_inputs_of_other_binaries.BINARIES)
 def test_so_do_those_of_the_other_binaries(binary, names):
-    lines = bad_inputs_of_tests.try_lines(binary, names, EVERY)
+    lines = bad_inputs_of_other_binaries.try_lines(binary, names, EVERY)
     assert [one for one in lines if not one.held] == []
-    damages = bad_inputs_of_tests.try_damages(binary, names, EVERY)
+    damages = bad_inputs_of_other_binaries.try_damages(binary, names, EVERY)
     assert [one for one in damages if not one.held] == []
 
 
@@ -74,5 +74,5 @@ def test_what_is_right_is_done(names, tmp_path):
     for binary, line in lines.items():
         out = tmp_path / binary
         arguments = [*line.format(**names).split(), f"--output={out}"]
-        assert bad_inputs_of_tests.BINARIES[binary](arguments) == "done"
+        assert bad_inputs_of_other_binaries.BINARIES[binary](arguments) == "done"
         assert out.exists()

@@ -1,23 +1,15 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from meta_jax.core import LossAux, MetaLearner, Tasks
-from meta_jax.data.dataset import dataset_from_classes
-from meta_jax.data.episodes import EpisodeSpec, sample_episode
+from meta_jax.core import LossAux, Tasks
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.lookup import UsageError
 from meta_jax.metric_based.prototypical import prototypical
 from meta_jax.networks.mlp import mlp
-from meta_jax.objectives import cross_entropy, squared_error
+from meta_jax.objectives import squared_error
 from meta_jax.training.outer_step import (
     TrainState,
     default_task_chunk,
@@ -29,44 +21,22 @@ from meta_jax.training.outer_step import (
     task_gradients,
     task_mesh,
 )
-from meta_jax.training.train_loop import SoFar, make_train_loop
+from meta_jax.training.train_loop import make_train_loop
 from tests.checkers import key_and_leak_checks
+from tests.training.small_runs import (
+    LEARNER,
+    OPTIMIZER,
+    dataset,
+    fresh_state,
+    no_task,
+    of_loss,
+    outer_step,
+    sample,
+    with_plain_key,
+    without_data,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-LEARNER = prototypical(mlp((6,)))
-OPTIMIZER = optax.adam(1e-2)
-SPEC = EpisodeSpec(3, 1, 2)
-
-
-def dataset():
-    return dataset_from_classes(
-        np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
-    )
-
-
-@jax.jit
-def sample(key, data):
-    return sample_episode(key, data, SPEC)
-
-
-def fresh_state(seed=0):
-    return init_train_state(LEARNER, OPTIMIZER, Tasks(sample, dataset(), cross_entropy), seed)
-
-
-def outer_step(**settings):
-    return make_outer_step(LEARNER, OPTIMIZER, sample, task_batch=4, **settings)
-
-
-TRAIN = make_train_loop(outer_step())
-
-
-def with_plain_key(train_state):
-    return train_state._replace(key=jax.random.key_data(train_state.key))
-
-
-def assert_bitwise_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, with_plain_key(actual), with_plain_key(expected))
 
 
 def normed_learner():
@@ -144,122 +114,6 @@ def test_step_s_draws_from_the_key_folded_with_s():
     np.testing.assert_array_equal(
         jax.random.key_data(new.key), jax.random.key_data(train_state.key)
     )
-
-
-def test_where_a_run_is_split_makes_no_difference():
-    data = dataset()
-    ends = []
-    for parts in ((7,), (2, 5), (1, 2, 4)):
-        train_state = fresh_state()
-        for steps in parts:
-            before = int(train_state.step)
-            train_state, metrics, finite = TRAIN(train_state, data, steps)
-            assert finite
-            assert train_state.step == before + steps  # more steps, not up to a step
-            assert np.isfinite(metrics["loss"])
-        ends.append(train_state)
-    assert_bitwise_equal(ends[0], ends[1])
-    assert_bitwise_equal(ends[0], ends[2])
-    other = TRAIN(fresh_state(seed=1), data, 7)[0]
-    assert (
-        other.params["network"]["layer1"]["kernel"] != ends[0].params["network"]["layer1"]["kernel"]
-    ).all()
-
-
-def test_the_metrics_of_a_run_are_means_over_its_steps():
-    data = dataset()
-    train_state, first, _ = TRAIN(fresh_state(), data, 1)
-    _, second, _ = TRAIN(train_state, data, 1)
-    _, both, _ = TRAIN(fresh_state(), data, 2)
-    for name, value in both.items():
-        np.testing.assert_allclose(value, (first[name] + second[name]) / 2, rtol=1e-12)
-    assert set(both) == {"loss", "accuracy", "gradient_norm"}
-
-
-def test_no_more_steps_do_nothing():
-    data = dataset()
-    train_state, _, _ = TRAIN(fresh_state(), data, 2)
-    expected = jax.tree.map(jnp.copy, train_state)
-    for steps in (0, -1):
-        train_state, _, finite = TRAIN(train_state, data, steps)
-        assert_bitwise_equal(train_state, expected)
-        assert finite
-
-
-def test_several_calls_give_bitwise_the_means_of_one():
-    whole = TRAIN(fresh_state(), dataset(), 5)
-    half, metrics, _ = TRAIN(fresh_state(), dataset(), 2)
-    both = TRAIN(half, dataset(), 3, SoFar(2, {name: float(m) for name, m in metrics.items()}))
-    for ours, theirs in zip(*map(jax.tree.leaves, (both[1], whole[1])), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_it_compiles_once_however_many_steps_are_asked_for():
-    draws = []
-
-    def counted(key, data):
-        draws.append(None)
-        return sample(key, data)
-
-    step = make_outer_step(LEARNER, OPTIMIZER, counted, task_batch=2)
-    train, train_state = make_train_loop(step), fresh_state()
-    train_state, _, _ = train(train_state, dataset(), 1)
-    traced = len(draws)
-    for steps in (2, 3, 4):
-        train_state, _, _ = train(train_state, dataset(), steps)
-    assert len(draws) == traced > 0
-    assert train.programs() == 1
-
-
-def of_loss(loss, state=None):
-    """A learner of one parameter p, 1 at first, whose loss (params, state, task, key) is given."""
-
-    def init(key, task):
-        return {"p": jnp.ones(())}, {} if state is None else state
-
-    return MetaLearner(init, None, None, loss, None)
-
-
-def no_task(key, data):
-    del data
-    return key
-
-
-def countdown(then):
-    """The loss is p, with gradient 1, until p comes to nothing; `then` is added to it."""
-
-    def loss(params, state, task, key):
-        del task, key
-        p = params["p"]
-        return p + then(p), LossAux(state, {})
-
-    return of_loss(loss)
-
-
-def without_data(learner, optimizer):
-    return init_train_state(learner, optimizer, Tasks(no_task, (), squared_error), 0)
-
-
-@pytest.mark.parametrize(
-    ("then", "culprit"),
-    [
-        (lambda p: jnp.where(p > 0.1, 0.0, jnp.nan), "loss"),
-        # The root of zero, whose derivative is infinite: a finite loss with a gradient of NaN.
-        (lambda p: jnp.sqrt(jnp.where(p > 0.1, 1.0, p - p)), "gradient_norm"),
-    ],
-    ids=["loss", "gradient"],
-)
-def test_what_is_not_finite_stops_the_run_with_its_step(then, culprit):
-    learner, optimizer = countdown(then), optax.sgd(0.25)
-    train = make_train_loop(make_outer_step(learner, optimizer, no_task, task_batch=1))
-    # p is 1, 3/4, 1/2, 1/4, and then 0.
-    train_state, metrics, finite = train(without_data(learner, optimizer), (), 4)
-    assert finite
-    np.testing.assert_allclose(train_state.params["p"], 0)
-    train_state, metrics, finite = train(train_state, (), 100)
-    assert not finite
-    assert train_state.step == 5
-    assert [name for name in ("loss", "gradient_norm") if np.isnan(metrics[name])] == [culprit]
 
 
 def test_the_gradient_norm():
@@ -407,141 +261,6 @@ def test_one_device_needs_no_mesh():
     assert task_mesh(4, jax.devices()[:1]) is None
     expected = (1, 4) if jax.default_backend() == "cpu" else (8, 8)
     assert (default_task_chunk(8), default_task_chunk(8, devices=4)) == expected
-
-
-EIGHT_DEVICES = """
-import json
-import jax, jax.numpy as jnp, numpy as np, optax
-from meta_jax.core import LossAux, Tasks
-from meta_jax.data.dataset import Storage, dataset_from_classes
-from meta_jax.data.episodes import EpisodeSampler, EpisodeSpec, draw_episode, sample_episode
-from meta_jax.metric_based.prototypical import prototypical
-from meta_jax.networks.conv4 import strided_conv4
-from meta_jax.networks.mlp import mlp
-from meta_jax.objectives import cross_entropy
-from meta_jax.data.source import EpisodeSize
-from meta_jax.data.streams import key_bits
-from meta_jax.optimization_based.maml import maml
-from meta_jax.reinforcement import bandit, rl2, source_from_environment
-from meta_jax.training.outer_step import (
-    init_train_state,
-    make_outer_step,
-    training_data,
-    task_mesh,
-)
-from meta_jax.training.train_loop import make_train_loop
-from tests.checkers import key_and_leak_checks
-
-jax.config.update("jax_disable_most_optimizations", True)
-classes = np.random.default_rng(0).integers(0, 256, (8, 4, 6, 6, 1), np.uint8)
-data, on_host = (dataset_from_classes(classes, storage=Storage(s)) for s in ("device", "host"))
-sample = lambda key, data: sample_episode(key, data, EpisodeSpec(4, 1, 3, "per_class"))
-optimizer = optax.adam(1e-2)
-def shared(mesh):
-    return prototypical(strided_conv4(2, normalisation="running", mesh=mesh))
-
-small = prototypical(mlp((8,)))
-
-def unshared(learner):
-    return lambda mesh: learner
-
-# One state for each task: how many it has seen, and the last one's first image, summed up.
-def counting_loss(params, state, episode, key):
-    loss, aux = small.loss(params, state["network"], episode, key)
-    seen = {"tasks": state["tasks"] + 1, "ink": state["ink"] + episode.support.x[0].sum()}
-    return loss * (1 + state["ink"]), LossAux({"network": aux.state, **seen}, aux.metrics)
-
-def counting_init(key, episode):
-    params, network = small.init(key, episode)
-    return params, {"network": network, "tasks": jnp.zeros((), int), "ink": jnp.zeros(())}
-
-counting = small._replace(init=counting_init, loss=counting_loss, state_scope="task")
-
-# A shared state: how many steps there were, and the mean of the tasks' first images.
-def averaging_loss(params, state, episode, key):
-    loss, aux = small.loss(params, state["network"], episode, key)
-    seen = {"steps": state["steps"] + 1, "ink": episode.support.x[0].sum()}
-    return loss, LossAux({"network": aux.state, **seen}, aux.metrics)
-
-def averaging_init(key, episode):
-    params, network = small.init(key, episode)
-    return params, {"network": network, "steps": jnp.zeros((), jnp.int32), "ink": jnp.zeros(())}
-
-averaging = small._replace(init=averaging_init, loss=averaging_loss)
-
-# Name: (the learner of a mesh, its tasks, tasks in a step, task chunk). The 16 images of the
-# last one are shared, not its one task.
-episodes = Tasks(sample, data, cross_entropy)
-pulls = source_from_environment(bandit(arms=2, pulls=3)).tasks(
-    "train", EpisodeSize(1, 1, 1), train=True
-)
-streamed = Tasks(EpisodeSampler(draw_episode, EpisodeSpec(4, 1, 3)), on_host, cross_entropy)
-learners = {
-    "streamed": (unshared(small), streamed, 8, None),
-    "shared state": (unshared(averaging), episodes, 8, None),
-    "maml": (unshared(maml(mlp((8,)), inner_lr=0.5, steps=2)), episodes, 8, 1),
-    "state of a task": (unshared(counting), episodes, 16, 8),
-    "ppo": (unshared(rl2(hidden_size=4, epochs=1, minibatches=2)), pulls, 16, None),
-    "images": (shared, episodes, 1, None),
-}
-def largest(a, b):
-    gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), a, b)
-    return max(jax.tree.leaves(gaps))
-
-results = {"devices": jax.device_count()}
-for name, (learner_of, tasks, batch, chunk) in learners.items():
-    ends = []
-    for devices in (jax.devices()[:1], jax.devices()):
-        learner, mesh = learner_of(task_mesh(8, devices)), task_mesh(batch, devices)
-        step = make_outer_step(
-            learner, optimizer, tasks.sample, task_batch=batch, task_chunk=chunk, mesh=mesh
-        )
-        train_state = init_train_state(learner, optimizer, tasks, 0, task_batch=batch)
-        start = jax.tree.map(np.asarray, train_state.params)
-        loop = make_train_loop(step)
-        drawn_from = tasks.data
-        if drawn_from is on_host:
-            stream = training_data(tasks, task_batch=batch, mesh=mesh)
-            drawn_from = stream.at(key_bits(train_state.key), 0)[1]
-            shares = {shard.data.shape[1] for shard in drawn_from.data.examples.addressable_shards}
-            assert shares == {batch // len(devices)}, shares
-        arguments = loop.arguments(train_state, drawn_from, 5)
-        run = loop.lower(*arguments).compile()
-        train_state, metrics, finite = run(*arguments)
-        assert finite
-        ends.append(jax.tree.map(np.asarray, (train_state.params, train_state.state, metrics)))
-    results[name] = {
-        "apart": largest(*ends),
-        "moved": largest(ends[0][0], start),
-        "shared": "all-reduce" in run.as_text(),
-    }
-print(json.dumps(results))
-"""
-
-
-def test_eight_devices_train_as_one_does():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    assert results["devices"] == 8
-    for name in ("streamed", "shared state", "maml", "state of a task", "ppo", "images"):
-        assert results[name]["apart"] < 1e-9, results
-        assert results[name]["moved"] > 1e-2, results
-        assert results[name]["shared"], results
 
 
 def test_tasks_that_come_from_no_data():

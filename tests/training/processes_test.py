@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from meta_jax.lookup import UsageError
 from meta_jax.training import processes
 from tests import several_processes
 
@@ -38,3 +39,17 @@ def test_what_is_sent_to_other_processes_comes_back_as_it_was():
     found = processes.unpack(sent)
     assert found.pop("keys").dtype == keys.dtype
     assert found == {"step": 3, "none": None, "best": 0.1, "w": (2,)}
+
+
+def test_an_error_reaches_other_processes_whatever_it_holds():
+    class TwoPartsError(Exception):
+        """`pickle` builds it again from one argument."""
+
+        def __init__(self, what, remedy):
+            super().__init__(f"{what}: {remedy}")
+
+    known, unknown = UsageError("the disk is full"), TwoPartsError("full", "delete something")
+    assert processes.sendable(None) is None
+    assert processes.sendable(known) is known
+    found = processes.sendable(unknown)
+    assert (type(found), str(found)) == (RuntimeError, "TwoPartsError: full: delete something")
