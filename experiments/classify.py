@@ -84,8 +84,8 @@ def main(arguments: list[str]) -> None:
     name = named_weights(FLAGS.workdir, FLAGS.weights) or DEFAULT
     model = load_weights(name, FLAGS.checkpoint)
     support, query = find_support(FLAGS.support), find_queries(FLAGS.query, FLAGS.evaluate)
-    ways = len(set(support.labels))
-    print(f"{describe_weights(name)}; {len(support.paths)} support images of {ways} classes")
+    classes = class_names(sorted({str(label) for label in support.labels}))
+    print(f"{describe_weights(name)}; {len(support.paths)} support images of {classes}")
     classifier = model.adapt(
         support.paths,
         support.labels,
@@ -103,6 +103,12 @@ def main(arguments: list[str]) -> None:
     if FLAGS.evaluate:
         print(write_evaluation(folder, classifier, query, probabilities))
     print(f"written to {folder}")
+
+
+def class_names(names: Sequence[str], shown: int = 5) -> str:
+    """How many classes there are, and what the first are called."""
+    more = ["..."] if len(names) > shown else []
+    return f"{len(names)} classes: {', '.join([*names[:shown], *more])}"
 
 
 def find_support(folder: str | None) -> Found:

@@ -1,5 +1,6 @@
 """Tests of what a folder holds: the workdir of a run, or shipped weights."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from meta_jax.data.source import EpisodeSize
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import check_several_ways
 from meta_jax.precision import Precision
-from meta_jax.training import trained
+from meta_jax.training import processes, trained
 from meta_jax.training.evaluation import evaluate_each
 from meta_jax.training.record import read_config
 
@@ -78,6 +79,9 @@ def evaluate(
         raise UsageError(str(error)) from error
     drawn = drawn._replace(objective=loaded.objective)
     test = make_test(answering_in_chunks(loaded.learner, drawn, asked.query_chunk), drawn, asked)
+    if processes.is_writer():
+        episodes = f"{asked.episodes} episodes of the split '{asked.split}'"
+        print(f"testing {folder} on {episodes}", file=sys.stderr)
     found = result(
         loaded.config,
         test(loaded.params, loaded.state),

@@ -68,10 +68,14 @@ def run(*arguments):
         classify.main([])
 
 
+def test_of_many_classes_some_are_named():
+    assert classify.class_names(["a", "b", "c"], shown=2) == "3 classes: a, b, ..."
+
+
 def test_every_image_gets_a_class_in_print_and_in_files(photos, prototypes, capsys):
     run(f"--weights={prototypes}", "--support=support", "--query=queries")
     out = capsys.readouterr().out
-    assert "4 support images of 3 classes" in out
+    assert "4 support images of 3 classes: dark, light ö, middle" in out
     assert "left out of support/dark: 1 file(s) that are no images, as notes.txt" in out
     text = (photos / "predictions" / "predictions.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
