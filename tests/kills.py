@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ def run(
     command: str,
     workdir: Path,
     *,
-    killed_at: int | None = None,
+    killed_at: tuple[int, int] | None = None,
     killed_after: tuple[int, float] | None = None,
 ) -> Ended:
     """Runs a command in a fork of this process.
@@ -73,7 +73,7 @@ def run(
     Args:
       command: A binary and its flags.
       workdir: Its workdir.
-      killed_at: File operation before which it kills itself, from 1.
+      killed_at: A signal, and the file operation, from 1, before which it sends it to itself.
       killed_after: A signal, and the seconds after which it is sent.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def run(
         )
 
 
-def _be(command: str, workdir: Path, killed_at: int | None, notes: Path) -> None:
+def _be(command: str, workdir: Path, killed_at: tuple[int, int] | None, notes: Path) -> None:
     """Becomes a binary, notes what it does, and ends the process."""
     said = os.open(notes / "said", os.O_WRONLY | os.O_CREAT)
     for standard in (1, 2):
@@ -119,8 +119,9 @@ def _be(command: str, workdir: Path, killed_at: int | None, notes: Path) -> None
 class _Shim:
     """Counts the file operations of a process in a folder, and kills it before one of them."""
 
-    def __init__(self, workdir: Path, killed_at: int | None, log: Path) -> None:
-        self._workdir, self._killed_at, self._count = str(workdir), killed_at, 0
+    def __init__(self, workdir: Path, killed_at: tuple[int, int] | None, log: Path) -> None:
+        self._workdir, self._count = str(workdir), 0
+        self._signal, self._killed_at = killed_at or (0, 0)
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT)
 
     def see(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -134,7 +135,7 @@ class _Shim:
             return
         self._count += 1
         if self._count == self._killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._signal)
         os.write(self._log, f"{event} {path}\n".encode())
 
 
@@ -171,23 +172,42 @@ def _newest(workdir: Path) -> int | None:
     return max((int(match[1]) for match in steps if match), default=None)
 
 
-def problem(command: str, whole: Ended, expected: dict[str, Any], **killed: Any) -> str | None:
-    """Kills a run, lets it go on, and says what is not as without the kill; None for nothing."""
+class Tried(NamedTuple):
+    """What a kill gave.
+
+    Attributes:
+      problem: What is not as without the kill; None for nothing.
+      seconds: Time from the signal to the end, where this process sent it.
+    """
+
+    problem: str | None
+    seconds: float
+
+
+def try_kill(command: str, whole: Ended, expected: dict[str, Any], **killed: Any) -> Tried:
+    """Kills a run, and lets it go on."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
         first = run(command, workdir, **killed)
-        step = _newest(workdir)
-        if first.status == 130 and f"stopped at step {step} of" not in first.said:
-            return f"no line says how to go on: {first.said}"
-        again = run(command, workdir)
-        if again.status:
-            return f"status {again.status}: {again.said}"
-        if step is not None and f"resuming at step {step} of" not in again.said:
-            return f"the checkpoint of step {step} is not used: {again.said}"
-        if again.digest != whole.digest:
-            return "other parameters, or other checkpoints"
-        left = _left(workdir)
-        return next((f"other {n}: {left[n]}" for n in expected if left[n] != expected[n]), None)
+        seconds = first.seconds - killed["killed_after"][1] if "killed_after" in killed else 0.0
+        return Tried(_problem(command, workdir, first, whole, expected), seconds)
+
+
+def _problem(
+    command: str, workdir: Path, first: Ended, whole: Ended, expected: dict[str, Any]
+) -> str | None:
+    step = _newest(workdir)
+    if first.status == 130 and f"stopped at step {step} of" not in first.said:
+        return f"no line says how to go on: {first.said}"
+    again = run(command, workdir)
+    if again.status:
+        return f"status {again.status}: {again.said}"
+    if step is not None and f"resuming at step {step} of" not in again.said:
+        return f"the checkpoint of step {step} is not used: {again.said}"
+    if again.digest != whole.digest:
+        return "other parameters, or other checkpoints"
+    left = _left(workdir)
+    return next((f"other {n}: {left[n]}" for n in expected if left[n] != expected[n]), None)
 
 
 def of_a_save(operations: list[str]) -> range:
@@ -201,7 +221,10 @@ def of_a_save(operations: list[str]) -> range:
 def kills(whole: Ended, count: int, generator: random.Random) -> Iterator[tuple[str, dict]]:
     """What is tried on a run: a name of the kind, and the arguments of `run`."""
     for operation in of_a_save(whole.operations):
-        yield "SIGKILL before a file operation", {"killed_at": operation}
+        yield "SIGKILL before a file operation", {"killed_at": (signal.SIGKILL, operation)}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for operation in generator.sample(range(1, len(whole.operations) + 1), 5):
+            yield f"{number.name} before a file operation", {"killed_at": (number, operation)}
     for number, times in ((signal.SIGKILL, count), (signal.SIGTERM, 5), (signal.SIGINT, 5)):
         for _ in range(times):
             moment = (number, generator.uniform(0, whole.seconds))
@@ -217,7 +240,7 @@ def main() -> int:
     for name in IMPORTED:
         importlib.import_module(name)
     generator = random.Random(0)
-    tried, held = collections.Counter(), collections.Counter()
+    tried = collections.defaultdict(list)
     for name in chosen.runs:
         with tempfile.TemporaryDirectory() as folder:
             run(RUNS[name], Path(folder) / "first")  # compiles
@@ -225,16 +248,21 @@ def main() -> int:
             assert whole.status == 0, whole.said
             expected = _left(Path(folder) / "run")
         for kind, killed in kills(whole, chosen.random, generator):
-            found = problem(RUNS[name], whole, expected, **killed)
-            tried[name, kind] += 1
-            held[name, kind] += found is None
-            if found is not None:
-                print(f"{name}: {killed}: {found}", file=sys.stderr, flush=True)
-    print("| Run | What | Tried | Held |\n| --- | --- | ---: | ---: |")
-    for (name, kind), number in tried.items():
-        print(f"| {name} | {kind} | {number} | {held[name, kind]} |")
-    print(f"| all | | {tried.total()} | {held.total()} |")
-    return int(tried != held)
+            found = try_kill(RUNS[name], whole, expected, **killed)
+            tried[name, kind].append(found)
+            if found.problem is not None:
+                print(f"{name}: {killed}: {found.problem}", file=sys.stderr, flush=True)
+    print("| Run | What | Tried | Held | Ended within |\n| --- | --- | ---: | ---: | ---: |")
+    for (name, kind), found in tried.items():
+        longest = max(each.seconds for each in found)
+        print(f"| {name} | {kind} | {_counts(found)} | {f'{longest:.1f} s' if longest else ''} |")
+    every = [each for found in tried.values() for each in found]
+    print(f"| all | | {_counts(every)} | |")
+    return int(any(each.problem is not None for each in every))
+
+
+def _counts(found: Sequence[Tried]) -> str:
+    return f"{len(found)} | {sum(each.problem is None for each in found)}"
 
 
 if __name__ == "__main__":

@@ -267,11 +267,13 @@ def save_step(
     metadata: dict[str, Any],
     keep: int = 2,
     *,
+    every: int = 1,
     config: Config | None = None,
 ) -> Path:
     """Saves `step_<step>` and removes all but the newest `keep` steps up to this one.
 
     Later steps stay: they were found damaged when the run was resumed, and will be overwritten.
+    A run that was stopped between two checkpoints and went on has the same ones as any other.
 
     Args:
       directory: Where checkpoints live.
@@ -279,6 +281,7 @@ def save_step(
       tree: As in `save`.
       metadata: As in `save`.
       keep: How many step checkpoints stay, at least 1.
+      every: Steps between checkpoints. Others are those of a stop, and go when the next is saved.
       config: As in `save`.
 
     Returns:
@@ -292,14 +295,16 @@ def save_step(
         raise ValueError(f"keep must be at least 1, not {keep}")
     directory = Path(directory)
     path = save(directory, _step_name(step), tree, metadata, config=config)
-    processes.from_writer(functools.partial(_remove_stale, directory, step, keep))
+    processes.from_writer(functools.partial(_remove_stale, directory, step, keep, every))
     return path
 
 
-def _remove_stale(directory: Path, step: int, keep: int) -> None:
+def _remove_stale(directory: Path, step: int, keep: int, every: int) -> None:
     """Removes what killed saves left, and all but the newest `keep` steps up to one."""
     tidy(directory)
-    for stale in [s for s in _steps(directory) if s <= step][:-keep]:
+    earlier = [s for s in _steps(directory) if s < step]
+    kept = [*(s for s in earlier if s % every == 0), step][-keep:]
+    for stale in [s for s in earlier if s not in kept]:
         path = directory / _step_name(stale)
         # Renamed first: what a kill leaves half removed is no checkpoint, and is tidied.
         os.rename(path, _beside(path, _REPLACED))

@@ -273,7 +273,12 @@ def _go_on(
         if config.saves_at(step) or stop:
             metadata = _metadata(reached)
             checkpoints.save_step(
-                run.folder, step, reached.train_state, metadata, config=run.learner_config
+                run.folder,
+                step,
+                reached.train_state,
+                metadata,
+                every=config.checkpoint_every,
+                config=run.learner_config,
             )
     return reached
 

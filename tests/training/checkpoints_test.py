@@ -168,6 +168,13 @@ def test_only_the_newest_steps_and_best_are_kept(tmp_path):
     assert (metadata, warnings) == ({"step": 300}, [])
 
 
+def test_a_step_between_checkpoints_goes_when_the_next_is_saved(tmp_path):
+    kept = {4: [4], 8: [4, 8], 9: [8, 9], 10: [8, 10], 12: [8, 12]}
+    for step, steps in kept.items():
+        checkpoints.save_step(tmp_path, step, small(step), {"step": step}, every=4)
+        assert entries(tmp_path) == [f"step_{each:08d}" for each in steps]
+
+
 def test_steps_order_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000):
         checkpoints.save_step(tmp_path, step, small(step), {"step": step})
