@@ -197,7 +197,7 @@ def _problem(
     command: str, workdir: Path, first: Ended, whole: Ended, expected: dict[str, Any]
 ) -> str | None:
     step = _newest(workdir)
-    if first.status == 130 and f"stopped at step {step} of" not in first.said:
+    if first.status == 130 and f"stopped at step {step or 0} of" not in first.said:
         return f"no line says how to go on: {first.said}"
     again = run(command, workdir)
     if again.status:

@@ -195,10 +195,8 @@ def fit(
     step = int(reached.train_state.step)
     finished = step == config.steps
     if not finished:
-        say(
-            f"stopped at step {step} of {config.steps} and saved in {workdir}: the same command "
-            "goes on from there"
-        )
+        saved = f" and saved in {workdir}: the same command goes on from there"
+        say(f"stopped at step {step} of {config.steps}{saved if step else ', nothing to save yet'}")
     elif validate is not None and config.eval_every and reached.best is None:
         raise TrainingDivergedError(
             f"no validation gave a finite {objective.metric if objective else 'metric'}, so there "

@@ -244,6 +244,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, uninterrupted, nu
     assert said == ["resuming at step 6 of 17"]
 
 
+def test_a_signal_before_the_first_step_saves_nothing_and_says_so(
+    tmp_path, uninterrupted, monkeypatch
+):
+    start = loop._start
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_start", signalled)
+        assert not train(tmp_path, said=said).finished
+    assert said == ["stopped at step 0 of 17, nothing to save yet"]
+    assert_same(tmp_path, train(tmp_path), *uninterrupted)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, killing(signal.SIGINT, at=4, times=2))
