@@ -6,6 +6,7 @@ pytest.importorskip("sphinx")
 pytest.importorskip("docutils")
 
 from docs._extensions import tables
+from experiments.benchmark_costs import Cost
 
 
 def row(name, value, *, transductive=False, metric="accuracy"):
@@ -16,6 +17,7 @@ def row(name, value, *, transductive=False, metric="accuracy"):
         "ci95": 0.25,
         "transductive": transductive,
         "train_minutes": 14.6,
+        "weights": f"results/weights/{name.partition('/')[0]}_omniglot",
     }
 
 
@@ -33,6 +35,16 @@ def test_accuracies_are_a_row_for_each_method_and_a_column_for_each_setting():
         "| `a` | 95.0 ± 0.2 |  | 80.0 ± 0.2 |  | one by one | 15 min |",
         "| `b` | 90.0 ± 0.2 |  |  |  | together | 15 min |",
         "| `c` |  |  |  | 99.0 ± 0.2 | one by one | 15 min |",
+    ]
+
+
+def test_costs_are_a_row_for_each_method_that_was_measured_the_quickest_first():
+    rows = [row("a/omniglot_5w1s", 95.04), row("b/omniglot_5w1s", 90.0), row("c/omniglot_5w1s", 1)]
+    rows.append(row("a/omniglot_20w1s", 80.0))
+    measured = {"a_omniglot": Cost(13.5, 4.126, 0.437), "b_omniglot": Cost(2.0, 30.0, 0.05)}
+    assert tables.costs(rows, measured).splitlines()[2:] == [
+        "| `b` | 90.0 ± 0.2 | 15 min | 2.0 MiB | 30 ms | 0.05 ms |",
+        "| `a` | 95.0 ± 0.2 | 15 min | 13.5 MiB | 4.13 ms | 0.44 ms |",
     ]
 
 

@@ -1,5 +1,6 @@
 """Tables that are made from the records at every build: nobody types a result in."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from docutils import nodes
@@ -7,7 +8,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import meta_jax
-from experiments import ledger
+from experiments import benchmark_costs, ledger
+from experiments.benchmark_costs import Cost
 from meta_jax import citations, registry
 from meta_jax.lookup import UsageError
 
@@ -64,6 +66,29 @@ def accuracies(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def costs(rows: list[dict], measured: Mapping[str, Cost]) -> str:
+    """What methods cost on 5-way 1-shot tasks, the quickest to answer first, as Markdown.
+
+    Args:
+      rows: Rows of the ledger.
+      measured: Costs by the name of the weights.
+    """
+    head = ["method", "accuracy, %", "training", "memory of a task", "adapting", "a query"]
+    found = {}
+    for row in rows:
+        method, _, test = row["row"].partition("/omniglot_")
+        cost = measured.get(Path(row["weights"]).name)
+        if test == "5w1s" and cost is not None:
+            cells = [_accuracy(row), f"{row['train_minutes']:.0f} min", *_cost_cells(cost)]
+            found[f"| `{method}` | {' | '.join(cells)} |"] = cost.adapt_ms + 75 * cost.query_ms
+    lines = sorted(found, key=found.__getitem__)
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
+
+
+def _cost_cells(cost: Cost) -> list[str]:
+    return [f"{cost.memory_mib:.1f} MiB", f"{cost.adapt_ms:.3g} ms", f"{cost.query_ms:.2g} ms"]
+
+
 def _score(row: dict | None) -> float:
     return -1.0 if row is None else row["value"]
 
@@ -88,7 +113,8 @@ class Table(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Parses the table's Markdown."""
-        for path in (ledger.LEDGER, Path(citations.__file__).with_name("papers.bib")):
+        papers = Path(citations.__file__).with_name("papers.bib")
+        for path in (ledger.LEDGER, benchmark_costs.COSTS, papers):
             self.env.note_dependency(str(path))
         return self.parse_text_to_nodes(TABLES[self.arguments[0]]())
 
@@ -97,9 +123,14 @@ def _accuracies() -> str:
     return accuracies(ledger.read())
 
 
+def _costs() -> str:
+    return costs(ledger.read(), benchmark_costs.read())
+
+
 TABLES = {
     "methods": methods,
     "accuracies": _accuracies,
+    "costs": _costs,
     "bibliography": bibliography,
 }
 
