@@ -66,8 +66,9 @@ def main(arguments: list[str]) -> None:
 
 
 def classifiers(rows: list[dict]) -> list[str]:
-    """Names of the weights that were tested on 5-way 1-shot tasks, each once."""
-    weights = [Path(row["weights"]).name for row in rows if row["row"].endswith("/omniglot_5w1s")]
+    """Names of the weights that were tested on 5-way 1-shot tasks, but the untrained ones."""
+    methods = [row for row in rows if not row["row"].startswith("untrained/")]
+    weights = [Path(r["weights"]).name for r in methods if r["row"].endswith("/omniglot_5w1s")]
     return list(dict.fromkeys(weights))
 
 
