@@ -73,20 +73,17 @@ def costs(rows: list[dict], measured: Mapping[str, Cost]) -> str:
       rows: Rows of the ledger.
       measured: Costs by the name of the weights.
     """
-    head = ["method", "accuracy, %", "training", "memory of a task", "adapting", "a query"]
+    head = ["method", "accuracy, %", "training, min", "memory, MiB", "adapting, ms", "query, ms"]
     found = {}
     for row in rows:
         method, _, test = row["row"].partition("/omniglot_")
         cost = measured.get(Path(row["weights"]).name)
         if test == "5w1s" and cost is not None:
-            cells = [_accuracy(row), f"{row['train_minutes']:.0f} min", *_cost_cells(cost)]
+            cells = [f"{row['value']:.1f}", f"{row['train_minutes']:.0f}", f"{cost.memory_mib:.1f}"]
+            cells += [f"{cost.adapt_ms:.3g}", f"{cost.query_ms:.2g}"]
             found[f"| `{method}` | {' | '.join(cells)} |"] = cost.adapt_ms + 75 * cost.query_ms
     lines = sorted(found, key=found.__getitem__)
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
-
-
-def _cost_cells(cost: Cost) -> list[str]:
-    return [f"{cost.memory_mib:.1f} MiB", f"{cost.adapt_ms:.3g} ms", f"{cost.query_ms:.2g} ms"]
 
 
 def _score(row: dict | None) -> float:
