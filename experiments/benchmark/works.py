@@ -148,7 +148,8 @@ def image_relation(data: Dataset, *, queries: int = 19) -> Work:
     first = 26**2 * 2.0 * 9 * _FEATURES
     # Of the first pairwise convolution, each map's half once, not for every pair.
     flop = images * (2 * first + 3 * product * (11**2 + 2 * 5**2 + 5**2)) + pairs * 3 * product * 4
-    learner = relation(relation_encoder(_FEATURES, normalisation="batch"))
+    mesh = task_mesh(jax.device_count())
+    learner = relation(relation_encoder(_FEATURES, normalisation="batch", mesh=mesh))
     return Work("relation", learner, _images(data, spec), 1, flop, spec)
 
 

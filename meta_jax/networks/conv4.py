@@ -4,19 +4,14 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
 from meta_jax.lookup import UsageError
-from meta_jax.networks.convolution import is_known
-from meta_jax.networks.layers import (
-    Block,
-    apply_conv_blocks,
-    init_conv_block,
-    is_fused,
-)
+from meta_jax.networks.layers import Block, apply_conv_blocks, init_conv_block
 from meta_jax.networks.normalisation import check_mode
+from meta_jax.networks.sharing import embed_on
 from meta_jax.ranges import PositiveInt
 
 _NAMES = ("block1", "block2", "block3", "block4")
@@ -36,7 +31,7 @@ def conv4(
     Args:
       features: Channels of every block.
       normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
-      mesh: Devices, along one axis, that share the images where their number is a multiple.
+      mesh: Devices, along one axis, that share the images.
 
     Returns:
       A network from images [n, height, width, channels], sides of at least 16 pixels, to
@@ -76,7 +71,7 @@ def strided_conv4(
       features: Channels of every block.
       normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
       mean: Whether the last block is averaged over places; if not, it is flattened.
-      mesh: Devices, along one axis, that share the images where their number is a multiple.
+      mesh: Devices, along one axis, that share the images.
 
     Returns:
       A network from images [n, height, width, channels] to embeddings [n, features], or
@@ -97,7 +92,7 @@ def flat_strided_conv4(
     Args:
       features: Channels of every block.
       normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`).
-      mesh: Devices, along one axis, that share the images where their number is a multiple.
+      mesh: Devices, along one axis, that share the images.
 
     Returns:
       A network from images [n, height, width, channels] to embeddings
@@ -164,27 +159,7 @@ def _apply(
 ) -> tuple[Array, PyTree]:
     del key, train  # there is no dropout
     embed = partial(_embed, form, moments=moments)
-    if mesh is None or not _shared_evenly(form, mesh, x, mask):
-        return embed(params, state, x, mask=mask)
-    (axis,) = mesh.axis_names
-    everywhere, each = PartitionSpec(), PartitionSpec(axis)
-    return jax.shard_map(
-        partial(embed, axis=axis),
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, each),
-        out_specs=(each, everywhere),
-        check_vma=False,
-    )(params, state, x)
-
-
-def _shared_evenly(form: _Form, mesh: Mesh, x: Array, mask: Array | None) -> bool:
-    """Whether devices can share the images: as many on each, and moments that they can pool."""
-    pooled = is_fused(form.normalisation, mask) or form.normalisation in (
-        "none",
-        "layer",
-        "instance",
-    )
-    return pooled and is_known(x.shape[0]) and x.shape[0] % mesh.size == 0
+    return embed_on(mesh, form.normalisation, embed, params, state, x, mask)
 
 
 def _embed(
@@ -194,8 +169,8 @@ def _embed(
     x: Array,
     *,
     moments: MomentsUse,
-    mask: Array | None = None,
-    axis: str | None = None,
+    mask: Array | None,
+    axis: str | None,
 ) -> tuple[Array, PyTree]:
     y, state = apply_conv_blocks(
         params,

@@ -25,6 +25,8 @@ from jax.custom_batching import custom_vmap
 
 from meta_jax.backend import on_cpu
 from meta_jax.core import Array
+from meta_jax.networks import winograd
+from meta_jax.networks.chunks import chunks_within, in_chunks, is_known
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 _SMALL_PATCH = 36  # numbers; 3x3 windows of up to four channels
@@ -141,12 +143,13 @@ class _Geometry(NamedTuple):
         return list(lax.padtype_to_pads(self.size, window, stride, self.padding))
 
     @property
-    def places(self) -> int:
-        """Number of the windows' places in one image."""
-        return math.prod(
+    def outputs(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        rows, columns = (
             (s + sum(p) - self.window) // self.stride + 1
             for s, p in zip(self.size, self.pads, strict=True)
         )
+        return rows, columns
 
 
 def _bilinear_maps(geometry: _Geometry) -> tuple[Bilinear, Bilinear, Bilinear]:
@@ -177,7 +180,7 @@ def _forms(geometry: _Geometry) -> tuple[Bilinear, Bilinear, Bilinear]:
     if min(geometry.size) < geometry.window:  # nothing but borders is not a fast convolution
         return unfolded, transposed, w
     turned = partial(_turned, geometry)
-    return partial(_few_unfolded, geometry), turned if geometry.stride == 1 else transposed, w
+    return partial(_fastest, geometry), turned if geometry.stride == 1 else transposed, w
 
 
 def _native(geometry: _Geometry, x: Array, kernel: Array) -> Array:
@@ -194,8 +197,11 @@ def _unfolded(geometry: _Geometry, x: Array, kernel: Array) -> Array:
     return unfolded @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _few_unfolded(geometry: _Geometry, x: Array, kernel: Array) -> Array:
-    """f; the patches of few images are still at hand when the kernel's gradient needs them."""
+def _fastest(geometry: _Geometry, x: Array, kernel: Array) -> Array:
+    """f on a CPU."""
+    if _by_tiles(geometry, x, kernel.shape[3], geometry.outputs):
+        return winograd.convolve(x, kernel, geometry.pads)
+    # The patches of few images are still at hand when the kernel's gradient needs them.
     few = is_known(x.shape[0]) and _patch_chunks(geometry, x) == 1
     return (_unfolded if few else _native)(geometry, x, kernel)
 
@@ -208,14 +214,17 @@ def _transposed(geometry: _Geometry, forward: Bilinear, dy: Array, kernel: Array
 
 def _turned(geometry: _Geometry, dy: Array, kernel: Array) -> Array:
     """t as a convolution, for stride 1."""
-    last = geometry.window - 1
-    return lax.conv_general_dilated(
-        dy,
-        kernel[::-1, ::-1].swapaxes(2, 3),
-        (1, 1),
-        [(last - low, last - high) for low, high in geometry.pads],
-        dimension_numbers=_DIMENSIONS,
-    )
+    last, kernel = geometry.window - 1, kernel[::-1, ::-1].swapaxes(2, 3)
+    pads = [(last - low, last - high) for low, high in geometry.pads]
+    if _by_tiles(geometry, dy, kernel.shape[3], geometry.size):
+        return winograd.convolve(dy, kernel, pads)
+    return lax.conv_general_dilated(dy, kernel, (1, 1), pads, dimension_numbers=_DIMENSIONS)
+
+
+def _by_tiles(geometry: _Geometry, x: Array, features: int, outputs: tuple[int, int]) -> bool:
+    """Whether a convolution is of the kind that Winograd's tiles are for, and faster by them."""
+    fits = geometry.window == 3 and geometry.stride == 1
+    return fits and winograd.is_faster(x, features, outputs)
 
 
 def _weight(geometry: _Geometry, x: Array, dy: Array) -> Array:
@@ -233,7 +242,9 @@ def _weight_by_patches(geometry: _Geometry, x: Array, dy: Array) -> Array:
 
 
 def _weight_by_chunks(geometry: _Geometry, x: Array, dy: Array) -> Array:
-    """w for some images at a time, whose patches fit the cache."""
+    """w for some images at a time, whose patches or tiles fit the cache."""
+    if _by_tiles(geometry, x, dy.shape[3], geometry.outputs):
+        return winograd.kernel_gradient(x, dy, geometry.pads)
     chunks = _patch_chunks(geometry, x)
     if chunks == 1:
         return _weight_by_patches(geometry, x, dy)
@@ -250,7 +261,7 @@ def _weight_by_chunks(geometry: _Geometry, x: Array, dy: Array) -> Array:
 
 def _patch_chunks(geometry: _Geometry, x: Array) -> int:
     """How many chunks of images have patches that the cache holds."""
-    image = geometry.places * geometry.window**2 * x.shape[-1] * x.dtype.itemsize
+    image = math.prod(geometry.outputs) * geometry.window**2 * x.shape[-1] * x.dtype.itemsize
     return chunks_within(x.shape[0], image, _PATCHES_BYTES)
 
 
@@ -288,32 +299,6 @@ def _over_tasks(native: Bilinear, unfolding: Bilinear, *, shared: bool) -> Bilin
 
 
 # ---- Around a convolution.
-
-
-def is_known(count: int) -> bool:
-    """Whether a number of images is known; under `jax.export` it may be a symbol."""
-    return isinstance(count, int)
-
-
-def chunks_within(images: int, image_bytes: int, budget: int) -> int:
-    """In how many chunks images must go through to stay within a budget of bytes.
-
-    A symbolic number of images goes through whole.
-
-    Examples:
-      >>> chunks_within(7, 100, 300)
-      3
-    """
-    if not is_known(images):
-        return 1
-    return math.ceil(images / max(1, budget // image_bytes))
-
-
-def in_chunks(x: Array, chunks: int) -> Array:
-    """Images [n, ...] -> [chunks, ceil(n / chunks), ...], the last ones of zeros."""
-    size = math.ceil(x.shape[0] / chunks)
-    x = jnp.pad(x, ((0, chunks * size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)))
-    return x.reshape(chunks, size, *x.shape[1:])
 
 
 def max_pool(x: Array) -> Array:

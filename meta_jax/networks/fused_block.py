@@ -1,8 +1,8 @@
 """A block of conv4 in one piece: convolution, batch norm, ReLU and pooling, for speed alone.
 
-Only the blocks of this package's own networks use it, and only where moments are those of a batch
-without padding; elsewhere a block is made of plain layers (see `meta_jax.networks.layers`). Three
-facts shape this file:
+Only the blocks of this package's own networks use it, and only where moments are those of a batch;
+elsewhere a block is made of plain layers (see `meta_jax.networks.layers`). Three facts shape this
+file:
 
 - With one to four input channels, batch-norm moments follow from the mean and covariance of the
   patches, nine numbers wide, without a look at the output.
@@ -23,11 +23,9 @@ from jax import lax
 
 from meta_jax.backend import on_cpu
 from meta_jax.core import Array, MomentsUse, PyTree
+from meta_jax.networks.chunks import chunks_within, in_chunks, is_known
 from meta_jax.networks.convolution import (
-    chunks_within,
     convolve,
-    in_chunks,
-    is_known,
     max_pool,
     patches,
     patches_times,
@@ -56,6 +54,7 @@ def fused_conv_block(
     stride: int,
     pool: bool,
     moments: MomentsUse,
+    mask: Array | None = None,
     padding: str = "SAME",
     axis: str | None = None,
 ) -> tuple[Array, PyTree]:
@@ -67,8 +66,9 @@ def fused_conv_block(
       stride: Step of the convolution, in pixels.
       pool: Whether to max-pool at the end.
       moments: Which moments normalise.
+      mask: bool [n], False for padding, which enters no moment.
       padding: 'SAME' or 'VALID'.
-      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      axis: Name of the devices' axis that shares the images, inside `jax.shard_map`.
 
     Returns:
       The features [n, out_height, out_width, features] and the new statistics.
@@ -78,10 +78,13 @@ def fused_conv_block(
         y = convolve_prepared(
             x.apply, x.images, kernel, chunks=x.chunks, stride=stride, padding=padding
         )
-        y, batch = pool_moments(y, sign, pool=pool)
+        y, batch = pool_moments(y, sign, pool=pool, mask=mask)
     else:
-        y, batch = convolve_pool_moments(x, kernel, sign, pool=pool, stride=stride, padding=padding)
-    return finish_block(params, stats, y, _over_devices(batch, axis), moments=moments)
+        y, batch = convolve_pool_moments(
+            x, kernel, sign, pool=pool, stride=stride, padding=padding, mask=mask
+        )
+    batch = _over_devices(batch, mask, axis)
+    return finish_block(params, stats, y, batch, moments=moments, mask=mask, axis=axis)
 
 
 def deferred_conv_block(
@@ -92,13 +95,14 @@ def deferred_conv_block(
     stride: int,
     pool: bool,
     moments: MomentsUse,
+    mask: Array | None = None,
     padding: str = "SAME",
     axis: str | None = None,
 ) -> tuple[Array | Deferred, PyTree]:
     """`fused_conv_block`, its features left to the next block where that is faster.
 
     Args:
-      params, stats, x, stride, pool, moments, padding, axis: As in `fused_conv_block`.
+      params, stats, x, stride, pool, moments, mask, padding, axis: As in `fused_conv_block`.
 
     Returns:
       The features, or what the next block makes them from, and the new statistics.
@@ -113,11 +117,13 @@ def deferred_conv_block(
             stride=stride,
             pool=pool,
             moments=moments,
+            mask=mask,
             padding=padding,
             axis=axis,
         )
-    batch = _over_devices(first_moments(x, kernel, stride=stride, padding=padding), axis)
-    used, stats = _used(params, stats, batch, moments)
+    batch = first_moments(x, kernel, stride=stride, padding=padding, mask=mask)
+    batch = _over_devices(batch, mask, axis)
+    used, stats = _used(params, stats, batch, moments, mask, axis)
 
     def features(x: Array) -> Array:
         y = convolve(x, kernel, stride=stride, padding=padding)
@@ -134,36 +140,72 @@ def scale_sign(params: PyTree) -> Array:
 
 
 def finish_block(
-    params: PyTree, stats: PyTree, y: Array, batch: Moments, *, moments: MomentsUse
+    params: PyTree,
+    stats: PyTree,
+    y: Array,
+    batch: Moments,
+    *,
+    moments: MomentsUse,
+    mask: Array | None = None,
+    axis: str | None = None,
 ) -> tuple[Array, PyTree]:
     """The end of a block: bias, batch norm and ReLU.
 
     Args:
       params, stats: The block's.
       y: The convolution's output, pooled or not, [n, height, width, features].
-      batch: Moments of the output before pooling and bias.
+      batch: Moments of the output before pooling and bias, of the images on all devices.
       moments: Which moments normalise.
+      mask: bool [n], False for padding.
+      axis: Name of the devices' axis that shares the images, inside `jax.shard_map`.
 
     Returns:
-      The features, of y's shape, and the new statistics.
+      The features, of y's shape, and the new statistics; the old ones where no image is real.
     """
-    used, stats = _used(params, stats, batch, moments)
+    used, stats = _used(params, stats, batch, moments, mask, axis)
     return _normalised(params, y, used), stats
 
 
-def _over_devices(moments: Moments, axis: str | None) -> Moments:
+def _over_devices(moments: Moments, mask: Array | None, axis: str | None) -> Moments:
     """Moments over the images of all devices."""
     if axis is None:
         return moments
-    mean = lax.pmean(moments.mean, axis)
-    return Moments(mean, lax.pmean(moments.var + (moments.mean - mean) ** 2, axis))
+    share = 1 / lax.axis_size(axis)
+    if mask is not None:
+        own = mask.sum().astype(moments.mean.dtype)
+        share = own / jnp.maximum(lax.psum(own, axis), 1)
+    return _mixed(moments, share, lambda x: lax.psum(x, axis))
+
+
+def _mixed(parts: Moments, share: Array | float, total: Callable[[Array], Array]) -> Moments:
+    """Moments of a whole from those of its parts, by Chan's formula.
+
+    E[y^2] - mean^2 would cancel in float32.
+
+    Args:
+      parts: Moments of the parts.
+      share: Each part's share of the whole.
+      total: The sum over the parts.
+    """
+    mean = total(share * parts.mean)
+    return Moments(mean, total(share * (parts.var + (parts.mean - mean) ** 2)))
 
 
 def _used(
-    params: PyTree, stats: PyTree, batch: Moments, moments: MomentsUse
+    params: PyTree,
+    stats: PyTree,
+    batch: Moments,
+    moments: MomentsUse,
+    mask: Array | None,
+    axis: str | None,
 ) -> tuple[Moments, PyTree]:
     """What to normalise with, mean and variance with the bias, and the new statistics."""
-    return used_moments(stats, Moments(batch.mean + params["conv"]["bias"], batch.var), moments)
+    batch = Moments(batch.mean + params["conv"]["bias"], batch.var)
+    used, new = used_moments(stats, batch, moments)
+    if mask is None or new is stats:
+        return used, new
+    real = mask.any() if axis is None else lax.pmax(mask.any(), axis)
+    return used, jax.tree.map(lambda n, old: jnp.where(real, n, old), new, stats)
 
 
 def _normalised(params: PyTree, y: Array, used: Moments) -> Array:
@@ -185,6 +227,7 @@ def convolve_pool_moments(
     stride: int,
     pool: bool,
     padding: str = "SAME",
+    mask: Array | None = None,
 ) -> tuple[Array, Moments]:
     """Convolution, then 2x2 max-pooling where `sign` > 0 and min-pooling where it is < 0.
 
@@ -195,41 +238,39 @@ def convolve_pool_moments(
       stride: Step between windows, in pixels.
       pool: Whether to pool at all.
       padding: 'SAME' or 'VALID'.
+      mask: bool [n], False for padding, which enters no moment.
 
     Returns:
       The pooled output [n, out_height, out_width, features] and the moments of the unpooled one.
     """
     if not small_patches(kernel):
-        return pool_moments(convolve(x, kernel, stride=stride, padding=padding), sign, pool=pool)
+        y = convolve(x, kernel, stride=stride, padding=padding)
+        return pool_moments(y, sign, pool=pool, mask=mask)
 
-    def chunk(x: Array, weight: Array | None) -> tuple[Array, Moments]:
+    def chunk(x: Array, mask: Array | None) -> tuple[Array, Moments]:
         unfolded = patches(x, kernel.shape[0], stride, padding)
         y = patches_times(unfolded, kernel)
-        return signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, weight)
+        return signed_pool(y, sign, pool), _moments_by_patches(unfolded, kernel, mask)
 
     chunks = _chunks(x, kernel, stride)
     if chunks == 1:
-        y, moments = chunk(x, None)
+        y, moments = chunk(x, mask)
         return y, moments
     n = x.shape[0]
-    size = math.ceil(n / chunks)
-    chunks = math.ceil(n / size)  # no chunk is all filling
-    fill = chunks * size - n
+    chunks = math.ceil(n / math.ceil(n / chunks))  # no chunk is all filling
     xs = in_chunks(x, chunks)
-    weight = (jnp.arange(chunks * size) < n).astype(wide_type(x.dtype))
-    weight = weight.reshape(chunks, size, 1, 1, 1)
+    real = in_chunks(jnp.ones(n, bool) if mask is None else mask, chunks)
+    weighted = mask is not None or real.size > n
     # The backward pass computes a chunk's output again, which is cheaper than keeping it.
-    body = jax.checkpoint(lambda c: chunk(c[0], c[1] if fill else None), prevent_cse=False)
-    y, parts = lax.map(body, (xs, weight))
-    share = weight.mean((1, 2, 3, 4))[:, None] * (chunks * size / n) / chunks
-    # Chan's formula: E[y^2] - mean^2 would cancel in float32.
-    mean = (share * parts.mean).sum(0)
-    var = (share * (parts.var + (parts.mean - mean) ** 2)).sum(0)
-    y = y.reshape(chunks * size, *y.shape[2:])[:n]
-    return y, Moments(mean, var)
+    body = jax.checkpoint(lambda c: chunk(c[0], c[1] if weighted else None), prevent_cse=False)
+    y, parts = lax.map(body, (xs, real))
+    share = (real.sum(1) / jnp.maximum(real.sum(), 1)).astype(parts.mean.dtype)[:, None]
+    return y.reshape(real.size, *y.shape[2:])[:n], _mixed(parts, share, lambda x: x.sum(0))
 
 
-def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME") -> Moments:
+def first_moments(
+    x: Array, kernel: Array, *, stride: int, padding: str = "SAME", mask: Array | None = None
+) -> Moments:
     """The moments of a convolution with few input channels, without its output.
 
     Args:
@@ -237,8 +278,9 @@ def first_moments(x: Array, kernel: Array, *, stride: int, padding: str = "SAME"
       kernel: [window, window, channels, features].
       stride: Step between windows, in pixels.
       padding: 'SAME' or 'VALID'.
+      mask: bool [n], False for padding.
     """
-    return _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, None)
+    return _moments_by_patches(patches(x, kernel.shape[0], stride, padding), kernel, mask)
 
 
 def prepared_chunks(x: Array, kernel: Array, *, stride: int, pool: bool) -> int:
@@ -284,22 +326,34 @@ def convolve_prepared(
     return y.reshape(-1, *y.shape[2:])[: x.shape[0]]
 
 
-def pool_moments(y: Array, sign: Array, *, pool: bool) -> tuple[Array, Moments]:
+def pool_moments(
+    y: Array, sign: Array, *, pool: bool, mask: Array | None = None
+) -> tuple[Array, Moments]:
     """2x2 max-pooling where `sign` > 0, min-pooling where it is < 0, and the moments before it.
 
     Args:
       y: A convolution's output [n, height, width, features].
       sign: +1 or -1 for each feature, [features].
       pool: Whether to pool at all.
+      mask: bool [n], False for padding, which enters no moment.
     """
     # One pass over y, forwards and backwards, around a rough mean: E[y^2] - E[y]^2 alone would
     # cancel in float32. The result does not depend on the centre, so its gradient is exactly zero.
     wide = y.astype(wide_type(y.dtype))
-    centre = lax.stop_gradient(wide[0].mean((0, 1)))
+    one = wide[0] if mask is None else wide[jnp.argmax(mask)]
+    centre = lax.stop_gradient(one.mean((0, 1)))
     away = wide - with_rank(centre, wide)
-    first, second = away.mean((0, 1, 2)), (away * away).mean((0, 1, 2))
-    moments = Moments(centre + first, second - first**2)
-    return signed_pool(y, sign, pool), moments
+    first, second = _mean_of_real(away, mask), _mean_of_real(away * away, mask)
+    return signed_pool(y, sign, pool), Moments(centre + first, second - first**2)
+
+
+def _mean_of_real(x: Array, mask: Array | None) -> Array:
+    """Mean over images that are not padding, and over places, [features]."""
+    if mask is None:
+        return x.mean((0, 1, 2))
+    count = jnp.maximum(mask.sum(), 1) * x.shape[1] * x.shape[2]
+    # Not a product with zero: what stands in padding may be infinite.
+    return jnp.where(mask.reshape(-1, 1, 1, 1), x, 0).sum((0, 1, 2)) / count.astype(x.dtype)
 
 
 def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
@@ -310,21 +364,17 @@ def signed_pool(y: Array, sign: Array, pool: bool) -> Array:
     return sign * max_pool(sign * y)
 
 
-def _moments_by_patches(unfolded: Array, kernel: Array, weight: Array | None) -> Moments:
-    """Moments of y = p k without y: mean(p) k and the diagonal of k' cov(p) k.
-
-    Images are weighted by [n, 1, 1, 1].
-    """
+def _moments_by_patches(unfolded: Array, kernel: Array, mask: Array | None) -> Moments:
+    """Moments of y = p k without y: mean(p) k and the diagonal of k' cov(p) k."""
     wide = wide_type(unfolded.dtype)
     kernel, unfolded = kernel.reshape(-1, kernel.shape[-1]).astype(wide), unfolded.astype(wide)
-    if weight is None:
-        weight = jnp.ones((unfolded.shape[0], 1, 1, 1), unfolded.dtype)
-    count = weight.sum() * unfolded.shape[1] * unfolded.shape[2]
-    mean = (weight * unfolded).sum((0, 1, 2)) / count
+    mean, places = _mean_of_real(unfolded, mask), unfolded.shape[1] * unfolded.shape[2]
     away = unfolded - with_rank(mean, unfolded)
-    centred = away.reshape(-1, mean.size)
-    weighted = (weight * away).reshape(-1, mean.size)
-    covariance = centred.T @ weighted / count
+    count: Array | int = unfolded.shape[0]
+    if mask is not None:
+        away, count = jnp.where(mask.reshape(-1, 1, 1, 1), away, 0), jnp.maximum(mask.sum(), 1)
+    away = away.reshape(-1, mean.size)
+    covariance = away.T @ away / (count * places)
     return Moments(mean @ kernel, (kernel * (covariance @ kernel)).sum(0))
 
 

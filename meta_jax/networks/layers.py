@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from meta_jax.core import Array, MomentsUse, Normalisation, PyTree
+from meta_jax.core import Array, MomentsUse, Normalisation, PyTree, check_mask
 from meta_jax.lookup import UsageError
 from meta_jax.networks.convolution import convolve, max_pool
 from meta_jax.networks.fused_block import deferred_conv_block, fused_conv_block
@@ -94,12 +94,12 @@ def conv_block(
       moments: Which moments normalise: see `meta_jax.core.MomentsUse`.
       mask: bool [n], False for padding, which enters no moment.
       padding: 'SAME' or 'VALID', of the convolution.
-      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      axis: Name of the devices' axis that shares the images, inside `jax.shard_map`.
 
     Returns:
       The features [n, out_height, out_width, features] and the new moments.
     """
-    if is_fused(normalisation, mask):
+    if normalisation in BATCH_MODES:
         return fused_conv_block(
             params,
             stats,
@@ -107,6 +107,7 @@ def conv_block(
             stride=stride,
             pool=pool,
             moments=moments,
+            mask=mask,
             padding=padding,
             axis=axis,
         )
@@ -121,11 +122,6 @@ def conv_block(
     )
     y = jax.nn.relu(y)
     return max_pool(y) if pool else y, stats
-
-
-def is_fused(normalisation: Normalisation, mask: Array | None) -> bool:
-    """Whether a block's moments are those of a batch without padding, which has a fast form."""
-    return mask is None and normalisation in BATCH_MODES
 
 
 class Block(NamedTuple):
@@ -157,16 +153,18 @@ def apply_conv_blocks(
       normalisation: Mode of the normalisation.
       moments: Which moments normalise.
       mask: bool [n], False for padding.
-      axis: Name of the devices' axis that shares the images evenly, inside `jax.shard_map`.
+      axis: Name of the devices' axis that shares the images, inside `jax.shard_map`.
       defer: Whether the first block may be left to the second, where that is faster.
 
     Returns:
       The last block's features and the new state, of the old one's structure.
     """
+    if mask is not None:
+        check_mask(mask, x.shape[0])
     first, new_state = next(iter(blocks)), {}
     y = x  # images, features, or what a block deferred
     for name, block in blocks.items():
-        run = _form(normalisation, mask, defer=defer and name == first)
+        run = _form(normalisation, defer=defer and name == first)
         y, stats = run(
             params[name],
             state.get(name, {}),
@@ -175,6 +173,7 @@ def apply_conv_blocks(
             pool=block.pool,
             padding=block.padding,
             moments=moments,
+            mask=mask,
             axis=axis,
         )
         if stats:
@@ -182,10 +181,8 @@ def apply_conv_blocks(
     return y, new_state
 
 
-def _form(
-    normalisation: Normalisation, mask: Array | None, *, defer: bool
-) -> Callable[..., tuple[Any, PyTree]]:
-    """The form in which a block is computed: of plain layers, in one piece, or left to the next."""
-    if not is_fused(normalisation, mask):
-        return partial(conv_block, normalisation=normalisation, mask=mask)
-    return deferred_conv_block if defer else fused_conv_block
+def _form(normalisation: Normalisation, *, defer: bool) -> Callable[..., tuple[Any, PyTree]]:
+    """The form in which a block is computed: one after another, or left to the next."""
+    if defer and normalisation in BATCH_MODES:
+        return deferred_conv_block
+    return partial(conv_block, normalisation=normalisation)

@@ -6,6 +6,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from meta_jax import registry
 from meta_jax.core import Array, MomentsUse, Network, Normalisation, PyTree
@@ -17,10 +18,10 @@ from meta_jax.networks.layers import (
     apply_conv_blocks,
     conv_block,
     init_conv_block,
-    is_fused,
     linear,
 )
-from meta_jax.networks.normalisation import check_mode, normalise
+from meta_jax.networks.normalisation import BATCH_MODES, check_mode, normalise
+from meta_jax.networks.sharing import embed_on
 from meta_jax.ranges import PositiveInt
 
 _HIDDEN = 8  # units between the relation module's convolutions and its output
@@ -34,7 +35,10 @@ _BLOCKS = {
 
 @registry.network("relation_encoder")
 def relation_encoder(
-    features: PositiveInt = 64, *, normalisation: Normalisation = "batch"
+    features: PositiveInt = 64,
+    *,
+    normalisation: Normalisation = "batch",
+    mesh: Mesh | None = None,
 ) -> Network:
     """Builds the encoder of Relation Networks: 4 x [3x3 convolution, normalisation, ReLU].
 
@@ -44,6 +48,7 @@ def relation_encoder(
       features: Channels of every block.
       normalisation: Mode of the normalisation layers (see `meta_jax.networks.normalisation`); the
         paper's is 'batch'.
+      mesh: Devices, along one axis, that share the images.
 
     Returns:
       A network from images [n, height, width, channels] to feature maps
@@ -64,7 +69,7 @@ def relation_encoder(
     """
     check_mode(normalisation)
     init = partial(_init_encoder, features, normalisation)
-    return Network(init, partial(_apply_encoder, normalisation), normalisation)
+    return Network(init, partial(_apply_encoder, normalisation, mesh), normalisation)
 
 
 def _init_encoder(
@@ -86,6 +91,7 @@ def _init_encoder(
 
 def _apply_encoder(
     normalisation: Normalisation,
+    mesh: Mesh | None,
     params: PyTree,
     state: PyTree,
     x: Array,
@@ -96,9 +102,8 @@ def _apply_encoder(
     mask: Array | None = None,
 ) -> tuple[Array, PyTree]:
     del key, train  # there is no dropout
-    return apply_conv_blocks(
-        params, state, x, _BLOCKS, normalisation=normalisation, moments=moments, mask=mask
-    )
+    embed = partial(apply_conv_blocks, blocks=_BLOCKS, normalisation=normalisation, moments=moments)
+    return embed_on(mesh, normalisation, embed, params, state, x, mask)
 
 
 def init_relation_module(
@@ -212,9 +217,9 @@ def _first_block(
     of_query = convolve(queries, kernel[:, :, channels:], padding=padding)
     x = of_query[:, None] + of_class[None]
     x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    if is_fused(normalisation, mask):
-        x, batch = pool_moments(x, scale_sign(params), pool=True)
-        return finish_block(params, stats, x, batch, moments=moments)
+    if normalisation in BATCH_MODES:
+        x, batch = pool_moments(x, scale_sign(params), pool=True, mask=mask)
+        return finish_block(params, stats, x, batch, moments=moments, mask=mask)
     x, stats = normalise(
         params.get("normalisation", {}),
         stats,

@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 
 from meta_jax.backend import on_cpu, use_backend
-from meta_jax.networks import convolution
+from meta_jax.networks import convolution, winograd
 from meta_jax.networks.convolution import (
     chunks_within,
     convolve,
@@ -19,11 +19,15 @@ pytestmark = pytest.mark.usefixtures("x64")
 CASES = [(stride, size) for stride in (1, 2) for size in ((6, 6), (7, 5))]
 
 
-@pytest.fixture(params=["bilinear maps", "bilinear maps of an accelerator", "patches"])
+@pytest.fixture(params=["bilinear maps", "bilinear maps of an accelerator", "patches", "tiles"])
 def form(monkeypatch, request):
     """Each way of computing a convolution, whatever the number of channels and the device."""
     small = 999 if request.param == "patches" else 0
     monkeypatch.setattr(convolution, "_SMALL_PATCH", small)
+    if request.param == "tiles":
+        monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "_LEAST_SIDE", 1)
+        monkeypatch.setattr(winograd, "_TILES_BYTES", 10_000)  # two chunks of three images
     with use_backend("gpu" if "accelerator" in request.param else "cpu"):
         yield
 
