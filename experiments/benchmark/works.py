@@ -45,7 +45,7 @@ class Work(NamedTuple):
     learner: MetaLearner
     tasks: Tasks
     task_batch: int
-    flop: float  # of the matrix products that the step cannot do without
+    flop: float  # of the step's matrix products, its convolutions being plain ones
     spec: EpisodeSpec | None = None  # of the images; None for sinusoid
     inner_steps: int = 0
     first_order: bool = False
