@@ -28,7 +28,10 @@ def methods() -> str:
     lines = ["| `--learner` | in Python | family | |", "|---|---|---|---|"]
     for name in registry.names("learner"):
         found = registry.find("learner", name)
-        family = _FAMILIES[found.factory.__module__.split(".")[1]]
+        package, floor, *_ = found.factory.__module__.split(".")
+        if package != meta_jax.__name__:  # somebody's own, such as the examples of extensions
+            continue
+        family = _FAMILIES[floor]
         python = _public_name(found.factory)
         lines.append(f"| `{name}` | {{py:obj}}`~{python}` | {family} | {registry.summary(found)} |")
     return "\n".join(lines)
