@@ -9,7 +9,7 @@ of 9 m^2 for a plain convolution: 16 in place of 36 at m = 2, 36 in place of 144
 kernel's gradient is G' [sum over tiles (B' x B) * (A dy A')] G, with as many products. The sums
 before and after them are cheap while they stay in a core's cache, so images go through in chunks.
 
-At m = 2 rounding errors are those of a plain convolution. At m = 4 they are about ten times as
+At m = 2 rounding errors are those of a plain convolution. At m = 4 they are about five times as
 large, a few parts in a million of float32: enough for a kernel's gradient, which is a sum anyway.
 """
 
