@@ -39,7 +39,7 @@ def prototypical(
     The paper only classifies; real targets get a prototype for each output,
     `prototype_regression_head`.
 
-    With its flag alone, 1000 outer steps give 86.4 % on glyphs (untrained 41.5 %) and a squared
+    With its flag alone, 1000 outer steps give 87.9 % on glyphs (untrained 41.5 %) and a squared
     error of 1.63 on sinusoids (untrained 5.59).
 
     Args:

@@ -215,7 +215,7 @@ def relation(
     r_ij = sigmoid(g([sum_k f(x_ik), f(x_j)])), g a network (eq. 1). Its normalisation has the
     mode of f. The paper's is batch: moments of whatever is asked, transductive on queries.
 
-    With its flag alone, 1000 outer steps give 91.5 % on glyphs (untrained 20.0 %).
+    With its flag alone, 1000 outer steps give 91.0 % on glyphs (untrained 20.0 %).
 
     Args:
       network: Encoder f, from images to feature maps.
