@@ -93,7 +93,9 @@ def cost(model: Trained, rounds: int) -> Cost:
     learner, params, state = model.learner, model.params, model.state
     task, keys = _task(model.config), jax.random.split(jax.random.key(1), 3)
     gradient = jax.jit(jax.grad(lambda *arguments: learner.loss(*arguments)[0]))
-    training = measure.compile_timed(gradient, params, state, task, keys[0])
+    # A classifier of all training classes learns from the labels of as many.
+    to_learn = _task(model.config, model.config["learner"].get("train_classes", _WAYS))
+    training = measure.compile_timed(gradient, params, state, to_learn, keys[0])
     adapt = jax.jit(functools.partial(learner.adapt, train=False))
     predict = jax.jit(functools.partial(learner.predict, train=False))
     adapted = adapt(params, state, task.support, keys[1])
@@ -106,14 +108,22 @@ def cost(model: Trained, rounds: int) -> Cost:
     return Cost(training.peak_mib, adapt_ms, predict_ms / (_WAYS * _QUERIES))
 
 
-def _task(config: Any) -> Episode:
-    """A task of random inputs of the form that a model was trained on."""
+def _task(config: Any, classes: int = _WAYS) -> Episode:
+    """A task of random inputs of the form that a model was trained on.
+
+    Args:
+      config: The model's.
+      classes: How many classes the labels tell apart, of which the first five occur.
+    """
     example = task_like(config["example"])
     if not isinstance(example, Episode):
         raise UsageError("the model was not trained on few-shot tasks: choose other weights")
     shape, keys = example.support.x.shape[1:], jax.random.split(jax.random.key(0))
     parts = (
-        Batch(jax.random.uniform(key, (n * _WAYS, *shape)), jnp.tile(jnp.eye(_WAYS), (n, 1)))
+        Batch(
+            jax.random.uniform(key, (n * _WAYS, *shape)),
+            jnp.tile(jnp.eye(_WAYS, classes), (n, 1)),
+        )
         for key, n in zip(keys, (1, _QUERIES), strict=True)
     )
     return Episode(*parts)

@@ -15,6 +15,11 @@ def test_a_learner_without_parameters_has_no_training_to_need_memory():
     assert min(found.adapt_ms, found.query_ms) > 0
 
 
+def test_a_classifier_of_all_training_classes_is_measured_as_it_was_trained():
+    found = benchmark_costs.cost(load(WEIGHTS / "baseline_omniglot"), rounds=1)
+    assert found.memory_mib > 2 * 4112 * 64 * 4 / 2**20  # its last layer and that one's gradient
+
+
 def test_what_does_not_classify_is_refused():
     with pytest.raises(UsageError, match="few-shot tasks"):
         benchmark_costs.cost(load(WEIGHTS / "rl2_bandit_10_5"), rounds=1)
