@@ -6,12 +6,8 @@ from jax import lax
 
 from meta_jax.backend import on_cpu, use_backend
 from meta_jax.networks import convolution, winograd
-from meta_jax.networks.convolution import (
-    chunks_within,
-    convolve,
-    max_pool,
-    patches,
-)
+from meta_jax.networks.chunks import chunks_within
+from meta_jax.networks.convolution import convolve, max_pool, patches
 from tests.random_trees import normal
 
 pytestmark = pytest.mark.usefixtures("x64")
