@@ -24,10 +24,9 @@ from experiments.plan import make_plan, run_until
 from experiments.reports import Result
 from experiments.rows import ROWS, Row
 from experiments.testing import Asked, score_text
-from experiments.weights import without_classifier
+from experiments.weights import compact
 from meta_jax.lookup import UsageError
 from meta_jax.training.lock import lock_workdir
-from meta_jax.training.record import read_config
 from meta_jax.training.trained import load, save_trained
 
 FLAGS = flags.FLAGS
@@ -199,13 +198,9 @@ def _ledger_row(name: str, row: Row, found: Result, minutes: float, commit: str)
 
 
 def _ship_weights(workdir: Path, folder: Path) -> None:
-    """Copies what a test needs of a workdir, a workdir in small."""
+    """Writes what a test needs of a workdir, a workdir in small."""
     shutil.rmtree(folder, ignore_errors=True)
-    if "train_classes" in read_config(workdir)["learner"]:
-        save_trained(folder, without_classifier(load(workdir)))
-        return
-    shutil.copytree(workdir / "checkpoints" / "best", folder / "checkpoints" / "best")
-    shutil.copy(workdir / "config.json", folder / "config.json")
+    save_trained(folder, compact(load(workdir)))
 
 
 def _commit() -> str:

@@ -93,13 +93,27 @@ def describe_weights(name: str) -> str:
     return f"weights of {name}"
 
 
-def without_classifier(trained: Trained) -> Trained:
-    """The same with zeros for the classifier of the training classes.
+def compact(trained: Trained) -> Trained:
+    """The same in less space, as weights are shipped: what tests do not need is left out.
 
-    No test looks at it, it is larger than the network, and zeros take no space in a checkpoint.
+    Parameters are rounded to float16, whose 11 significant bits are enough to use them, and a
+    classifier of the training classes, which no test looks at, is zeros, which take no space in a
+    checkpoint. `load` gives parameters their own type again.
 
     Args:
-      trained: A learner with the parameter `train_classes`.
+      trained: What was trained.
+
+    Raises:
+      UsageError: a parameter is larger than float16 can hold, 65504.
     """
-    head = jax.tree.map(jnp.zeros_like, trained.params["head"])
-    return trained._replace(params={**trained.params, "head": head})
+    params = dict(trained.params)
+    if "train_classes" in (trained.config["learner"] or {}):
+        params["head"] = jax.tree.map(jnp.zeros_like, params["head"])
+    rounded = jax.tree.map(_half, params)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(rounded)):
+        raise UsageError("a parameter is above 65504, which float16 cannot hold: train it smaller")
+    return trained._replace(params=rounded)
+
+
+def _half(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.float16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -347,11 +347,13 @@ def _parameters(
     params, state = jax.eval_shape(learner.init, key, example)
     # Averages of the parameters are what was validated, so they stand for them.
     chosen = {
-        name: contents.leaves[averaged_path(name, contents.leaves.keys())].astype(leaf.dtype)
-        for name, leaf in contents.leaves.items()
+        name: contents.leaves[averaged_path(name, contents.leaves.keys())]
+        for name in contents.leaves
         if name.startswith("params")
     }
-    params = checkpoints.unflatten(path, chosen, {"params": params})["params"]
+    stored = checkpoints.unflatten(path, chosen, {"params": params})["params"]
+    # Weights may be stored in fewer bits than the learner computes in.
+    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), stored, params)
     try:
         check_finite(params, "parameters")
     except ValueError as error:
