@@ -9,7 +9,6 @@ from meta_jax.core import Tasks
 from meta_jax.data.dataset import DataError
 from meta_jax.data.source import TaskSource, find_source, load_source
 from meta_jax.lookup import UsageError, local_path
-from meta_jax.shapes import shape_difference
 from meta_jax.training import trained
 
 
@@ -94,8 +93,7 @@ def check_fit(loaded: trained.Trained, tasks: Tasks) -> None:
             f"{name} was trained for {loaded.objective.kind}, and these tasks ask for {kind}: "
             "name other tasks"
         )
-    like = runs.initial_shapes(loaded.learner, tasks)
-    difference = shape_difference((loaded.params, loaded.state), like)
+    difference = runs.misfit(loaded.learner, (loaded.params, loaded.state), tasks)
     if difference:
         raise UsageError(
             f"{name} was trained with parameters that do not fit these tasks ({difference}): test "

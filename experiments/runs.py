@@ -326,7 +326,7 @@ def image_mesh(network: Chosen | None, task_batch: int) -> Mesh | None:
 def check_sizes(
     learner: MetaLearner, name: str, training: Tasks, testing: Tasks, run: Mapping[str, Any]
 ) -> None:
-    """Refuses tests of another size than training where the learner's parameters depend on it.
+    """Refuses tests of a size that the parameters of training do not fit.
 
     Args:
       learner: The learner.
@@ -335,10 +335,9 @@ def check_sizes(
       run: The record of the run, with the sizes of episodes.
 
     Raises:
-      UsageError: the parameters' shapes differ.
+      UsageError: the parameters' shapes differ, and the learner cannot do with those of training.
     """
-    ours, theirs = (initial_shapes(learner, tasks) for tasks in (training, testing))
-    difference = shape_difference(ours, theirs)
+    difference = misfit(learner, initial_shapes(learner, training), testing)
     if difference:
         sizes = zip(EpisodeSize._fields, training_size(run), test_size(run), strict=True)
         other = [
@@ -410,6 +409,26 @@ def check_episodes(name: str, number: int) -> None:
 
 def _bytes(shapes: PyTree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def misfit(learner: MetaLearner, trained: PyTree, tasks: Tasks) -> str:
+    """What keeps a learner with parameters and state of given shapes from a test, or ''.
+
+    A learner whose parameters follow the size of an episode may be able to test smaller ones.
+
+    Args:
+      learner: The learner.
+      trained: Its parameters and state, or their shapes.
+      tasks: Tasks of the test.
+    """
+    difference = shape_difference(trained, initial_shapes(learner, tasks))
+    if difference:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
+        try:
+            jax.eval_shape(learner.evaluate, *shapes, example_task(tasks), jax.random.key(0))
+        except (TypeError, ValueError):
+            return difference
+    return ""
 
 
 def initial_shapes(learner: MetaLearner, tasks: Tasks) -> PyTree:

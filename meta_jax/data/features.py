@@ -23,7 +23,7 @@ from meta_jax.data.dataset import (
 from meta_jax.data.source import TaskSource, source_from_splits
 from meta_jax.lookup import local_path
 from meta_jax.objectives import as_objective
-from meta_jax.ranges import NotNegativeInt, Positive
+from meta_jax.ranges import NotNegativeInt, Positive, PositiveInt
 
 
 @registry.tasks("features")
@@ -32,6 +32,8 @@ def features(
     /,
     *,
     within_group: bool = False,
+    least_ways: PositiveInt | None = None,
+    least_shots: PositiveInt | None = None,
     objective: Objective | str = "cross_entropy",
     split_seed: NotNegativeInt = 0,
     placement: Placement = "device",
@@ -43,6 +45,9 @@ def features(
       file: File `.npz` with `x` [n, ...] and `label` [n], and where there are such `split` [n]
         (names of splits) and `group` [n].
       within_group: Whether all classes of an episode are of one group.
+      least_ways: Smallest number of classes in a training episode. Each episode draws its number
+        between this and the ways, and pads the rest; by default all have as many classes.
+      least_shots: Likewise the smallest number of support examples of each class.
       objective: Objective of the tasks: 'cross_entropy', or somebody's own as
         package.module:attribute.
       split_seed: Seed of the random split of classes; not used where the file has splits. Give the
@@ -56,6 +61,8 @@ def features(
     return source_from_splits(
         load_features(file, seed=split_seed, storage=Storage(placement, device_memory)),
         within_group=within_group,
+        least_ways=least_ways,
+        least_shots=least_shots,
         objective=objective,
         baselines=("nearest_neighbour",) if objective.kind == "classification" else (),
     )

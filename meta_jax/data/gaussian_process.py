@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample
 from meta_jax.data.source import EpisodeSize, TaskSource, source_from_sampler
-from meta_jax.data.varying_shots import with_random_shots
+from meta_jax.data.varying_sizes import with_random_shots
 from meta_jax.linear_systems import eliminate
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import Gaussian, as_objective, row_mask

@@ -66,6 +66,8 @@ def glyphs(
     image_size: PositiveInt = 28,
     rotations: Rotations = "none",
     within_group: bool = False,
+    least_ways: PositiveInt | None = None,
+    least_shots: PositiveInt | None = None,
     augment: Augment = "none",
     polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
@@ -82,6 +84,9 @@ def glyphs(
         'per_class', one random turn for each class of an episode; 'per_episode', one for all.
       within_group: Whether all classes of an episode are of one script; in tests all of them then
         show the same drawers.
+      least_ways: Smallest number of classes in a training episode. Each episode draws its number
+        between this and the ways, and pads the rest; by default all have as many classes.
+      least_shots: Likewise the smallest number of support examples of each class.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
       polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
@@ -104,6 +109,8 @@ def glyphs(
         image_preprocessing(image_size, 1, polarity=polarity, resample="box"),
         rotations=rotations,
         within_group=within_group,
+        least_ways=least_ways,
+        least_shots=least_shots,
         augment=augment,
         objective=objective,
         ink="ink_light",

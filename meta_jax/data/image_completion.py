@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from meta_jax import registry
 from meta_jax.core import Array, Batch, Episode, Objective, PyTree, Sample, Tasks
 from meta_jax.data.source import EpisodeSize, TaskSource, find_source, load_source
-from meta_jax.data.varying_shots import with_random_shots
+from meta_jax.data.varying_sizes import with_random_shots
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
 from meta_jax.ranges import PositiveInt

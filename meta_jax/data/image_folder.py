@@ -49,6 +49,8 @@ def folder(
     grey: bool | None = None,
     rotations: Rotations = "none",
     within_group: bool = False,
+    least_ways: PositiveInt | None = None,
+    least_shots: PositiveInt | None = None,
     augment: Augment = "none",
     polarity: Polarity = "as_is",
     objective: Objective | str = "cross_entropy",
@@ -71,6 +73,9 @@ def folder(
         'per_class', one random turn for each class of an episode; 'per_episode', one for all.
       within_group: Whether all classes of an episode are of one group (GROUP/CLASS/IMAGE); in tests
         all of them then show images of the same numbers.
+      least_ways: Smallest number of classes in a training episode. Each episode draws its number
+        between this and the ways, and pads the rest; by default all have as many classes.
+      least_shots: Likewise the smallest number of support examples of each class.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
       polarity: Polarity that images of characters get: 'ink_light' on dark, or 'ink_dark' on light,
@@ -106,6 +111,8 @@ def folder(
         image_preprocessing(image_size, pool.channels, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         within_group=within_group,
+        least_ways=least_ways,
+        least_shots=least_shots,
         augment=augment,
         objective=objective,
         notes=notes,

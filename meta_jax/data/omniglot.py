@@ -89,6 +89,8 @@ def omniglot(
     split_rule: SplitRule = "vinyals",
     rotations: Rotations = "none",
     within_group: bool = False,
+    least_ways: PositiveInt | None = None,
+    least_shots: PositiveInt | None = None,
     augment: Augment = "none",
     polarity: Polarity = "ink_light",
     objective: Objective | str = "cross_entropy",
@@ -112,6 +114,9 @@ def omniglot(
       within_group: Whether all classes of an episode are of one alphabet; in tests all of them
         then show the same drawers, so that with one shot and one query an episode is one drawer
         against another, as Lake et al. test.
+      least_ways: Smallest number of classes in a training episode. Each episode draws its number
+        between this and the ways, and pads the rest; by default all have as many classes.
+      least_shots: Likewise the smallest number of support examples of each class.
       augment: Random changes of training images: 'none', or 'affine' (rotation, shear, scale,
         shift).
       polarity: Polarity of the images: 'ink_light' on dark (as_is), or 'ink_dark' on light.
@@ -129,6 +134,8 @@ def omniglot(
         image_preprocessing(image_size, 1, polarity=polarity, resample="lanczos"),
         rotations=rotations,
         within_group=within_group,
+        least_ways=least_ways,
+        least_shots=least_shots,
         augment=augment,
         objective=objective,
         ink="ink_light",

@@ -28,6 +28,7 @@ from meta_jax.data.episodes import (
 )
 from meta_jax.data.notes import Notes, some
 from meta_jax.data.polarity import Ink, with_polarity
+from meta_jax.data.varying_sizes import RandomSizeSampler, check_range
 from meta_jax.lookup import UsageError
 from meta_jax.objectives import as_objective
 
@@ -151,6 +152,8 @@ def source_from_splits(
     *,
     rotations: Rotations = "none",
     within_group: bool = False,
+    least_ways: int | None = None,
+    least_shots: int | None = None,
     augment: Augment = "none",
     objective: Objective | str = "cross_entropy",
     baselines: tuple[str, ...] = (),
@@ -165,6 +168,9 @@ def source_from_splits(
       rotations: Quarter turns of square images, as `EpisodeSpec` has them.
       within_group: Whether all classes of an episode are of one group; in tests all of them then
         show the same drawers.
+      least_ways: Smallest number of classes in a training episode. Each episode draws its number
+        between this and the ways, and pads the rest; by default all have as many classes.
+      least_shots: Likewise the smallest number of support examples of each class.
       augment: Random changes of training images: 'affine' for `random_affine`.
       objective: Objective of the tasks, or its name.
       baselines: Names of learners shown beside a result.
@@ -210,6 +216,8 @@ def source_from_splits(
         names = splits.class_names[split] if isinstance(splits, Splits) else ()
         _note_small_classes(notes, split, dataset, names, size.shots + size.queries)
         sample: Sample = EpisodeSampler(draw_episode, spec)
+        if train and (least_ways or least_shots):
+            sample = _of_random_size(sample, size, least_ways, least_shots)
         batch: Sample = EpisodeSampler(draw_batch, spec)
         if train and augment == "affine":
             _check_images(dataset, split)
@@ -217,6 +225,16 @@ def source_from_splits(
         return Tasks(sample, dataset, objective, batch=batch)
 
     return TaskSource(tasks, tuple(datasets), baselines, preprocessing=preprocessing, notes=notes)
+
+
+def _of_random_size(
+    sample: Sample, size: EpisodeSize, least_ways: int | None, least_shots: int | None
+) -> Sample:
+    return RandomSizeSampler(
+        sample,
+        check_range("ways", 2, least_ways, size.ways),
+        check_range("shots", 1, least_shots, size.shots),
+    )
 
 
 def _note_small_classes(
@@ -279,6 +297,8 @@ def image_source(
     augment: Augment,
     objective: Objective | str,
     within_group: bool = False,
+    least_ways: int | None = None,
+    least_shots: int | None = None,
     ink: Ink | None = None,
     notes: Notes | None = None,
     advice: str = "",
@@ -292,6 +312,8 @@ def image_source(
         with_polarity(splits, preprocessing["polarity"], ink),
         rotations=rotations,
         within_group=within_group,
+        least_ways=least_ways,
+        least_shots=least_shots,
         augment=augment,
         objective=objective,
         baselines=("nearest_neighbour",) if objective.kind == "classification" else (),

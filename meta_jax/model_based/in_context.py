@@ -1,7 +1,7 @@
 """In-context learners: one network reads the support set and answers queries about it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -22,6 +22,7 @@ from meta_jax.core import (
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
+from meta_jax.metric_based.primitives import impossible_logit
 from meta_jax.model_based.latent import (
     init_latent,
     join_latent,
@@ -55,6 +56,7 @@ from meta_jax.objectives import (
     row_mask,
     target_kind,
     tree_rows,
+    without_padding,
 )
 from meta_jax.ranges import NotNegative, NotNegativeInt, Positive, PositiveInt
 from meta_jax.shapes import take_rows
@@ -70,6 +72,7 @@ class InContextAdapted(NamedTuple):
     state: PyTree  # the embedding network's
     support: Batch | None  # where queries are embedded beside it, in the mode `one_at_a_time`
     latent: Array | None  # mean of the latent vector, where there is one
+    classes: Array | None  # bool [ways], those with support examples; None in regression
 
 
 def build_reader(
@@ -141,9 +144,10 @@ def in_context(
       nca_weight: Weight of the encoder's own loss, `nca_loss`, in classification.
 
     Returns:
-      The learner. Labels are inputs and outputs, so the number of ways is fixed; shots may differ,
-      but for snail, whose convolutions fit those of training. Support sets of several sizes pass
-      through one compiled program as a `Batch` with a mask.
+      The learner. Labels are inputs and outputs, so tests have at most as many ways as training; to
+      a class without support examples it gives a logit of about -1e30. Shots may differ, but for
+      snail, whose convolutions fit those of training. Support sets of several sizes, of fewer
+      classes too, pass through one compiled program as a `Batch` with a mask.
 
     Raises:
       UsageError: an unknown reader or label code, or sizes that do not fit each other.
@@ -162,7 +166,7 @@ def in_context(
     """
     _check_settings(objective, label_code, latent)
     reads = build_reader(reader, objective, width, layers, heads)
-    coded = functools.partial(label_codes, objective, label_code)
+    coded = functools.partial(_codes, objective, label_code)
     answer = functools.partial(_answer, reads, objective, least_scale)
 
     def adapt(
@@ -171,13 +175,13 @@ def in_context(
         check_batch(support, "support")
         check_size(objective, params, support.y)
         z, state = embed_support(network, params["network"], state, support, key=key, train=train)
-        codes = coded(support.y)
+        codes = coded(params, support.y)
         memory = reads.absorb(params["reader"], z, codes, support.mask)
         kept = support if queries_need_support(network.normalisation) else None
         mean = None
         if latent:
             mean = latent_distribution(params["latent"], z, codes, support.mask).mean
-        return InContextAdapted(memory, state, kept, mean)
+        return InContextAdapted(memory, state, kept, mean, supported_classes(objective, support))
 
     def predict(
         params: PyTree,
@@ -198,7 +202,7 @@ def in_context(
             train=train,
             mask=mask,
         )
-        return answer(params, adapted.memory, z, adapted.latent), state
+        return answer(params, adapted.memory, z, adapted.latent, adapted.classes), state
 
     loss = _training_loss(network, reads, objective, coded, answer, nca_weight)
     if reader == "snail":
@@ -228,21 +232,45 @@ def number_of_outputs(objective: Objective, targets: int) -> int:
 
 
 def check_size(objective: Objective, params: PyTree, y: Array) -> None:
-    """Refuses targets of another size than a learner was built for.
+    """Refuses targets that a learner has no outputs for.
 
     Raises:
       ValueError: y is not [n, D] of real numbers.
-      UsageError: the sizes differ.
+      UsageError: there are more ways than in training, or another number of dimensions.
     """
     check_targets(y)
-    there = params["output"]["kernel"].shape[1]
-    if number_of_outputs(objective, y.shape[1]) != there:
-        size = there // number_of_outputs(objective, 1)
-        what = "ways" if objective.kind == "classification" else "dimensions of targets"
+    size = trained_size(objective, params)
+    if objective.kind == "classification" and y.shape[1] > size:
         raise UsageError(
-            f"this learner has outputs for the {size} {what} it trains with, and y has "
-            f"{y.shape[1]}: tests need as many as training"
+            f"this learner has outputs for the {size} ways it trains with, and y has {y.shape[1]}: "
+            "tests may have fewer ways than training, but not more"
         )
+    if objective.kind != "classification" and y.shape[1] != size:
+        raise UsageError(
+            f"this learner has outputs for the {size} dimensions of targets it trains with, and y "
+            f"has {y.shape[1]}: tests need as many as training"
+        )
+
+
+def trained_size(objective: Objective, params: PyTree) -> int:
+    """Ways, or dimensions of targets, of the tasks that the parameters were built for."""
+    return params["output"]["kernel"].shape[1] // number_of_outputs(objective, 1)
+
+
+def with_all_columns(objective: Objective, params: PyTree, y: Array) -> Array:
+    """Targets [n, D], labels with zeros for the classes that training has and this task has not."""
+    return jnp.pad(y, ((0, 0), (0, trained_size(objective, params) - y.shape[1])))
+
+
+def _codes(objective: Objective, label_code: LabelCode, params: PyTree, y: Array) -> Array:
+    return label_codes(objective, label_code, with_all_columns(objective, params, y))
+
+
+def supported_classes(objective: Objective, support: Batch) -> Array | None:
+    """Classes with support examples, bool [ways]; None in regression."""
+    if objective.kind != "classification":
+        return None
+    return (without_padding(support.y, support.mask) != 0).any(0)
 
 
 def _answer(
@@ -253,11 +281,14 @@ def _answer(
     memory: Any,
     z: Array,
     latent: Array | None,
+    classes: Array | None,
 ) -> Array | Gaussian:
     features = reads.answer(params["reader"], memory, z)
     if latent is not None:
         features = join_latent(params["latent"], features, latent)
     raw = linear(params["output"], features)
+    if classes is not None:
+        return jnp.where(classes, raw[:, : classes.size], impossible_logit(raw.dtype))
     return gaussian(raw, least_scale) if objective.outputs == "gaussian" else raw
 
 
@@ -296,8 +327,8 @@ def _training_loss(
     network: Network,
     reads: SetNetwork,
     objective: Objective,
-    coded: Callable[[Array], Array],
-    answer: Callable[[PyTree, Any, Array, Array | None], Array | Gaussian],
+    coded: Callable[[PyTree, Array], Array],
+    answer: Callable[[PyTree, Any, Array, Array | None, Array | None], Array | Gaussian],
     nca_weight: float,
 ) -> Loss:
     embed = embed_together if may_embed_together(network.normalisation) else embed_apart
@@ -310,14 +341,18 @@ def _training_loss(
         z_support, z, state = embed(
             network, params["network"], state, support, query, key=embed_key
         )
-        memory = reads.absorb(params["reader"], z_support, coded(support.y), support.mask)
+        codes = [coded(params, batch.y) for batch in episode]
+        memory = reads.absorb(params["reader"], z_support, codes[0], support.mask)
+        classes = supported_classes(objective, support)
         latent, divergence = None, None
         if "latent" in params:
-            embedded = z_support, z
+            masks = [row_mask(batch) for batch in episode]
             latent, divergence = _draw_latent(
-                params["latent"], coded, embedded, episode, latent_key
+                params["latent"], [z_support, z], codes, masks, latent_key
             )
-        value, metrics = objective.loss(answer(params, memory, z, latent), query.y, query.mask)
+        value, metrics = objective.loss(
+            answer(params, memory, z, latent, classes), query.y, query.mask
+        )
         if divergence is not None:
             share = divergence / jnp.maximum(row_mask(query).sum(), 1).astype(value.dtype)
             value, metrics = value + share, {**metrics, "kl": share}
@@ -331,14 +366,12 @@ def _training_loss(
 
 def _draw_latent(
     params: PyTree,
-    coded: Callable[[Array], Array],
-    embedded: tuple[Array, Array],
-    episode: Episode,
+    embedded: Sequence[Array],
+    codes: Sequence[Array],
+    masks: Sequence[Array],
     key: Array,
 ) -> tuple[Array, Array]:
-    """A latent vector drawn from q, and KL(q || p)."""
-    codes = [coded(batch.y) for batch in episode]
-    masks = [row_mask(batch) for batch in episode]
+    """A latent vector drawn from q, and KL(q || p), of support and queries."""
     prior = latent_distribution(params, embedded[0], codes[0], masks[0])
     joined = map(jnp.concatenate, (embedded, codes, masks))
     posterior = latent_distribution(params, *joined)

@@ -10,7 +10,7 @@ from meta_jax.data.gaussian_process import Hyperparameters, covariance, gp, gp_p
 from meta_jax.data.linear_regression import linear_regression, posterior
 from meta_jax.data.sinusoid import sample_sinusoid
 from meta_jax.data.source import EpisodeSize, load_source
-from meta_jax.data.varying_shots import with_random_shots
+from meta_jax.data.varying_sizes import with_random_shots
 from meta_jax.lookup import UsageError
 
 SIZE = EpisodeSize(1, 12, 8)

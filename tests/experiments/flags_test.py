@@ -254,6 +254,14 @@ def test_what_cannot_be_built_is_named(arguments, source, culprit):
         build(*arguments, source=source)
 
 
+def test_an_in_context_learner_is_tested_on_fewer_classes_than_it_trains_on_not_on_more():
+    small = ("--learner=in_context", "--learner.width=8", "--learner.layers=1")
+    run = build(*small, "--train_ways=10", "--ways=5").config["run"]
+    assert (run["train_ways"], run["ways"]) == (10, 5)
+    with pytest.raises(UsageError, match="--ways=20 must equal --train_ways=10"):
+        build(*small, "--train_ways=10", "--ways=20")
+
+
 class TestRecord:
     @pytest.mark.parametrize("name", registry.names("learner"))
     def test_a_learner_by_its_name_alone_has_its_own_defaults(self, name):

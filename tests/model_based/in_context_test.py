@@ -170,6 +170,75 @@ def test_mistakes_are_refused():
         learner.adapt(params, state, Batch(jnp.ones((3, 1)), jnp.ones((3, 2))), KEY, train=False)
 
 
+# ---- Fewer classes than in training.
+
+
+def characters(ways, columns, absent=()):
+    """Two examples of each of `ways` classes; those of absent classes are padding."""
+    label = jnp.tile(jnp.arange(ways), 2)
+    x = jax.random.normal(KEY, (2 * ways, 3))
+    mask = ~jnp.isin(label, jnp.array(absent)) if absent else None
+    return Batch(x, jax.nn.one_hot(label, columns), mask)
+
+
+@functools.cache
+def classifier(reader, label_code, **settings):
+    learner = in_context(
+        flatten(), reader=reader, label_code=label_code, width=8, layers=2, heads=2, **settings
+    )
+    batch = characters(4, 4)
+    return learner, *jax.jit(learner.init)(KEY, Episode(batch, batch))
+
+
+every_classifier = pytest.mark.parametrize(
+    ("reader", "label_code"), [*((name, "one_hot") for name in READERS), ("mean", "equiangular")]
+)
+
+
+@every_classifier
+def test_a_task_of_fewer_classes_is_answered_as_one_whose_other_classes_are_empty(
+    reader, label_code
+):
+    learner, params, state = classifier(reader, label_code)
+    x = jax.random.normal(jax.random.key(5), (3, 3))
+    answers = []
+    for columns in (2, 4):
+        adapted = learner.adapt(params, state, characters(2, columns), KEY, train=False)
+        answers.append(learner.predict(params, adapted, x, KEY, train=False)[0])
+    few, wide = answers
+    assert few.shape == (3, 2)
+    np.testing.assert_array_equal(few, wide[:, :2])
+    assert (wide[:, 2:] < -1e29).all()
+    assert (jnp.abs(few) < 100).all()
+    with pytest.raises(UsageError, match=r"outputs for the 4 ways it trains with, and y has 5"):
+        learner.adapt(params, state, characters(5, 5), KEY, train=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"latent": 2}])
+def test_tasks_of_any_number_of_classes_are_trained_on_in_one_program(settings):
+    learner, params, state = classifier("mean", "one_hot", **settings)
+    traces = []
+
+    @jax.jit
+    def step(batch):
+        traces.append(None)
+        task = Episode(batch, batch)
+        return jax.value_and_grad(learner.loss, has_aux=True)(params, state, task, KEY)
+
+    losses = []
+    for absent in ([3], [2, 3], [1, 2]):
+        (loss, _), gradients = step(characters(4, 4, absent))
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+        losses.append(float(loss))
+    assert len(traces) == 1
+    assert len(set(losses)) == 3
+    # As if the padding and the classes were not there.
+    present = characters(4, 4, [2, 3])
+    batch = jax.tree.map(lambda leaf: leaf[present.mask], present)._replace(mask=None)
+    loss, _ = jax.jit(learner.loss)(params, state, Episode(batch, batch), KEY)
+    np.testing.assert_allclose(losses[1], loss, rtol=1e-5)
+
+
 # ---- The latent vector.
 
 

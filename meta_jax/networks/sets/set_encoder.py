@@ -90,9 +90,10 @@ def _absorb(params: PyTree, z: Array, labels: Array, mask: Array | None) -> Arra
 
 def _absorb_products(params: PyTree, z: Array, labels: Array, mask: Array | None) -> Array:
     inputs, labels = jnp.split(pairs(z, labels, mask), [z.shape[1]], axis=1)
-    products = feedforward(params["encoder"], inputs)[:, None] * labels[:, :, None]
-    # Of n classes, each has an n-th of the examples: r is of the size of a mean, not of its share.
-    return labels.shape[1] * masked_row_mean(products.reshape(len(z), -1), mask)
+    # Each of a label's numbers by its own sum: with one-hot labels the mean of each class.
+    weights = jnp.abs(labels).sum(0)[:, None]
+    total = labels.T @ feedforward(params["encoder"], inputs)
+    return (total / jnp.where(weights > 0, weights, 1)).reshape(-1)
 
 
 def _answer(params: PyTree, memory: Array, z: Array) -> Array:
