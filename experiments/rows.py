@@ -7,7 +7,8 @@ from experiments import protocols
 _DUAN = "Duan et al. 2016, table 1"
 _DUAN_MDP = "Duan et al. 2016, table 2"
 _MISHRA = "Mishra et al. 2018, table 3"
-_NGUYEN = "Nguyen and Grover 2022 have other length scales, and scales bounded by 0.1"
+_NGUYEN = "Nguyen and Grover 2022 test on other length scales, see the rows 'published'"
+_NGUYEN_CODE = "Nguyen and Grover 2022, table 1, on the tasks of the authors' code"
 _GARG = "Garg et al. 2022 have 20 dimensions, in a figure"
 _LI = "Li et al. 2017, table 1"
 _FIFTY = "Fifty et al. 2024 have no Omniglot"
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     protocol: str | None = None  # of the test, if not the training's
     rerun: float | None = None  # what somebody else's careful rerun of the method found
     rerun_by: str = _BRONSKILL
+    kernel: str | None = None  # of the test's Gaussian processes, if not the training's
     episodes: str | None = None  # which the test has, by the name of a protocol in `protocols`
     official: bool = False  # whether it is made on the official trials of 'lake'
 
@@ -67,6 +69,7 @@ class Row(NamedTuple):
         changed = {
             "learner": {"protocol": self.protocol},
             "network": {"normalisation": self.normalisation},
+            "tasks": {"kernel": self.kernel},
         }
         return {
             kind: {name: value}
@@ -89,6 +92,14 @@ def _trials(model: str, paper: float | None, source: str, metric: str = "return"
 def _processes(model: str) -> Row:
     """A row of functions from Gaussian processes, on the tasks that were trained on."""
     return Row(model, None, None, None, _NGUYEN, "log_likelihood")
+
+
+def _published_processes(model: str, kernel: str, paper: float) -> Row:
+    """A row of the published comparison, whose models are trained on the kernel rbf alone."""
+    other = None if kernel == "rbf" else kernel
+    return Row(
+        f"{model}_gp_published", None, None, paper, _NGUYEN_CODE, "log_likelihood", kernel=other
+    )
 
 
 def _linear(shots: int) -> Row:
@@ -253,6 +264,12 @@ ROWS: dict[str, Row] = {
     "anp/gp_matern52": _processes("anp_gp_matern52"),
     "np/gp_rbf": _processes("np_gp_rbf"),
     "np/gp_matern52": _processes("np_gp_matern52"),
+    "tnpd/gp_rbf_published": _published_processes("tnpd", "rbf", 1.39),
+    "tnpd/gp_matern52_published": _published_processes("tnpd", "matern52", 0.95),
+    "canp/gp_rbf_published": _published_processes("canp", "rbf", 0.79),
+    "canp/gp_matern52_published": _published_processes("canp", "matern52", 0.62),
+    "cnp/gp_rbf_published": _published_processes("cnp", "rbf", 0.26),
+    "cnp/gp_matern52_published": _published_processes("cnp", "matern52", 0.04),
     "tnpd/linear_regression_8_points": _linear(8),
     "tnpd/linear_regression_12_points": _linear(12),
     "tnpd/linear_regression_16_points": _linear(16),

@@ -140,7 +140,7 @@ def in_context(
       latent: Size of a latent vector that a task's answers share, drawn in training from q; a test
         takes the mean of p, so that it is not random. 0 for none.
       least_scale: Smallest scale of an answer to gaussian_likelihood; the neural processes of the
-        literature have 0.1, which bounds the log-likelihood by 1.38.
+        literature have 0.1, which bounds the log-likelihood by 1.38, and its TNP-D none.
       nca_weight: Weight of the encoder's own loss, `nca_loss`, in classification.
 
     Returns:
