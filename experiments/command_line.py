@@ -447,6 +447,7 @@ def parse_or_end(
     return left, chosen
 
 
+_OUTPUT_CLOSED = 141  # the status of a program whose output nobody reads, as in `... | head`
 _DIALS = "take smaller chunks, episodes or images (docs/how_to/memory_and_speed.md lists the dials)"
 _BAD_PATHS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
@@ -459,7 +460,11 @@ def guarded(main: Callable[[list[str]], int | None], arguments: list[str]) -> in
     logging.set_verbosity(logging.WARNING)
     try:
         several_processes.join(flags.FLAGS)
-        return main(arguments)
+        status = main(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os._exit(_OUTPUT_CLOSED)  # the interpreter's own end would complain of the pipe again
     except (UsageError, CheckpointError) as error:
         _end(error, 2, waits=not isinstance(error, OutOfMemoryError))
     except OSError as error:

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import json
+import sys
 from typing import Literal
 from unittest import mock
 
@@ -486,3 +487,11 @@ def test_exhausted_memory_ends_a_binary_in_one_line(error, capsys):
     other = jax.errors.JaxRuntimeError("INTERNAL: a fault of XLA")
     with pytest.raises(jax.errors.JaxRuntimeError):
         command_line.guarded(mock.Mock(side_effect=other), [])
+
+
+def test_a_binary_whose_output_nobody_reads_ends_without_a_word(monkeypatch, capsys):
+    monkeypatch.setattr(command_line.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        command_line.guarded(mock.Mock(side_effect=BrokenPipeError), [])
+    assert ended.value.code == 141
+    assert capsys.readouterr() == ("", "")
