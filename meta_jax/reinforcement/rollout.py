@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from meta_jax.core import Array, PyTree
+from meta_jax.networks.sequences.sequence_network import KeepMemory, keep_leaves
 from meta_jax.reinforcement.environment import Environment, Problem, no_action
 
 
@@ -44,10 +45,12 @@ class Agent(NamedTuple):
     Attributes:
       memory: Its memory at the beginning of a trial.
       act: Function (memory, percept, key) -> (action, memory, extras).
+      keep: Function (reads, after, before) -> the memory after a step, or before one of padding.
     """
 
     memory: PyTree
     act: Act
+    keep: KeepMemory = keep_leaves
 
 
 class Trajectory(NamedTuple):
@@ -141,12 +144,13 @@ def _step(
         _regret(environment, task, state, action, alive),
         extras,
     )
+    kept = agent.keep(alive, memory, moment.memory)
     moment = _where(
         alive,
-        _Moment(after, seen, observation, action, reward, ~done, memory),
-        moment._replace(state=state, observation=observation, alive=alive),
+        _Moment(after, seen, observation, action, reward, ~done, ()),
+        moment._replace(state=state, observation=observation, alive=alive, memory=()),
     )
-    return moment, step
+    return moment._replace(memory=kept), step
 
 
 def _where(condition: Array, yes: PyTree, no: PyTree) -> PyTree:

@@ -112,7 +112,7 @@ def _num_inputs(inputs: Inputs, observation: int, action: int) -> int:
 def as_agent(policy: TrialPolicy, params: PyTree, environment: Environment) -> Agent:
     """The policy with its parameters, as it acts; its extras are `Choice`s."""
     act = functools.partial(act_once, policy, params, environment.actions)
-    return Agent(start_memory(policy, params, environment), act)
+    return Agent(start_memory(policy, params, environment), act, policy.network.keep)
 
 
 def start_memory(policy: TrialPolicy, params: PyTree, environment: Environment) -> PyTree:

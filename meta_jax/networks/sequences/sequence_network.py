@@ -1,6 +1,7 @@
 """The interface of a network that reads a sequence."""
 
-from typing import NamedTuple, Protocol
+import functools
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,35 @@ class AbsorbSequence(Protocol):
         ...
 
 
+class KeepMemory(Protocol):
+    """(reads, after, before) -> memory."""
+
+    def __call__(self, reads: Array, after: PyTree, before: PyTree, /) -> PyTree:
+        """The memory `after` a step that is read, or `before` one of padding (reads False)."""
+        ...
+
+
+def keep_leaves(reads: Array, after: PyTree, before: PyTree) -> PyTree:
+    """Chooses each leaf of one memory or the other."""
+    return jax.tree.map(functools.partial(jnp.where, reads), after, before)
+
+
+class Counted(Protocol):
+    """A memory of rows and the number of steps read, which are the rows that mean something."""
+
+    count: Array
+
+    def _replace(self, **kwargs: Any) -> Self: ...
+
+
+def keep_count(reads: Array, after: Counted, before: Counted) -> Counted:
+    """As `keep_leaves` for a memory of rows, of which a step of padding leaves one too many.
+
+    Only the count is chosen, so that no row is copied: the next step writes over the row.
+    """
+    return after._replace(count=jnp.where(reads, after.count, before.count))
+
+
 class SequenceNetwork(NamedTuple):
     """A causal network that reads a sequence.
 
@@ -65,6 +95,7 @@ class SequenceNetwork(NamedTuple):
       read: Function (params, xs, mask) -> features [steps, features] of a whole sequence.
       absorb: Function (params, xs, mask, steps) -> the memory after a whole sequence, with room for
         `steps` steps in all.
+      keep: Function (reads, after, before) -> the memory after a step, or before one of padding.
     """
 
     init: InitSequence
@@ -72,6 +103,7 @@ class SequenceNetwork(NamedTuple):
     step: ReadStep
     read: ReadSequence
     absorb: AbsorbSequence
+    keep: KeepMemory = keep_leaves
 
 
 def padding_behind(xs: Array, mask: Array) -> tuple[Array, Array]:

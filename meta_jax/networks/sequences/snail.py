@@ -11,6 +11,7 @@ from meta_jax.networks.attention import attend
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.networks.sequences.sequence_network import (
     SequenceNetwork,
+    keep_count,
     padding_behind,
     with_room,
     write_row,
@@ -21,12 +22,15 @@ class SnailMemory(NamedTuple):
     """What SNAIL remembers of the steps it has read.
 
     Attributes:
-      rows: For each block, the inputs of a dense one [steps, channels], or the keys and values of
-        attention, [steps, size] each.
+      features: Features after the last block, [steps, channels]. Every block appends to its input,
+        so that they begin with the input of each.
+      keys, values: Those of each attention block, [steps, size].
       count: Number of steps read, an int32 scalar.
     """
 
-    rows: list[PyTree]
+    features: Array
+    keys: list[Array]
+    values: list[Array]
     count: Array
 
 
@@ -58,6 +62,7 @@ def snail(
         functools.partial(_step, key_size),
         functools.partial(_read, key_size),
         functools.partial(_absorb, key_size),
+        keep_count,
     )
 
 
@@ -116,52 +121,46 @@ def _read(key_size: int, params: PyTree, xs: Array, mask: Array) -> Array:
 
 
 def _absorb(key_size: int, params: PyTree, xs: Array, mask: Array, steps: int) -> SnailMemory:
-    _, rows = _blocks(key_size, params, padding_behind(xs, mask)[0])
-    rows = jax.tree.map(functools.partial(with_room, steps=steps), rows)
-    return SnailMemory(rows, mask.sum(dtype=jnp.int32))
+    kept = _blocks(key_size, params, padding_behind(xs, mask)[0])
+    features, keys, values = jax.tree.map(functools.partial(with_room, steps=steps), kept)
+    return SnailMemory(features, keys, values, mask.sum(dtype=jnp.int32))
 
 
-def _blocks(key_size: int, params: PyTree, xs: Array) -> tuple[Array, list[PyTree]]:
-    """Features of a sequence without padding, and what each block remembers of it."""
-    x, rows = linear(params["input"], xs), []
+def _blocks(key_size: int, params: PyTree, xs: Array) -> tuple[Array, list[Array], list[Array]]:
+    """Features of a sequence without padding, and keys and values of each attention block."""
+    x, all_keys, all_values = linear(params["input"], xs), [], []
     steps = jnp.arange(len(x))
     for block, dilation in zip(params["blocks"], _dilations(params), strict=True):
         if dilation:
-            rows.append([x])
             x = _dense(block, jnp.pad(x, ((dilation, 0), (0, 0)))[: len(x)], x)
         else:
             query, keys, values = _projections(key_size, block, x)
-            rows.append([keys, values])
+            all_keys.append(keys)
+            all_values.append(values)
             x = _attend(x, query, keys, values, steps[:, None] >= steps[None])
-    return x, rows
+    return x, all_keys, all_values
 
 
 def _start(key_size: int, params: PyTree, steps: int) -> SnailMemory:
-    rows = []
-    for block in params["blocks"]:
-        (kind, weights), *_ = block.items()
-        height, columns = weights["kernel"].shape
-        sizes = (height // 2,) if kind == "dense" else (key_size, columns - 2 * key_size)
-        rows.append([jnp.zeros((steps, size), weights["kernel"].dtype) for size in sizes])
-    return SnailMemory(rows, jnp.int32(0))
+    x = jnp.zeros((0, params["input"]["kernel"].shape[0]), params["input"]["kernel"].dtype)
+    return _absorb(key_size, params, x, jnp.zeros(0, bool), steps)
 
 
 def _step(
     key_size: int, params: PyTree, memory: SnailMemory, x: Array
 ) -> tuple[SnailMemory, Array]:
-    count, rows = memory.count, []
+    count, all_keys, all_values = memory.count, [], []
     x = linear(params["input"], x[None])
-    for block, dilation, kept in zip(
-        params["blocks"], _dilations(params), memory.rows, strict=True
-    ):
+    for block, dilation in zip(params["blocks"], _dilations(params), strict=True):
         if dilation:
-            (inputs,) = kept
-            earlier = inputs[jnp.maximum(count - dilation, 0)][None]
-            rows.append([write_row(inputs, x[0], count)])
+            earlier = memory.features[jnp.maximum(count - dilation, 0)][None, : x.shape[1]]
             x = _dense(block, jnp.where(count >= dilation, earlier, 0), x)
         else:
             query, key, value = _projections(key_size, block, x)
-            keys, values = write_row(kept[0], key[0], count), write_row(kept[1], value[0], count)
-            rows.append([keys, values])
+            keys = write_row(memory.keys[len(all_keys)], key[0], count)
+            values = write_row(memory.values[len(all_values)], value[0], count)
+            all_keys.append(keys)
+            all_values.append(values)
             x = _attend(x, query, keys, values, (jnp.arange(len(keys)) <= count)[None])
-    return SnailMemory(rows, count + 1), x[0]
+    features = write_row(memory.features, x[0], count)
+    return SnailMemory(features, all_keys, all_values, count + 1), x[0]

@@ -20,6 +20,7 @@ from meta_jax.networks.attention import (
 from meta_jax.networks.layers import check_at_least_one, init_linear, linear
 from meta_jax.networks.sequences.sequence_network import (
     SequenceNetwork,
+    keep_count,
     padding_behind,
     with_room,
     write_row,
@@ -30,12 +31,12 @@ class AttentionCache(NamedTuple):
     """What a causal transformer remembers of the steps it has read.
 
     Attributes:
-      keys, values: Those of each layer, [layers, steps, heads, width / heads].
+      keys, values: Those of each layer, [steps, heads, width / heads].
       count: Number of steps read, an int32 scalar.
     """
 
-    keys: Array
-    values: Array
+    keys: list[Array]
+    values: list[Array]
     count: Array
 
 
@@ -63,6 +64,7 @@ def causal_transformer(width: int = 64, layers: int = 2, heads: int = 4) -> Sequ
         functools.partial(_step, heads),
         functools.partial(_read, heads),
         functools.partial(_absorb, heads),
+        keep_count,
     )
 
 
@@ -100,9 +102,7 @@ def _read(heads: int, params: PyTree, xs: Array, mask: Array) -> Array:
 
 def _absorb(heads: int, params: PyTree, xs: Array, mask: Array, steps: int) -> AttentionCache:
     _, caches = _layers(heads, params, padding_behind(xs, mask)[0])
-    keys, values = (
-        jnp.stack([with_room(rows, steps) for rows in each]) for each in zip(*caches, strict=True)
-    )
+    keys, values = ([with_room(rows, steps) for rows in each] for each in zip(*caches, strict=True))
     return AttentionCache(keys, values, mask.sum(dtype=jnp.int32))
 
 
@@ -120,9 +120,9 @@ def _layers(heads: int, params: PyTree, xs: Array) -> tuple[Array, list[tuple[Ar
 
 def _start(heads: int, params: PyTree, steps: int) -> AttentionCache:
     kernel = params["input"]["kernel"]
-    shape = (len(params["layers"]), steps, heads, kernel.shape[1] // heads)
-    empty = jnp.zeros(shape, kernel.dtype)
-    return AttentionCache(empty, empty, jnp.int32(0))
+    empty = jnp.zeros((steps, heads, kernel.shape[1] // heads), kernel.dtype)
+    layers = len(params["layers"])
+    return AttentionCache([empty] * layers, [empty] * layers, jnp.int32(0))
 
 
 def _step(
@@ -130,12 +130,12 @@ def _step(
 ) -> tuple[AttentionCache, Array]:
     count = cache.count
     z = _embed(params, x[None], count[None])
-    seen = (jnp.arange(cache.keys.shape[1]) <= count)[None]
+    seen = (jnp.arange(len(cache.keys[0])) <= count)[None]
     caches = []
     for layer, keys, values in zip(params["layers"], cache.keys, cache.values, strict=True):
         query, key, value = project(layer, z, heads)
         keys, values = write_row(keys, key[0], count), write_row(values, value[0], count)
         caches.append((keys, values))
         z = after_attention(layer, z, attend(query, keys, values, seen))
-    keys, values = map(jnp.stack, zip(*caches, strict=True))
+    keys, values = map(list, zip(*caches, strict=True))
     return AttentionCache(keys, values, count + 1), layer_norm(params["normalisation"], z)[0]

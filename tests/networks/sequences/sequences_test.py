@@ -48,12 +48,16 @@ def read(name):
 def test_a_sequence_read_at_once_is_its_steps_one_by_one(name):
     network = NETWORKS[name]
 
-    def one_by_one(params, xs):
-        return jax.lax.scan(
-            functools.partial(network.step, params), network.start(params, len(xs)), xs
-        )[1]
+    def read_step(params, memory, step):
+        x, real = step
+        after, features = network.step(params, memory, x)
+        return network.keep(real, after, memory), features
 
-    expected = jax.jit(one_by_one)(params(name), XS[MASK])
+    def one_by_one(params):
+        start = network.start(params, len(XS))
+        return jax.lax.scan(functools.partial(read_step, params), start, (XS, MASK))[1]
+
+    expected = jax.jit(one_by_one)(params(name))[MASK]
     found = read(name)(params(name), XS, MASK)
     np.testing.assert_allclose(found[MASK], expected, atol=1e-10)
 
