@@ -286,13 +286,13 @@ ROWS: dict[str, Row] = {
     "tnpd/sinusoid_frequency_10_shots": _sinusoids("tnpd", 10),
     "tnpd/sinusoid_frequency_20_shots": _sinusoids("tnpd", 20),
     "caml/omniglot_5w1s": Row("caml_omniglot", 5, 1, None, _FIFTY),
-    "caml/omniglot_20w1s": Row("caml_omniglot_20way", 20, 1, None, _FIFTY),
+    "caml/omniglot_20w1s": Row("caml_omniglot", 20, 1, None, _FIFTY),
     "cnp/omniglot_5w1s": Row("cnp_omniglot", 5, 1, 95.3, _GARNELO),
     "snail/omniglot_5w1s": Row(
         "snail_omniglot", 5, 1, 99.07, _MISHRA_OMNIGLOT, rerun=98.31, rerun_by=_SNAIL_PORT
     ),
     "snail/omniglot_20w1s": Row(
-        "snail_omniglot_20way", 20, 1, 97.64, _MISHRA_OMNIGLOT, rerun=93.75, rerun_by=_SNAIL_PORT
+        "snail_omniglot", 20, 1, 97.64, _MISHRA_OMNIGLOT, rerun=93.75, rerun_by=_SNAIL_PORT
     ),
     "rl2/mdp_10": _trials("rl2_mdp_10", 156.2, _DUAN_MDP),
     "rl2/mdp_25": _trials("rl2_mdp_25", 445.7, _DUAN_MDP),
