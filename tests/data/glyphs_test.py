@@ -202,5 +202,5 @@ def test_the_source_passes_its_settings(splits):
     data = source.tasks("val", EpisodeSize(5, 1, 2), train=False).data
     expected = load_glyphs(image_size=14, examples=3, seed=5).datasets["val"]
     np.testing.assert_array_equal(data.examples, expected.examples)
-    assert len(source.config) == 11
+    assert len(source.config) == 13
     assert source.config["distortion_seed"] == 5

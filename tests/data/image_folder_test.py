@@ -62,6 +62,8 @@ def test_the_source_passes_the_path_and_settings(folder):
         "grey": None,
         "rotations": "none",
         "within_group": False,
+        "least_ways": None,
+        "least_shots": None,
         "augment": "none",
         "polarity": "as_is",
         "objective": "cross_entropy",

@@ -214,6 +214,8 @@ def test_the_source_passes_its_settings(made_up):
         "split_rule": "lake",
         "rotations": "none",
         "within_group": False,
+        "least_ways": None,
+        "least_shots": None,
         "augment": "none",
         "polarity": "ink_light",
         "objective": "cross_entropy",

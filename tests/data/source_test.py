@@ -270,6 +270,8 @@ def test_every_setting_of_every_source_has_a_sentence():
         "split_rule",
         "rotations",
         "within_group",
+        "least_ways",
+        "least_shots",
         "augment",
         "polarity",
         "objective",
