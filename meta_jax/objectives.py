@@ -56,6 +56,11 @@ def without_padding(y: Array, mask: Array | None) -> Array:
     return jnp.where(mask[:, None], y, jnp.zeros((), y.dtype))
 
 
+def impossible_logit(dtype: jnp.dtype) -> Array:
+    """The logit of a class without examples: its softmax is 0, its gradient finite."""
+    return jnp.asarray(max(-1e30, float(jnp.finfo(dtype).min) / 2), dtype)
+
+
 def masked_mean(values: Array, mask: Array | None) -> Array:
     """Mean of one value for each row, [n], over the rows that are not padding; 0 without any.
 

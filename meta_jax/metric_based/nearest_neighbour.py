@@ -16,12 +16,13 @@ from meta_jax.core import (
     supervised_evaluate,
     supervised_loss,
 )
-from meta_jax.metric_based.primitives import check_examples, impossible_logit, squared_distance
+from meta_jax.metric_based.primitives import check_examples, squared_distance
 from meta_jax.objectives import (
     as_real,
     check_batch,
     check_kind,
     cross_entropy,
+    impossible_logit,
     tree_rows,
     without_padding,
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from meta_jax.core import Array
 from meta_jax.linear_systems import solve_positive_definite
 from meta_jax.lookup import UsageError
-from meta_jax.objectives import as_real, check_targets, without_padding
+from meta_jax.objectives import as_real, check_targets, impossible_logit, without_padding
 
 Similarity = Callable[[Array, Array], Array]  # ([m, D], [n, D]) -> [m, n]
 Metric = Literal["squared_euclidean", "manhattan", "cosine"]
@@ -76,11 +76,6 @@ def check_examples(z: Array, y: Array, mask: Array | None = None) -> None:
         raise ValueError(f"y has {y.shape[0]} rows and z {n}: give one row for each example")
     if mask is not None and jnp.shape(mask) != (n,):
         raise ValueError(f"mask must be [{n}], one for each row of z, not {list(jnp.shape(mask))}")
-
-
-def impossible_logit(dtype: jnp.dtype) -> Array:
-    """The logit of a class without examples: its softmax is 0, its gradient finite."""
-    return jnp.asarray(max(-1e30, float(jnp.finfo(dtype).min) / 2), dtype)
 
 
 def prototypes(z: Array, y: Array, mask: Array | None = None) -> Array:

@@ -7,8 +7,14 @@ from meta_jax import registry
 from meta_jax.core import Array, MetaLearner, Metrics, Network, Objective, PyTree
 from meta_jax.metric_based.heads import Examples, Head, keep_examples, stateless_head
 from meta_jax.metric_based.learner import metric_learner
-from meta_jax.metric_based.primitives import check_examples, check_vectors, impossible_logit
-from meta_jax.objectives import check_kind, check_outputs, cross_entropy, without_padding
+from meta_jax.metric_based.primitives import check_examples, check_vectors
+from meta_jax.objectives import (
+    check_kind,
+    check_outputs,
+    cross_entropy,
+    impossible_logit,
+    without_padding,
+)
 
 
 def pair_logits(params: PyTree, a: Array, b: Array) -> Array:

@@ -22,7 +22,6 @@ from meta_jax.core import (
     supervised_evaluate,
 )
 from meta_jax.lookup import UsageError
-from meta_jax.metric_based.primitives import impossible_logit
 from meta_jax.model_based.latent import (
     init_latent,
     join_latent,
@@ -53,6 +52,7 @@ from meta_jax.objectives import (
     check_targets,
     cross_entropy,
     gaussian,
+    impossible_logit,
     row_mask,
     target_kind,
     tree_rows,
