@@ -199,8 +199,9 @@ def _ledger_row(name: str, row: Row, found: Result, minutes: float, commit: str)
 
 def _ship_weights(workdir: Path, folder: Path) -> None:
     """Writes what a test needs of a workdir, a workdir in small."""
+    shipped = compact(load(workdir))
     shutil.rmtree(folder, ignore_errors=True)
-    save_trained(folder, compact(load(workdir)))
+    save_trained(folder, shipped)
 
 
 def _commit() -> str:

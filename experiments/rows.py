@@ -292,7 +292,7 @@ ROWS: dict[str, Row] = {
         "snail_omniglot", 5, 1, 99.07, _MISHRA_OMNIGLOT, rerun=98.31, rerun_by=_SNAIL_PORT
     ),
     "snail/omniglot_20w1s": Row(
-        "snail_omniglot", 20, 1, 97.64, _MISHRA_OMNIGLOT, rerun=93.75, rerun_by=_SNAIL_PORT
+        "snail_omniglot_20way", 20, 1, 97.64, _MISHRA_OMNIGLOT, rerun=93.75, rerun_by=_SNAIL_PORT
     ),
     "rl2/mdp_10": _trials("rl2_mdp_10", 156.2, _DUAN_MDP),
     "rl2/mdp_25": _trials("rl2_mdp_25", 445.7, _DUAN_MDP),
