@@ -110,6 +110,7 @@ def in_context(
     latent: NotNegativeInt = 0,
     least_scale: Positive = 0.01,
     nca_weight: NotNegative = 0.0,
+    nca_alone: bool = False,
 ) -> MetaLearner:
     """Builds a learner that reads the support set in context, with no update of its own.
 
@@ -141,7 +142,9 @@ def in_context(
         takes the mean of p, so that it is not random. 0 for none.
       least_scale: Smallest scale of an answer to gaussian_likelihood; the neural processes of the
         literature have 0.1, which bounds the log-likelihood by 1.38, and its TNP-D none.
-      nca_weight: Weight of the encoder's own loss, `nca_loss`, in classification.
+      nca_weight: Weight of the network's own loss, `nca_loss`, in classification.
+      nca_alone: Whether that loss alone trains the network: the loss of the answers then trains
+        only what reads the embeddings.
 
     Returns:
       The learner. Labels are inputs and outputs, so tests have at most as many ways as training; to
@@ -150,7 +153,8 @@ def in_context(
       classes too, pass through one compiled program as a `Batch` with a mask.
 
     Raises:
-      UsageError: an unknown reader or label code, or sizes that do not fit each other.
+      UsageError: an unknown reader or label code, sizes that do not fit each other, or nca_alone
+        without nca_loss.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -164,7 +168,8 @@ def in_context(
       >>> y.mean.shape, bool((y.scale > 0.01).all())
       ((2, 1), True)
     """
-    _check_settings(objective, label_code, latent)
+    _check_settings(objective, label_code)
+    _check_nca(objective, nca_weight, nca_alone)
     reads = build_reader(reader, objective, width, layers, heads)
     coded = functools.partial(_codes, objective, label_code)
     answer = functools.partial(_answer, reads, objective, least_scale)
@@ -204,14 +209,22 @@ def in_context(
         )
         return answer(params, adapted.memory, z, adapted.latent, adapted.classes), state
 
-    loss = _training_loss(network, reads, objective, coded, answer, nca_weight)
+    loss = _training_loss(network, reads, objective, coded, answer, nca_weight, nca_alone)
     if reader == "snail":
         loss = in_any_order(loss)
     init = functools.partial(_init, network, reads, objective, latent, width)
     return MetaLearner(init, adapt, predict, loss, supervised_evaluate(adapt, predict, objective))
 
 
-def _check_settings(objective: Objective, label_code: LabelCode, latent: int) -> None:
+def _check_nca(objective: Objective, nca_weight: float, nca_alone: bool) -> None:
+    if nca_alone and not (nca_weight and objective.kind == "classification"):
+        raise UsageError(
+            "nca_alone leaves the network without a loss: it needs classification tasks and an "
+            "nca_weight above 0"
+        )
+
+
+def _check_settings(objective: Objective, label_code: LabelCode) -> None:
     target_kind(objective)
     if label_code not in get_args(LabelCode):
         codes = ", ".join(get_args(LabelCode))
@@ -330,8 +343,10 @@ def _training_loss(
     coded: Callable[[PyTree, Array], Array],
     answer: Callable[[PyTree, Any, Array, Array | None, Array | None], Array | Gaussian],
     nca_weight: float,
+    nca_alone: bool,
 ) -> Loss:
     embed = embed_together if may_embed_together(network.normalisation) else embed_apart
+    by_class = objective.kind == "classification"
 
     def loss(params: PyTree, state: PyTree, episode: Episode, key: Array) -> tuple[Array, LossAux]:
         support, query = episode
@@ -341,6 +356,9 @@ def _training_loss(
         z_support, z, state = embed(
             network, params["network"], state, support, query, key=embed_key
         )
+        near = _loss_of_encoder(z_support, z, episode) if nca_weight and by_class else None
+        if nca_alone:
+            z_support, z = jax.lax.stop_gradient((z_support, z))
         codes = [coded(params, batch.y) for batch in episode]
         memory = reads.absorb(params["reader"], z_support, codes[0], support.mask)
         classes = supported_classes(objective, support)
@@ -356,8 +374,7 @@ def _training_loss(
         if divergence is not None:
             share = divergence / jnp.maximum(row_mask(query).sum(), 1).astype(value.dtype)
             value, metrics = value + share, {**metrics, "kl": share}
-        if nca_weight and objective.kind == "classification":
-            near = _loss_of_encoder(z_support, z, episode)
+        if near is not None:
             value, metrics = value + nca_weight * near, {**metrics, "nca_loss": near}
         return value, LossAux(state, metrics)
 
