@@ -115,6 +115,41 @@ def test_the_encoders_own_loss_is_added_with_its_weight():
     np.testing.assert_allclose(both, plain + 0.5 * aux.metrics["nca_loss"], rtol=1e-5)
 
 
+def test_the_answers_leave_the_network_alone_where_its_own_loss_trains_it():
+    images = jax.random.normal(KEY, (6, 2, 2, 3))
+    batch = Batch(images, jnp.tile(jnp.eye(3), (2, 1)))
+
+    def gradients(alone):
+        learner = in_context(
+            normalised("layer"), width=8, layers=1, nca_weight=0.5, nca_alone=alone
+        )
+        params, state = jax.jit(learner.init)(KEY, Episode(batch, batch))
+
+        def loss(params):
+            value, aux = learner.loss(params, state, Episode(batch, batch), KEY)
+            return jnp.stack([value, aux.metrics["nca_loss"]])
+
+        return jax.jit(jax.jacrev(loss))(params)
+
+    joint, alone = gradients(False), gradients(True)
+    for together, apart in zip(
+        *map(jax.tree.leaves, (joint["network"], alone["network"])), strict=True
+    ):
+        np.testing.assert_allclose(apart[0], 0.5 * apart[1], atol=1e-6)
+        assert not np.allclose(together[0], apart[0], atol=1e-6)
+    for part in ("reader", "output"):
+        for together, apart in zip(*map(jax.tree.leaves, (joint[part], alone[part])), strict=True):
+            np.testing.assert_allclose(together[0], apart[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weight"), [(cross_entropy, 0.0), (squared_error, 1.0)], ids=["no weight", "real"]
+)
+def test_a_network_needs_a_loss(objective, weight):
+    with pytest.raises(UsageError, match="nca_alone leaves the network without a loss"):
+        in_context(flatten(), objective=objective, nca_weight=weight, nca_alone=True)
+
+
 def test_sequences_are_trained_in_any_order():
     def loss(params, state, episode, key):
         return (episode.support.y[0, 0], episode.support.mask[0]), None
