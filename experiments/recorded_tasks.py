@@ -39,7 +39,7 @@ def load_other_source(
     try:
         return load_source(name, **given)
     except DataError as error:
-        is_path = argument and "data_dir" not in registry.parameters(component.factory)
+        is_path = argument and not runs.has_data_dir(component)
         if not is_path or name != recorded["name"] or local_path(argument).exists():
             raise
         kind = name.partition(":")[0]

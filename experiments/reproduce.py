@@ -113,7 +113,7 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
             Asked(episodes=row.number),
             size=row.size(),
             settings=row.settings(),
-            data_dir=FLAGS.data_dir,
+            data_dir=_data_dir(row.model),
             protocol=row.episodes,
         )
     rows = ledger.record(_ledger_row(name, row, found, minutes, commit))
@@ -130,17 +130,24 @@ def _reproduce(name: str, row: Row, commit: str, *, shipped: bool, ends: float |
     return True
 
 
+def _flagfile(model: str) -> str:
+    return f"--flagfile={ledger.ROOT / 'experiments' / 'flagfiles' / f'{model}.flags'}"
+
+
+def _data_dir(model: str) -> str | None:
+    """`--data_dir`, where the tasks that the model is trained on read a data folder."""
+    name = run_flags.tasks_name(run_flags.run_values([_flagfile(model)]))
+    return FLAGS.data_dir if runs.has_data_dir(run_flags.tasks_chosen(name).component) else None
+
+
 def _trained(model: str, workdir: Path, ends: float | None) -> dict | None:
     """The result of a model's training, which is done here where it was not.
 
     At the time `ends` of the monotonic clock the training is told to save and to stop; there is no
     result then.
     """
-    flagfile = ledger.ROOT / "experiments" / "flagfiles" / f"{model}.flags"
-    train = [
-        f"--flagfile={flagfile}",
-        *([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []),
-    ]
+    data_dir = _data_dir(model)
+    train = [_flagfile(model), *([f"--data_dir={data_dir}"] if data_dir else [])]
     path = workdir / "result.json"
     if path.exists():
         values = run_flags.run_values(train)

@@ -64,9 +64,23 @@ def load_tasks(values: flags.FlagValues) -> TaskSource:
 
 
 def data_dir_setting(source: Component, data_dir: str | None) -> dict[str, str]:
-    """`data_dir` as a setting, where it is given and the source has it."""
-    known = registry.parameters(source.factory)
-    return {"data_dir": data_dir} if data_dir is not None and "data_dir" in known else {}
+    """`data_dir` as a setting, where it is given.
+
+    Raises:
+      UsageError: the source has no data folder.
+    """
+    if data_dir is None:
+        return {}
+    if not has_data_dir(source):
+        raise UsageError(
+            f"--data_dir={data_dir} is of no use: {source.name} reads no such folder: leave it out"
+        )
+    return {"data_dir": data_dir}
+
+
+def has_data_dir(source: Component) -> bool:
+    """Whether a task source reads its data from a folder that `--data_dir` names."""
+    return "data_dir" in registry.parameters(source.factory)
 
 
 def build_run(values: flags.FlagValues, source: TaskSource) -> Run:

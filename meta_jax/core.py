@@ -201,7 +201,7 @@ class Tasks(NamedTuple):
       exact_answers: By name, functions (key, data) -> (task, outputs) that draw the task that
         `sample` draws, and know its best answers: what a result is compared with.
       batch: Function (key, data) -> an ordinary batch, an `Episode` of as many examples, labelled
-        among all classes of the data; None where tasks have no classes in common.
+        among all classes of the data; None where tasks have none.
     """
 
     sample: Sample

@@ -216,12 +216,13 @@ def source_from_splits(
         names = splits.class_names[split] if isinstance(splits, Splits) else ()
         _note_small_classes(notes, split, dataset, names, size.shots + size.queries)
         sample: Sample = EpisodeSampler(draw_episode, spec)
+        batch: Sample | None = EpisodeSampler(draw_batch, spec)
         if train and (least_ways or least_shots):
-            sample = _of_random_size(sample, size, least_ways, least_shots)
-        batch: Sample = EpisodeSampler(draw_batch, spec)
+            sample, batch = _of_random_size(sample, size, least_ways, least_shots), None
         if train and augment == "affine":
             _check_images(dataset, split)
-            sample, batch = augmented(sample, random_affine), augmented(batch, random_affine)
+            sample = augmented(sample, random_affine)
+            batch = augmented(batch, random_affine) if batch else None
         return Tasks(sample, dataset, objective, batch=batch)
 
     return TaskSource(tasks, tuple(datasets), baselines, preprocessing=preprocessing, notes=notes)
@@ -260,7 +261,7 @@ def all_classes(tasks: Tasks) -> Tasks:
       tasks: Tasks of a source of labelled examples.
 
     Raises:
-      UsageError: the tasks have no classes in common.
+      UsageError: the tasks have no such batches.
 
     Examples:
       >>> import jax
@@ -271,8 +272,8 @@ def all_classes(tasks: Tasks) -> Tasks:
     """
     if tasks.batch is None:
         raise UsageError(
-            "these tasks have no classes in common, of which one classifier could be trained: "
-            "choose a source of labelled examples"
+            "these tasks have no ordinary batches, with which one classifier of all classes is "
+            "trained: choose a source of labelled examples, without least_ways and least_shots"
         )
     return tasks._replace(sample=tasks.batch)
 

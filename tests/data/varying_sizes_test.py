@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from meta_jax.data.dataset import DataError, Storage, dataset_from_classes
-from meta_jax.data.source import EpisodeSize, source_from_splits
+from meta_jax.data.source import EpisodeSize, all_classes, source_from_splits
 from meta_jax.data.streams import task_data
+from meta_jax.lookup import UsageError
 
 SIZE = EpisodeSize(4, 3, 2)
 DATASET = dataset_from_classes([np.full((6, 2), 10.0 * k) for k in range(5)])
@@ -75,3 +76,9 @@ def test_a_stream_has_the_same_episodes():
 def test_sizes_that_cannot_be_are_refused(least, message):
     with pytest.raises(DataError, match=message):
         tasks_of(**least)
+
+
+def test_a_classifier_of_all_classes_is_trained_on_no_episodes_of_random_size():
+    assert all_classes(tasks_of()).sample is not None
+    with pytest.raises(UsageError, match=r"without least_ways and least_shots"):
+        all_classes(tasks_of(least_ways=2))

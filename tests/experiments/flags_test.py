@@ -329,6 +329,12 @@ class TestRecord:
                 assert recorded == values[name].value, name
 
 
+def test_a_data_folder_that_nothing_reads_is_refused():
+    values = run_flags.run_values(["--learner=prototypical", "--tasks=glyphs", "--data_dir=data"])
+    with pytest.raises(UsageError, match="--data_dir=data is of no use: glyphs reads no such"):
+        runs.load_tasks(values)
+
+
 def test_a_classifier_of_all_classes_gets_their_number_from_the_tasks():
     values = run_flags.run_values(["--learner=simple_shot", "--shots=1", "--train_shots=2"])
     run = runs.build_run(values, load_once("glyphs"))
@@ -341,7 +347,7 @@ def test_a_classifier_of_all_classes_gets_their_number_from_the_tasks():
     assert runs.example_task(run.validation).support.y.shape == (5, 5)
     with pytest.raises(UsageError, match="no setting 'train_classes'"):
         run_flags.run_values(["--learner=simple_shot", "--learner.train_classes=7"])
-    with pytest.raises(UsageError, match=r"no classes in common.*choose a source of labelled"):
+    with pytest.raises(UsageError, match=r"no ordinary batches.*choose a source of labelled"):
         build("--learner=baseline", "--network=mlp", "--eval_every=0", source=own_tasks())
 
 
