@@ -86,8 +86,10 @@ def build_reader(
     if reader not in get_args(Reader):
         raise UsageError(f"unknown reader '{reader}': choose one of {', '.join(get_args(Reader))}")
     if reader == "mean":
-        by_class = objective.kind == "classification"
-        return set_encoder(width, layers, pairing="product" if by_class else "concatenated")
+        if objective.kind == "classification":
+            # What encodes an image is the network: r is the mean of each class.
+            return set_encoder(width, 0, decoder_layers=layers, pairing="product")
+        return set_encoder(width, layers)
     if reader == "cross_attention":
         return cross_attention(width, layers, heads)
     if reader == "target_masked":
@@ -130,8 +132,8 @@ def in_context(
     Args:
       network: Embedding network of inputs.
       objective: Objective of the tasks. Answers to gaussian_likelihood are a mean and a scale.
-      reader: How queries look at the support set: mean for the mean of encoded pairs, of each
-        class where there are classes; cross_attention for attention to encoded pairs; target_masked
+      reader: How queries look at the support set: mean for the mean of encoded pairs, or of the
+        embeddings of each class where there are classes; cross_attention for attention to encoded pairs; target_masked
         for a transformer in which all look at the support set in every layer; snail for temporal
         convolutions and attention over the support examples one after another.
       label_code: Codes of class labels: one_hot, or equiangular for the corners of a simplex.
