@@ -132,10 +132,10 @@ def in_context(
     Args:
       network: Embedding network of inputs.
       objective: Objective of the tasks. Answers to gaussian_likelihood are a mean and a scale.
-      reader: How queries look at the support set: mean for the mean of encoded pairs, or of the
-        embeddings of each class where there are classes; cross_attention for attention to encoded pairs; target_masked
-        for a transformer in which all look at the support set in every layer; snail for temporal
-        convolutions and attention over the support examples one after another.
+      reader: How queries look at the support set: mean for the mean of encoded pairs, or of each
+        class's embeddings where there are classes; cross_attention for attention to encoded pairs;
+        target_masked for a transformer in which all look at the support set in every layer; snail
+        for temporal convolutions and attention over the support examples one after another.
       label_code: Codes of class labels: one_hot, or equiangular for the corners of a simplex.
       width: Units of every layer.
       layers: Layers of the transformer, or of each encoder and decoder; snail has its own.
