@@ -138,7 +138,7 @@ def in_context(
         for temporal convolutions and attention over the support examples one after another.
       label_code: Codes of class labels: one_hot, or equiangular for the corners of a simplex.
       width: Units of every layer.
-      layers: Layers of the transformer, or of each encoder and decoder; snail has its own.
+      layers: Layers of the transformer, or of each encoder and decoder there is; snail has its own.
       heads: Number of attention heads, where there are several; divides the width.
       latent: Size of a latent vector that a task's answers share, drawn in training from q; a test
         takes the mean of p, so that it is not random. 0 for none.

@@ -79,6 +79,7 @@ def test_sizes_that_cannot_be_are_refused(least, message):
 
 
 def test_a_classifier_of_all_classes_is_trained_on_no_episodes_of_random_size():
-    assert all_classes(tasks_of()).sample is not None
+    tasks = tasks_of()
+    assert all_classes(tasks).sample is tasks.batch
     with pytest.raises(UsageError, match=r"without least_ways and least_shots"):
         all_classes(tasks_of(least_ways=2))
